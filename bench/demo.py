@@ -1,0 +1,240 @@
+"""A small character-level GPT, trained on Python's standard library with torch's AdamW and with ours."""
+
+import argparse
+import sysconfig
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import fused_adamw
+from bench.timing import bytes_of_step, console, environment, interleave, print_head
+
+OURS, LOOP, FUSED = "fused_adamw.AdamW", "torch AdamW (for-loop, the default)", "torch AdamW (fused=True)"
+CHARACTERS = 4_000_000  # of text that is read
+VOCABULARY = 128
+WIDTH, BLOCKS, HEADS, CONTEXT, BATCH = 192, 2, 12, 32, 32
+LR, WEIGHT_DECAY = 3e-3, 0.1
+VALIDATION_BATCHES, VALIDATIONS = 16, 8
+LAST = 50  # steps whose mean is the final training loss
+ROUNDS = 31
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each normalised before and added after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).reshape(batch, length, WIDTH))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Logits of the next character, at every position; the head is the embedding, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.characters, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*[Block() for _ in range(BLOCKS)])
+        self.norm = nn.LayerNorm(WIDTH)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.characters(text) + self.positions.weight
+        return F.linear(self.norm(self.blocks(x)), self.characters.weight)
+
+
+class Run:
+    """A model in training, with its optimizer and schedule, and its losses so far."""
+
+    def __init__(self, kind: type[torch.optim.Optimizer], seed: int, steps: int, **options: bool) -> None:
+        torch.manual_seed(seed)
+        self.model = GPT()
+        matrices = [p for p in self.model.parameters() if p.dim() == 2]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = kind(groups, lr=LR, betas=(0.9, 0.99), **options)
+        warmup = max(1, steps // 10)
+        self.schedule = torch.optim.lr_scheduler.SequentialLR(
+            self.optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(self.optimizer, 0.1, total_iters=warmup),
+                torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps - warmup), eta_min=LR / 20),
+            ],
+            milestones=[warmup],
+        )
+        self.losses: list[float] = []
+        self.validation: list[float] = []
+
+    def loss(self, text: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+
+    def train(self, text: Tensor) -> None:
+        loss = self.loss(text)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.losses.append(loss.item())
+
+    @torch.no_grad()
+    def validate(self, texts: list[Tensor]) -> None:
+        self.validation.append(sum(self.loss(text).item() for text in texts) / len(texts))
+
+    def final(self) -> float:
+        return float(np.mean(self.losses[-LAST:]))
+
+
+def corpus() -> tuple[Tensor, Tensor]:
+    """Source text of the standard library as character numbers: for training, and the last tenth for validation.
+
+    0 stands for all characters beyond the most common ones.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    text = ""
+    for folder in ("", "asyncio", "email", "json", "unittest"):
+        for path in sorted((library / folder).glob("*.py")):
+            if len(text) < CHARACTERS:
+                text += path.read_text("utf-8", "replace")
+    if len(text) < CHARACTERS // 10:
+        raise SystemExit(f"{library} has no source text to train on")
+    common = [c for c, _ in Counter(text).most_common(VOCABULARY - 1)]
+    numbers = defaultdict(lambda: "\0", {ord(c): chr(i) for i, c in enumerate(common, 1)})
+    data = torch.frombuffer(bytearray(text.translate(numbers), "latin-1"), dtype=torch.uint8)
+    cut = len(data) * 9 // 10
+    return data[:cut], data[cut:]
+
+
+def batches(data: Tensor, seed: int) -> Iterator[Tensor]:
+    """Endless random excerpts, one character longer than the context."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(len(data) - CONTEXT, (BATCH,), generator=generator).tolist()
+        yield torch.stack([data[i : i + CONTEXT + 1] for i in starts]).long()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, time, and write demo.png."""
+    print_head("Training a character-level GPT on Python's standard library", environment(args.threads))
+    args.out.mkdir(parents=True, exist_ok=True)
+    training, held_out = corpus()
+    runs = {
+        OURS: Run(fused_adamw.AdamW, args.seed, args.steps),
+        LOOP: Run(torch.optim.AdamW, args.seed, args.steps),
+        FUSED: Run(torch.optim.AdamW, args.seed, args.steps, fused=True),
+    }
+    params = sum(p.numel() for p in runs[OURS].model.parameters())
+    console.print(
+        f"  model     {params:,} parameters in {len(list(runs[OURS].model.parameters()))} tensors, "
+        f"{args.steps} steps of {BATCH}×{CONTEXT} of {len(training):,} characters"
+    )
+    validated = train(runs, training, held_out, args.steps, args.seed)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    interleave({name: r.optimizer.step for name, r in runs.items()}, range(ROUNDS), times)
+    report(runs, times)
+    path = args.out / "demo.png"
+    plot(runs, validated, path)
+    console.print(f"wrote {path}")
+    return 0
+
+
+def train(runs: dict[str, Run], training: Tensor, held_out: Tensor, steps: int, seed: int) -> list[int]:
+    """Train all models side by side on the same batches; return the steps after which they were validated."""
+    held_out_batches = batches(held_out, seed)
+    texts = [next(held_out_batches) for _ in range(VALIDATION_BATCHES)]
+    every = max(1, steps // VALIDATIONS)
+    validated = []
+    counts = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = (TextColumn("{task.description}"), BarColumn(), *counts)
+    with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("training", total=steps)
+        for i, text in zip(range(1, steps + 1), batches(training, seed), strict=False):
+            for r in runs.values():
+                r.train(text)
+            if i % every == 0 or i == steps:
+                validated.append(i)
+                for r in runs.values():
+                    r.validate(texts)
+            progress.update(task, advance=1, description=f"loss {runs[OURS].losses[-1]:.2f}")
+    return validated
+
+
+def difference(a: Run, b: Run) -> np.ndarray:
+    """Distance of two loss curves, step by step."""
+    return np.abs(np.subtract(a.losses, b.losses))
+
+
+def report(runs: dict[str, Run], times: dict[str, list[float]]) -> None:
+    """Print what the models learned, and how long their optimizer steps take."""
+    last = min(LAST, len(runs[OURS].losses))
+    table = Table("loss, nats per character", f"training,\nlast {last} steps", "validation", "most apart\nfrom ours")
+    for name, r in runs.items():
+        away = "" if name == OURS else f"{difference(r, runs[OURS]).max():.1e}"
+        table.add_row(name, f"{r.final():.4f}", f"{r.validation[-1]:.4f}", away)
+    console.print(table)
+    console.print(
+        "Same weights, same batches: the losses are equal up to rounding at first. The optimizers round last bits\n"
+        "differently, and training amplifies that chaotically: torch's own two come apart by up to "
+        f"{difference(runs[LOOP], runs[FUSED]).max():.1e}.\n"
+        "Validation is on other files, which may be easier or harder than those of the training."
+    )
+    table = Table(f"optimizer.step(), median of {ROUNDS}", "ms", "GB/s", "times as fast as\ntorch's for-loop")
+    medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
+    for name, r in runs.items():
+        rate = bytes_of_step(r.optimizer) / medians[name] / 1e9
+        table.add_row(name, f"{medians[name] * 1e3:.3f}", f"{rate:.1f}", f"{medians[LOOP] / medians[name]:.1f}")
+    console.print(table)
+    console.print(
+        "GB/s = 28 bytes per parameter / time: read p, g, m, v and write p, m, v, 4 bytes each.\n"
+        "A model as small as this lies in the caches in part."
+    )
+
+
+def plot(runs: dict[str, Run], validated: list[int], path: Path) -> None:
+    """Both loss curves, and below them their difference."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    steps = np.arange(1, len(runs[OURS].losses) + 1)
+    window = max(1, len(steps) // 25)
+    kernel = np.ones(window) / window
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(9, 6.5), dpi=150, sharex=True, height_ratios=(2.2, 1), layout="constrained"
+    )
+    for name, color, width, size in ((LOOP, "tab:orange", 5, 11), (OURS, "tab:blue", 1.5, 5)):
+        r = runs[name]
+        top.plot(steps, r.losses, color=color, alpha=0.25, linewidth=width / 3)
+        smooth = np.convolve(r.losses, kernel, "valid")
+        top.plot(steps[window - 1 :], smooth, color=color, linewidth=width, label=f"{name}, training, mean of {window}")
+        dots = {"markersize": size, "markeredgecolor": "black", "label": f"{name}, validation"}
+        top.plot(validated, r.validation, "o", color=color, **dots)
+    top.set(ylabel="loss (nats per character)", title="A character GPT trained by torch's AdamW and by fused_adamw's")
+    top.legend(frameon=False)
+    for name, color in ((FUSED, "tab:gray"), (OURS, "tab:blue")):
+        apart = difference(runs[name], runs[LOOP])
+        bottom.plot(steps[apart > 0], apart[apart > 0], ".", color=color, markersize=4, label=f"{name} − for-loop")
+    bottom.set(yscale="log", xlabel="training step", ylabel="|difference of loss|\n(nats per character)")
+    bottom.set_title("Difference of the training losses at each step (equal ones are not shown)", fontsize="medium")
+    bottom.legend(frameon=False, loc="lower right")
+    for axes in (top, bottom):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)

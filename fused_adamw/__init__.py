@@ -1,0 +1,6 @@
+"""Fused AdamW, Adam, SGDW and SGD: one optimizer step of a whole model in one launch."""
+
+from fused_adamw._version import __version__
+from fused_adamw.optimizers import SGD, SGDW, Adam, AdamW
+
+__all__ = ["SGD", "SGDW", "Adam", "AdamW", "__version__"]

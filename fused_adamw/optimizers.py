@@ -1,0 +1,374 @@
+"""The optimizer classes: one base, four thin classes with torch.optim's arguments."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fused_adamw import backends, plan, scalars
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+_REFUSED = {
+    ("foreach", True): "the step is one fused launch on every backend; drop the argument",
+    ("fused", False): 'the step is fused on every backend; for plain operators use backend="reference"',
+    ("capturable", True): "use torch.optim's class of this name for steps inside a CUDA graph",
+    ("differentiable", True): "a fused step has no derivative; use torch.optim's class of this name",
+}
+
+
+class FusedOptimizer(Optimizer):
+    """What the four classes share: a step of all tensors in one launch per device, on the best backend there."""
+
+    _rule: str  # a key of scalars.ROWS
+    _decoupled: bool | None = None  # None: a matter of the group
+
+    # What unpickling, which knows nothing of us, leaves unset.
+    requested: str | None = None
+    _watch: Any = None
+    _plans: Sequence[plan.Plan] = ()
+    _rules: Sequence[tuple[str, tuple[str, ...]]] = ()
+    _loading: dict[str, Any] | None = None
+
+    def __init__(self, params: Params, defaults: dict[str, Any], backend: str | None, **asked: bool | None) -> None:
+        for (name, value), remedy in _REFUSED.items():
+            if asked.get(name) is value:
+                raise RuntimeError(f"{type(self).__name__}({name}={value}) is not supported: {remedy}")
+        self.requested = backend
+        if backend is not None:
+            backends.named(backend)
+        if defaults["state_dtype"] not in (None, *plan.DTYPES):
+            raise ValueError(
+                f"state_dtype={defaults['state_dtype']}: must be one of {', '.join(map(str, plan.DTYPES))}"
+            )
+        scalars.check({**defaults, "base_lr": 1.0})
+        super().__init__(params, defaults)
+
+    @property
+    def backend(self) -> dict[torch.device, str]:
+        """Name of the backend that steps the tensors of each device of the parameters."""
+        devices = dict.fromkeys(p.device for group in self.param_groups for p in group["params"])
+        return {device: backends.pick(device, self.requested).name for device in devices}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's; raises ValueError for a hyperparameter out of range, naming the group."""
+        if isinstance(param_group, dict):
+            group = {**self.defaults, **param_group}
+            group.setdefault("base_lr", float(group["lr"]))
+            try:
+                scalars.check(group)
+            except ValueError as error:
+                raise ValueError(f"{error} (group {len(self.param_groups)})") from None
+            param_group["base_lr"] = group["base_lr"]
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model anew and returns the loss, which step returns.
+
+        Raises TypeError, ValueError or RuntimeError, before anything is written, for a tensor that cannot be stepped.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        rules = [self.rule_of(group) for group in groups]
+        if self._watch is None or rules != self._rules or not self._watch.poll(groups, self.state):
+            self._watch = None
+            with torch.no_grad():
+                self._watch, self._plans = plan.build(self)
+            self._rules = rules
+        row_of = scalars.ROWS[self._rule]
+        rows = [row_of(groups[g], count) for g, count in self._watch.steps()]
+        if not rows:
+            return loss
+        self._watch.advance()
+        for part in self._plans:
+            part.step(rows)
+        return loss
+
+    def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """The rule that steps a group, and the names of the states it moves, in its order."""
+        raise NotImplementedError
+
+    def init_state_of(self, group: dict[str, Any], p: Tensor) -> None:
+        """Make the state of p that is missing; bring the rest to the dtype, device and layout that a step needs."""
+        state = self.state[p]
+        step = state.get("step", 1.0 if state.get("momentum_buffer") is not None else 0.0)
+        if not isinstance(step, Tensor) or step.dtype is not torch.float32 or not step.is_cpu or step.dim():
+            state["step"] = torch.tensor(float(step), dtype=torch.float32)
+        elsewhere = plan.state_like(p, group["state_dtype"], device="meta")
+        for name in self.rule_of(group)[1]:
+            have = state.get(name)
+            if have is None:
+                state[name] = plan.state_like(p, group["state_dtype"]).zero_()
+            elif have.dtype is not elsewhere.dtype or have.device != p.device or not plan.same_layout(have, elsewhere):
+                state[name] = plan.state_like(p, group["state_dtype"]).copy_(have)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, but the state keeps the dtype that was declared here, and no tensor is shared with ``state_dict``.
+
+        Checkpoints of torch.optim's class of the same name (for-loop, foreach or fused) load too.
+        """
+        final: dict[str, Any] = {}
+        # Registered last, so that it sees what the user's own hooks made of the dict.
+        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        self._loading = final
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._loading = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = getattr(self, "param_groups", [])
+        super().__setstate__(state)
+        self._watch = None  # it holds the old tensors
+        for i, group in enumerate(self.param_groups):
+            for key, value in (own[i] if i < len(own) else self.defaults).items():
+                group.setdefault(key, value)
+            group.setdefault("base_lr", float(group["lr"]))
+            if self._decoupled is not None:
+                group["decoupled_weight_decay"] = self._decoupled
+            if i < len(own):
+                group["state_dtype"] = own[i]["state_dtype"]
+        if self._loading is not None:
+            # torch has cast every state to its parameter's dtype (bf16 parameters: a loss); take the saved ones again.
+            saved = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
+            params = ((group, p) for group in self.param_groups for p in group["params"])
+            for key, (group, p) in zip(saved, params, strict=True):
+                if key in self._loading["state"]:
+                    loaded = self._loading["state"][key]
+                    self.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in loaded.items()}
+                    self.init_state_of(group, p)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "requested": self.requested}
+
+
+class Adam(FusedOptimizer):
+    r"""Adam with L2 regularization (Algorithm 2 of arXiv 1711.05101), a drop-in for :class:`torch.optim.Adam`.
+
+    .. math::
+        g_t &= \nabla f(\theta_{t-1}) + \lambda \theta_{t-1} \\
+        m_t &= \beta_1 m_{t-1} + (1-\beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2 \\
+        \theta_t &= \theta_{t-1}
+            - \gamma \, \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon}
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups.
+        lr: learning rate γ, a float or a tensor of one element.
+        betas: coefficients β1, β2 of the running averages.
+        eps: ε, added to the denominator.
+        weight_decay: λ.
+        amsgrad: use the maximum of all v_t so far (arXiv 1904.09237).
+        foreach, capturable, differentiable, fused: torch's choice of an implementation. There is one here, and it is
+            fused: ``fused=True`` and the defaults are accepted.
+        maximize: ascend.
+        decoupled_weight_decay: decay as AdamW does.
+        decouple_lr: decoupled decay as in the paper: see AdamW.
+        state_dtype: storage of the moments; by default float32, or float64 for float64 parameters.
+        backend: "cpu" or "reference"; by default the best that runs on the device of a tensor.
+
+    Parameters and gradients are float32, bfloat16, float16, float64, or complex of these, in any mix. Arithmetic is in
+    float32 (float64 for float64 parameters), with one rounding to the storage type.
+
+    Raises:
+        ValueError: for a hyperparameter out of range, in torch's words, and with its group.
+        RuntimeError: for an argument or a backend that cannot be had, with what to do instead.
+    """
+
+    _rule = "adam"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        decouple_lr: bool = False,
+        state_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(float(beta) for beta in betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "decouple_lr": decouple_lr,
+            "state_dtype": state_dtype,
+        }
+        super().__init__(
+            params,
+            defaults,
+            backend,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        if group["amsgrad"]:
+            return "adam_amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        return "adam", ("exp_avg", "exp_avg_sq")
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay (Algorithm 2 of arXiv 1711.05101), a drop-in for :class:`torch.optim.AdamW`.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1-\beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2 \\
+        \theta_t &= \theta_{t-1} - d \, \theta_{t-1}
+            - \gamma \, \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon}
+
+    with :math:`d = \gamma \lambda` as in torch or, with ``decouple_lr``, :math:`d = (\gamma / \gamma_0) \lambda` as in
+    the paper, where :math:`\gamma_0` is the learning rate that the group was made with (its ``base_lr``).
+
+    Args and errors are those of :class:`Adam`.
+
+    >>> import torch, fused_adamw
+    >>> w = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = fused_adamw.AdamW([w], lr=0.1, weight_decay=0.5)
+    >>> w.sum().backward()
+    >>> optimizer.step()
+    >>> w.detach()
+    tensor([0.8500, 0.8500, 0.8500])
+    """
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decouple_lr: bool = False,
+        state_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            decouple_lr=decouple_lr,
+            state_dtype=state_dtype,
+            backend=backend,
+        )
+
+
+class SGD(FusedOptimizer):
+    r"""Stochastic gradient descent with momentum and L2 regularization, a drop-in for :class:`torch.optim.SGD`.
+
+    .. math::
+        g_t &= \nabla f(\theta_{t-1}) + \lambda \theta_{t-1} \\
+        b_t &= \mu b_{t-1} + (1-\tau) g_t \\
+        \theta_t &= \theta_{t-1} - \gamma b_t
+
+    or, with ``lr_in_momentum``, Algorithm 1 of arXiv 1711.05101: :math:`b_t = \mu b_{t-1} + \gamma (1-\tau) g_t` and
+    :math:`\theta_t = \theta_{t-1} - b_t`. The two are the same as long as γ stays the same. At the first step
+    :math:`b_1 = g_1` (:math:`\gamma g_1`), undampened, as in torch.
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups.
+        lr: learning rate γ, a float or a tensor of one element.
+        momentum: μ.
+        dampening: τ.
+        weight_decay: λ.
+        nesterov: Nesterov's momentum: :math:`g_t + \mu b_t` in place of :math:`b_t`.
+        maximize: ascend.
+        foreach, differentiable, fused: as in :class:`Adam`.
+        lr_in_momentum: the paper's momentum, in which a change of the learning rate acts on new gradients only.
+        state_dtype, backend: as in :class:`Adam`.
+
+    Raises: as :class:`Adam`.
+    """
+
+    _rule = "sgd"
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decouple_lr: bool = False,
+        lr_in_momentum: bool = False,
+        state_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "decoupled_weight_decay": self._decoupled,
+            "decouple_lr": decouple_lr,
+            "lr_in_momentum": lr_in_momentum,
+            "state_dtype": state_dtype,
+        }
+        super().__init__(params, defaults, backend, foreach=foreach, differentiable=differentiable, fused=fused)
+
+    def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        return ("sgd_momentum", ("momentum_buffer",)) if group["momentum"] else ("sgd", ())
+
+
+class SGDW(SGD):
+    r"""SGD with decoupled weight decay (Algorithm 1 of arXiv 1711.05101).
+
+    .. math::
+        b_t &= \mu b_{t-1} + (1-\tau) g_t \\
+        \theta_t &= \theta_{t-1} - d \, \theta_{t-1} - \gamma b_t
+
+    with :math:`d = \gamma \lambda`, torch's convention of AdamW, or, with ``decouple_lr``, the paper's
+    :math:`d = (\gamma / \gamma_0) \lambda`. ``SGDW(..., decouple_lr=True, lr_in_momentum=True)`` is Algorithm 1 to
+    the letter. Args and errors are those of :class:`SGD`.
+    """
+
+    _decoupled = True

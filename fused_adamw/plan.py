@@ -1,0 +1,239 @@
+"""Tensors → plans: every check of the tensors happens here and only here, before anything is written.
+
+A plan is a list of rows, one per tensor, that one backend steps in one launch. It is built once and holds until a
+``Watch`` sees that a tensor, a layout or a state is not what it was built from; a gradient that only moved is followed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fused_adamw import backends
+
+if TYPE_CHECKING:
+    from fused_adamw.optimizers import FusedOptimizer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(slots=True)
+class Row:
+    """One tensor of a launch. ``p`` and ``states`` are real, dense and laid out alike; so is ``grad()``."""
+
+    slot: int  # position among all parameters of all groups
+    rule: str  # "adam", "adam_amsgrad", "sgd", "sgd_momentum"
+    param: Tensor  # as the user gave it
+    p: Tensor  # what is stepped: the parameter, or a dense copy of one that is not
+    states: tuple[Tensor, ...]
+    g: Tensor | None  # a copy of the gradient in p's layout, where its own differs
+
+    def grad(self) -> Tensor:
+        return self.g if self.g is not None else real(self.param.grad)
+
+    def before(self) -> None:
+        """Fill the copies."""
+        if self.p.data_ptr() != self.param.data_ptr():
+            self.p.copy_(real(self.param))
+        if self.g is not None:
+            self.g.copy_(real(self.param.grad))
+
+    def after(self) -> None:
+        """Bring the parameter back from its copy."""
+        if self.p.data_ptr() != self.param.data_ptr():
+            real(self.param).copy_(self.p)
+
+
+@dataclass(slots=True)
+class Plan:
+    """The rows of one launch, and the backend's function that steps them: ``run(scalars)``."""
+
+    backend: "backends.Backend"
+    rows: list[Row]
+    copied: list[Row]  # those with copies to fill before, and to bring back after
+    run: Callable[["backends.Scalars"], None]
+
+    def step(self, scalars: "backends.Scalars") -> None:
+        if not self.copied:
+            self.run(scalars)
+            return
+        with torch.no_grad():
+            for row in self.copied:
+                row.before()
+            self.run(scalars)
+            for row in self.copied:
+                row.after()
+
+
+class Watch:
+    """What plans were built from, compared anew at each step: ``_C.Watch`` in Python, for when that is not built."""
+
+    def __init__(self, groups: list[dict], state: dict) -> None:
+        self.groups, self.state = groups, state
+        self.slots = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
+        self.step = [state[p].get("step") if p in state and p.grad is not None else None for _, p in self.slots]
+        self.index = [-1] * len(self.slots)
+        self.seen = self._look()
+        self.held = [list(own.items()) for own in state.values()]  # an id is good while its object lives
+
+    def _look(self) -> list:
+        def tensor(t: Tensor | None) -> tuple:
+            return () if t is None else (t.dtype, t.device, t.layout, t.shape, t.stride(), t.is_conj(), t.is_neg())
+
+        params = [
+            (i, id(p), p.data_ptr(), tensor(p), tensor(p.grad)) for i, g in enumerate(self.groups) for p in g["params"]
+        ]
+        states = [
+            (id(p), id(own), [(k, id(t), t.data_ptr() if isinstance(t, Tensor) else 0) for k, t in own.items()])
+            for p, own in self.state.items()
+        ]
+        return [params, states]
+
+    def poll(self, groups: list[dict], state: dict) -> bool:
+        """Whether the plans still hold."""
+        return groups is self.groups and state is self.state and self._look() == self.seen
+
+    def steps(self) -> list[tuple[int, float]]:
+        """The distinct (group, number of the step to come), one row of scalars each."""
+        distinct: dict[tuple[int, float], int] = {}
+        for slot, ((group, _), step) in enumerate(zip(self.slots, self.step, strict=True)):
+            if step is not None:
+                self.index[slot] = distinct.setdefault((group, float(step) + 1), len(distinct))
+        return list(distinct)
+
+    def advance(self) -> None:
+        """Count the step."""
+        for step in self.step:
+            if step is not None:
+                step += 1
+
+    def scalars_of(self, slot: int) -> int:
+        """Index of the row of scalars that this parameter is stepped with."""
+        return self.index[slot]
+
+
+def build(optimizer: "FusedOptimizer") -> tuple[Any, list[Plan]]:
+    """Check every tensor, make the missing state, and lay out the launches.
+
+    Raises TypeError, ValueError or RuntimeError for the first tensor that cannot be stepped, naming its group, index
+    and shape; nothing has been written then.
+    """
+    seen: dict[int, str] = {}
+    for at, group, p in _parameters(optimizer):
+        if id(p) in seen:
+            raise ValueError(
+                f"{at} is {seen[id(p)]} as well, and would be stepped twice: give every parameter to the optimizer once"
+            )
+        seen[id(p)] = at
+        if p.grad is not None:
+            _check(at, p, group, optimizer.state.get(p, {}))
+    devices = {p.device for _, _, p in _parameters(optimizer) if p.grad is not None}
+    chosen = {device: backends.pick(device, optimizer.requested) for device in devices}
+    for _, group, p in _parameters(optimizer):
+        if p.grad is not None:
+            optimizer.init_state_of(group, p)
+    watch = backends.native().Watch if backends.native() else Watch
+    watch = watch(optimizer.param_groups, optimizer.state)
+    buckets: dict[Any, list[Row]] = {}
+    for slot, (_, group, p) in enumerate(_parameters(optimizer)):
+        if p.grad is None:
+            continue
+        rule, names = optimizer.rule_of(group)
+        states = tuple(real(optimizer.state[p][name]) for name in names)
+        dense = real(p) if same_layout(p, dense_like(p)) else real(torch.empty_like(p))
+        plain = same_layout(p.grad, dense_like(p)) and not p.grad.is_conj() and not p.grad.is_neg()
+        g = None if plain else torch.empty_like(dense, dtype=real(p.grad).dtype)
+        row = Row(slot, rule, p, dense, states, g)
+        buckets.setdefault((p.device, chosen[p.device].bucket(row)), []).append(row)
+    plans = []
+    for (device, _), rows in buckets.items():
+        copied = [row for row in rows if row.g is not None or row.p.data_ptr() != row.param.data_ptr()]
+        plans.append(Plan(chosen[device], rows, copied, chosen[device].prepare(watch, rows)))
+    return watch, plans
+
+
+def _parameters(optimizer: "FusedOptimizer") -> Iterator[tuple[str, dict, Tensor]]:
+    for i, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names")
+        for j, p in enumerate(group["params"]):
+            name = f"{names[j]!r}, " if names else ""
+            yield f"{type(optimizer).__name__}: group {i}, parameter {j} ({name}shape {list(p.shape)})", group, p
+
+
+def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
+    g = p.grad
+    if g.layout is not torch.strided:
+        raise RuntimeError(
+            f"{at}: its gradient is sparse ({g.layout}), and a fused step needs dense ones: make the layer with "
+            "sparse=False, or give this parameter to torch.optim.SparseAdam"
+        )
+    if p.layout is not torch.strided:
+        raise TypeError(f"{at}: its layout is {p.layout}, and only dense parameters can be stepped: use p.to_dense()")
+    for name, t in (("the parameter", p), ("its gradient", g)):
+        if t.dtype.to_real() not in DTYPES:
+            raise TypeError(
+                f"{at}: {name} is {t.dtype}; only float32, bfloat16, float16, float64 and complex of these can be "
+                "stepped: convert it, or leave the parameter out of the optimizer"
+            )
+        if t.numel() and not _has_memory(t):
+            raise TypeError(
+                f"{at}: {name} is a {type(t).__name__} on {t.device} without memory of its own (a null data pointer), "
+                "so there is nothing to step: give the optimizer the plain tensors inside it, on a real device"
+            )
+    if g.shape != p.shape:
+        raise ValueError(f"{at}: its gradient has shape {list(g.shape)}: set p.grad = None and run backward again")
+    if g.device != p.device:
+        raise ValueError(f"{at}: the parameter is on {p.device}, its gradient on {g.device}: move one to the other")
+    if p.is_complex() != g.is_complex():
+        raise TypeError(f"{at}: the parameter is {p.dtype}, its gradient {g.dtype}: both real or both complex")
+    if p.is_conj() or p.is_neg():
+        raise ValueError(f"{at}: it is a conjugate or negative view: use p.resolve_conj().resolve_neg()")
+    if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"{at}: its elements share memory (an expanded tensor): use p.clone()")
+    for name, value in state.items():
+        if name != "step" and isinstance(value, Tensor) and value.shape != p.shape:
+            raise ValueError(
+                f"{at}: its state {name!r} has shape {list(value.shape)}: it belongs to another parameter, or the "
+                "parameter was resized; load the right checkpoint or del optimizer.state[p]"
+            )
+    if (p.is_complex() or p.dtype is torch.float64) and group["state_dtype"] in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{at}: {p.dtype} with state_dtype={group['state_dtype']} is not supported: give this group "
+            "state_dtype=torch.float32 or torch.float64"
+        )
+
+
+def _has_memory(t: Tensor) -> bool:
+    try:
+        return t.data_ptr() != 0
+    except RuntimeError:  # "Cannot access data pointer of Tensor that doesn't have storage"
+        return False
+
+
+def real(t: Tensor) -> Tensor:
+    """A complex tensor as a real one with a last dimension of 2; a conjugate view is resolved by the copy it needs."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def dense_like(p: Tensor) -> Tensor:
+    """A tensor without memory, in the dense layout nearest to p's: its own, if that has no gaps."""
+    return torch.empty_like(p, device="meta")
+
+
+def state_like(p: Tensor, dtype: torch.dtype | None, device: torch.device | str | None = None) -> Tensor:
+    """An uninitialised state of p: of the declared dtype, else float32 or wider, laid out as the dense p."""
+    dtype = dtype or torch.promote_types(p.dtype.to_real(), torch.float32)
+    return torch.empty_like(
+        p, dtype=dtype.to_complex() if p.is_complex() else dtype, device=device, requires_grad=False
+    )
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether elements of equal index lie at equal offsets."""
+    return a.numel() == 0 or _steps(a) == _steps(b)
+
+
+def _steps(t: Tensor) -> Sequence[int]:
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]

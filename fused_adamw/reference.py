@@ -1,0 +1,98 @@
+"""The update rules in pure PyTorch, once for Python: to be read beside the paper, and run as the "reference" backend.
+
+Source: Loshchilov & Hutter, *Decoupled Weight Decay Regularization*, arXiv 1711.05101, Algorithms 1 and 2. In the
+paper's letters θ is ``p``, g is ``g``, m is ``m`` (``b`` in SGD), v is ``v``, α·η_t is the learning rate, and λ is
+the weight decay. Decoupled decay and L2 regularization differ in two numbers, ``decay`` and ``l2``, of which one is
+zero, so that AdamW and Adam are one rule, and SGDW and SGD another. What the numbers are is told in ``scalars.py``.
+
+The sequence of roundings, which every compiled backend follows to the bit (``fma`` rounds once, every other operation
+rounds once, to nearest even)::
+
+    both:  p = fma(-decay, p, p)
+           g = fma(l2, p, grad_factor * g)
+    adam:  m = lerp(m, g, w1)                                w1 = 1 - beta1
+           v = fma(w2, g * g, fma(-w2, v, v))                w2 = 1 - beta2
+           vmax = max(vmax, v)                               amsgrad only, then in place of v below
+           p = fma(-step_size, m / fma(sqrt(v), inv_sqrt_bc2, eps), p)
+    sgd:   b = fma(c1, g, momentum * b)                      momentum only
+           p = fma(-c2, fma(take_b, b, take_g * g), p)
+
+Why these forms: ``x - w * x`` in one rounding keeps a decay of 1e-6, or a 1 - beta of 1e-3, that the float32 factor
+``1 - w`` would get wrong by a percent, or by 3e-5; ``lerp(a, b, w)``, ``fma(w, b - a, a)`` or, from w = 1/2,
+``fma(w - 1, b - a, b)``, makes beta1 = 0 exact; the two terms of a second moment are never subtracted, so that it is
+accurate relative to its size for every beta; and decay and update share the one rounding to the storage type. SGD
+rounds as torch's for-loop does. An infinite parameter becomes NaN (inf - inf), and so does a moment that
+overflowed.
+
+Here, in PyTorch, ``fma(a, b, c)`` is ``addcmul``, which may round twice: in float64 this file is the oracle of the
+tests, in float32 it agrees with the compiled backends to a few ulp.
+"""
+
+from torch import Tensor
+
+
+def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c."""
+    if isinstance(a, Tensor):
+        return c.addcmul(a, b)
+    return c.add(b, alpha=a)
+
+
+def decayed(p: Tensor, g: Tensor, decay: float, l2: float, grad_factor: float) -> tuple[Tensor, Tensor]:
+    """What both rules start with.
+
+    Algorithm 2, line 12 (Algorithm 1, line 9), the term -η_t·λ·θ; and line 6, g = ∇f(θ) + λ·θ.
+    """
+    p = fma(-decay, p, p)
+    g = fma(l2, p, grad_factor * g)
+    return p, g
+
+
+def adam(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    vmax: Tensor | None,
+    *,
+    decay: float,
+    l2: float,
+    grad_factor: float,
+    w1: float,
+    w2: float,
+    step_size: float,
+    inv_sqrt_bc2: float,
+    eps: float,
+) -> None:
+    """One step of Adam or AdamW, in place (Algorithm 2; ``vmax`` is AMSGrad's, arXiv 1904.09237)."""
+    x, g = decayed(p, g, decay, l2, grad_factor)
+    m.lerp_(g, w1)  # line 7: m = β1·m + (1-β1)·g
+    v.copy_(fma(w2, g * g, fma(-w2, v, v)))  # line 8: v = β2·v + (1-β2)·g²
+    if vmax is not None:
+        vmax.copy_(vmax.maximum(v))
+        v = vmax
+    # lines 9, 10 and 12: step_size·m = η_t·α·m̂, sqrt(v)·inv_sqrt_bc2 = √v̂
+    p.copy_(fma(-step_size, m / (v.sqrt() * inv_sqrt_bc2 + eps), x))
+
+
+def sgd(
+    p: Tensor,
+    g: Tensor,
+    b: Tensor | None,
+    *,
+    decay: float,
+    l2: float,
+    grad_factor: float,
+    momentum: float,
+    c1: float,
+    c2: float,
+    take_g: float,
+    take_b: float,
+) -> None:
+    """One step of SGD or SGDW, in place (Algorithm 1; ``c1 = 1`` and ``c2 = lr`` make it torch's)."""
+    x, g = decayed(p, g, decay, l2, grad_factor)
+    d = take_g * g
+    if b is not None:
+        b.copy_(fma(c1, g, momentum * b))  # line 8: m = β1·m + η_t·α·g
+        d = fma(take_b, b, d)
+    p.copy_(fma(-c2, d, x))  # line 9: θ = θ - m - η_t·λ·θ

@@ -1,0 +1,122 @@
+"""Hyperparameters of a group and a step count → the eight numbers of a launch, in double precision.
+
+The only code that tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row
+are the arguments of the rules in ``reference.py``; their order is that of the structs in ``csrc/rules.h``.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Adam(NamedTuple):
+    """A row of the rule ``reference.adam``."""
+
+    decay: float
+    l2: float
+    grad_factor: float
+    w1: float
+    w2: float
+    step_size: float
+    inv_sqrt_bc2: float
+    eps: float
+
+
+class Sgd(NamedTuple):
+    """A row of the rule ``reference.sgd``."""
+
+    decay: float
+    l2: float
+    grad_factor: float
+    momentum: float
+    c1: float
+    c2: float
+    take_g: float
+    take_b: float
+
+
+def adam(group: Mapping[str, Any], step: float) -> Adam:
+    """The row of Adam and AdamW at their ``step``-th step (1 at the first)."""
+    lr = float(group["lr"])
+    beta1, beta2 = group["betas"]
+    decay, l2, sign = _decay(group, lr)
+    return Adam(
+        decay=decay,
+        l2=l2,
+        grad_factor=sign,
+        w1=1 - beta1,
+        w2=1 - beta2,
+        step_size=lr / (1 - beta1**step),
+        inv_sqrt_bc2=1 / math.sqrt(1 - beta2**step),
+        eps=group["eps"],
+    )
+
+
+def sgd(group: Mapping[str, Any], step: float) -> Sgd:
+    """The row of SGD and SGDW at their ``step``-th step (1 at the first, whose momentum is not dampened, as in torch).
+
+    torch multiplies the momentum by the learning rate, Algorithm 1 of the paper accumulates it
+    (``lr_in_momentum``); the two are the same as long as the learning rate stays the same.
+    """
+    lr = float(group["lr"])
+    momentum = group["momentum"]
+    decay, l2, sign = _decay(group, lr)
+    into, out = (lr, 1.0) if group["lr_in_momentum"] else (1.0, lr)
+    if not momentum:
+        take_g, take_b = into, 0.0
+    elif group["nesterov"]:
+        take_g, take_b = into, momentum
+    else:
+        take_g, take_b = 0.0, 1.0
+    return Sgd(
+        decay=decay,
+        l2=l2,
+        grad_factor=sign,
+        momentum=momentum,
+        c1=into * (1 - group["dampening"] if step > 1 else 1.0),
+        c2=out,
+        take_g=take_g,
+        take_b=take_b,
+    )
+
+
+def _decay(group: Mapping[str, Any], lr: float) -> tuple[float, float, float]:
+    """(decay, l2, grad_factor): lr * weight_decay is torch's decay, (lr / base_lr) * weight_decay the paper's."""
+    sign = -1.0 if group["maximize"] else 1.0
+    weight_decay = float(group["weight_decay"])
+    if not group["decoupled_weight_decay"]:
+        return 0.0, weight_decay, sign
+    return (lr / group["base_lr"] if group["decouple_lr"] else lr) * weight_decay, 0.0, sign
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Raise ValueError, in torch's words, for a hyperparameter that no step could use."""
+    lr = group["lr"]
+    if getattr(lr, "numel", int)() > 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, text in _NOT_NEGATIVE.items():
+        if name in group and not 0.0 <= group[name] < math.inf:
+            raise ValueError(f"Invalid {text}: {group[name]}")
+    for i, beta in enumerate(group.get("betas", ())):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    if group["decouple_lr"] and not group["decoupled_weight_decay"]:
+        raise ValueError("decouple_lr=True needs decoupled weight decay: use AdamW or SGDW, or drop it")
+    if group["decouple_lr"] and not group["base_lr"] > 0:
+        raise ValueError(
+            "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
+            f"{group['base_lr']}: make the group with a positive lr, or give it a positive 'base_lr'"
+        )
+
+
+_NOT_NEGATIVE = {
+    "lr": "learning rate",
+    "eps": "epsilon value",
+    "weight_decay": "weight_decay value",
+    "momentum": "momentum value",
+}
+
+# By the optimizer's rule.
+ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Sgd]] = {"adam": adam, "sgd": sgd}

@@ -1,0 +1,151 @@
+"""What the tests and the bench share: lists of shapes, cases of options, and the one tolerance function."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fused_adamw
+
+Shapes = list[tuple[int, ...]]
+
+
+class Target(NamedTuple):
+    """Where a test runs."""
+
+    device: str
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.backend}"
+
+
+CPU = Target("cpu", "cpu")
+# On CUDA the reference backend is asked for by name until the kernels are there: an automatic choice would warn.
+TARGETS = [CPU, Target("cpu", "reference"), Target("cuda", "reference")]
+
+# Every shape that has ever been a trap: empty, 0-dim, 1, a vector ± 1, a block of 64 ± 1, a matrix, a convolution.
+SHAPES: Shapes = [(), (0,), (3, 0), (1,), (7,), (8,), (9,), (63,), (64,), (65,), (17, 31), (8, 3, 3, 3), (2500,)]
+
+
+def gpt2_small() -> Shapes:
+    """The 148 parameters of GPT-2 small, 124.4 M elements."""
+    block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,)]
+    block += [(768, 3072), (3072,), (3072, 768), (768,)]
+    return [(50257, 768), (1024, 768), *itertools.chain(*[block] * 12), (768,), (768,)]
+
+
+# The lists that the bench times, and the tests step.
+WORKLOADS: dict[str, Callable[[], Shapes]] = {
+    "gpt2": gpt2_small,
+    "1000x1k": lambda: [(1000,)] * 1000,
+    "148x64": lambda: [(64,)] * 148,
+    "10000x64": lambda: [(64,)] * 10000,
+    "1x131k": lambda: [(131072,)],
+    "1x16M": lambda: [(1 << 24,)],
+}
+
+# Options that torch.optim's class of the same name has too.
+SHARED: list[tuple[str, dict[str, Any]]] = [
+    ("AdamW", {}),
+    ("AdamW", {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3}),
+    ("AdamW", {"amsgrad": True, "weight_decay": 0.1}),
+    ("AdamW", {"maximize": True, "weight_decay": 0.1}),
+    ("AdamW", {"lr": torch.tensor(2e-3, dtype=torch.float64), "weight_decay": 0.1}),
+    ("AdamW", {"betas": (0.0, 0.0)}),
+    ("Adam", {}),
+    ("Adam", {"weight_decay": 0.1}),
+    ("Adam", {"weight_decay": 0.1, "amsgrad": True, "maximize": True}),
+    ("Adam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    ("SGD", {"lr": torch.tensor(0.1, dtype=torch.float64), "momentum": 0.9, "maximize": True}),
+]
+# Options that only ours has.
+OURS: list[tuple[str, dict[str, Any]]] = [
+    ("AdamW", {"decouple_lr": True, "weight_decay": 1e-3}),
+    ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+    ("SGDW", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3, "decouple_lr": True}),
+    ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "decouple_lr": True, "lr_in_momentum": True}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "lr_in_momentum": True}),
+]
+
+
+def name_of(case: Any) -> str:
+    """A test's id for a case."""
+    if isinstance(case, dict):
+        return ",".join(f"{k}={v.tolist() if isinstance(v, Tensor) else v}" for k, v in case.items()) or "defaults"
+    return str(case).removeprefix("torch.")
+
+
+def parameters(
+    shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """Normally distributed parameters, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
+
+
+def set_gradients(params: Iterable[Tensor], step: int, dtype: torch.dtype | None = None) -> None:
+    """Gradients of step number ``step``, the same on every device, of several magnitudes."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for i, p in enumerate(params):
+        g = torch.randn(p.shape, generator=generator) * 10.0 ** (-(i % 4))
+        if dtype is not None:
+            p.grad_dtype = dtype
+        p.grad = g.to(p.device, dtype or p.dtype)
+
+
+def make(name: str, params: Any, options: dict[str, Any], **ours: Any) -> torch.optim.Optimizer:
+    """Our optimizer of this name."""
+    return getattr(fused_adamw, name)(params, **options, **ours)
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything a step writes, by name."""
+    found = {}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in enumerate(params):
+        found[f"{i}.p"] = p.detach()
+        found.update({f"{i}.{k}": v for k, v in optimizer.state[p].items() if isinstance(v, Tensor)})
+    return found
+
+
+def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Equality of every bit of every tensor (NaN equals NaN)."""
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        try:
+            torch.testing.assert_close(x.cpu(), theirs[name].cpu(), rtol=0, atol=0, equal_nan=True)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+def ulps(x: Tensor, oracle: Tensor) -> Tensor:
+    """Error of each element in units in the last place of x's dtype, at the element's magnitude or the tensor's.
+
+    An element that nearly cancelled carries the error of the terms that cancelled, so the root mean square of the
+    tensor is the smallest magnitude at which an error is judged.
+    """
+    oracle = oracle.double()
+    magnitude = oracle.abs().clamp(min=oracle.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny))
+    ulp = torch.finfo(x.dtype).eps * 2.0 ** magnitude.log2().floor()
+    return (x.double() - oracle).abs() / ulp
+
+
+QUANTILES = torch.tensor([0.5, 0.9, 0.99, 0.999, 1.0], dtype=torch.float64)
+
+
+def assert_no_worse(ours: dict[str, Tensor], torchs: dict[str, Tensor], oracle: dict[str, Tensor]) -> None:
+    """The tolerance: our error against the oracle is at most torch's plus 1 ulp, at each quantile up to the maximum."""
+    for name, truth in oracle.items():
+        if not truth.numel() or name.endswith(".step") or name not in torchs:
+            continue
+        mine = ulps(ours[name].cpu(), truth.cpu()).flatten().quantile(QUANTILES)
+        bound = ulps(torchs[name].cpu(), truth.cpu()).flatten().quantile(QUANTILES) + 1
+        assert (mine <= bound).all(), f"{name}: our errors (ulp) {mine.tolist()} exceed {bound.tolist()}"

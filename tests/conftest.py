@@ -1,0 +1,27 @@
+"""Devices and backends: every test that takes ``target`` runs once on each of them."""
+
+import pytest
+import torch
+
+from fused_adamw import backends
+from tests import cases
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        marked = [
+            pytest.param(t, marks=pytest.mark.gpu if t.device == "cuda" else (), id=str(t)) for t in cases.TARGETS
+        ]
+        metafunc.parametrize("target", marked)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if backends.native() is None:
+        pytest.exit(f"the suite tests the native extension: {backends.BACKENDS[0].missing()}", returncode=1)

@@ -1,0 +1,188 @@
+"""Negative controls: the suite's own checks, run on code broken on purpose, have to fail."""
+
+import ctypes
+import shutil
+import subprocess
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fused_adamw import backends, plan, reference, scalars
+from tests import cases, exact, test_error, test_plan, test_reference
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def fails(check, *args):
+    with pytest.raises(AssertionError):
+        check(*args)
+
+
+# ---- wrong numbers, wrong memory: found by the checks on the optimizer
+
+
+def mutate_row(monkeypatch, **changes):
+    """Rows of scalars with these fields computed from the true row."""
+    true = scalars.adam
+
+    def wrong(group, step):
+        row = true(group, step)
+        return row._replace(**{name: change(row) for name, change in changes.items()})
+
+    monkeypatch.setitem(scalars.ROWS, "adam", wrong)
+
+
+MUTANTS = {
+    "beta2 truncated to bf16": {"w2": lambda row: 1 - float(torch.tensor(1 - row.w2).bfloat16())},
+    "eps left out": {"eps": lambda row: 0.0},
+    "decay and l2 swapped": {"decay": lambda row: row.l2, "l2": lambda row: row.decay},
+    "decay left out": {"decay": lambda row: 0.0},
+    "bias correction in float32": {"step_size": lambda row: row.step_size * (1 + 1.7e-4)},
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_wrong_scalars_are_seen(mutant, monkeypatch):
+    """Of every launch, the oracle's included, so torch in float64 is the judge."""
+    name, options = "AdamW", {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.3}
+    test_reference.test_float64_equals_torch(name, options, cases.CPU)
+    mutate_row(monkeypatch, **MUTANTS[mutant])
+    fails(test_reference.test_float64_equals_torch, name, options, cases.CPU)
+
+
+def test_the_tolerance_sees_a_factor_rounded_to_float32(monkeypatch):
+    """1 - lr * wd in float32, torch's way: no error to torch's eyes, one of 100 ulp to ours after 1000 steps."""
+    true = reference.decayed
+
+    def rounded(p, g, decay, l2, grad_factor):
+        if p.dtype is torch.float64:
+            return true(p, g, decay, l2, grad_factor)
+        return p * float(np.float32(1 - decay)), grad_factor * g
+
+    monkeypatch.setattr(reference, "decayed", rounded)
+    options = {"lr": 1e-3, "weight_decay": 0.1}
+    target = cases.Target("cpu", "reference")
+    for _, ours, _, truth in test_error.trajectories("AdamW", options, target, (300,)):
+        assert cases.ulps(ours["0.p"], truth["0.p"]).median() > 15
+
+
+def mutate(monkeypatch, rows=lambda rows: rows, scalars=lambda scalars: scalars):
+    """The native backend, with its rows changed before it sees them, or its scalars before each launch."""
+    cpu = backends.BACKENDS[0]
+
+    def prepare(watch, true_rows):
+        run = cpu.prepare(watch, rows(true_rows))
+        return lambda true_scalars: run(scalars(true_scalars))
+
+    wrong = backends.Backend(cpu.name, cpu.devices, prepare)
+    monkeypatch.setattr(backends, "BACKENDS", (wrong, *backends.BACKENDS[1:]))
+
+
+def test_sentinels_see_a_skipped_tail(monkeypatch):
+    def cut(t):
+        return t.view(-1)[:-1]
+
+    def change(rows):
+        return [plan.Row(r.slot, r.rule, r.param, cut(r.p), tuple(map(cut, r.states)), cut(r.grad())) for r in rows]
+
+    mutate(monkeypatch, rows=change)
+    fails(test_plan.check_sentinels, cases.CPU)
+
+
+def test_sentinels_see_an_element_too_many(monkeypatch):
+    def more(t):
+        return torch.cat([t, t[:1]])
+
+    def change(rows):
+        wide = [torch.as_strided(r.p, (len(r.p) + 1,), (1,)) for r in rows]
+        grown = [(tuple(map(more, r.states)), more(r.grad())) for r in rows]
+        return [plan.Row(r.slot, r.rule, r.param, p, *g) for r, p, g in zip(rows, wide, grown, strict=True)]
+
+    mutate(monkeypatch, rows=change)
+    fails(test_plan.check_sentinels, cases.CPU)
+
+
+def test_layouts_see_mispaired_gradients(monkeypatch):
+    monkeypatch.setattr(plan, "same_layout", lambda a, b: True)
+    fails(test_plan.check_mismatched_gradients, cases.CPU)
+
+
+def test_lists_see_a_wrong_row_of_scalars(monkeypatch):
+    mutate(monkeypatch, scalars=lambda scalars: scalars[::-1])
+    test_plan.check_list([(5,)] * 40, cases.CPU)  # one group: nothing to confuse
+    fails(test_plan.check_list, [(5,)] * 40, cases.CPU, 20)
+
+
+def test_lists_see_a_tensor_left_out(monkeypatch):
+    mutate(monkeypatch, rows=lambda rows: rows[:-1] if len(rows) > 1 else rows)
+    fails(test_plan.check_list, [(5,)] * 1000, cases.CPU)
+
+
+# ---- a wrong kernel: the C++ is mutated, compiled, and compared with the exact sequence
+
+MUTATIONS = {
+    "as it is": None,
+    "a decay with two roundings": ("p(fma(-decay, p0, p0))", "p(p0 - decay * p0)"),
+    "beta1 for beta2": ("fma(s.w2, x.g * x.g, fma(-s.w2, v, v))", "fma(s.w1, x.g * x.g, fma(-s.w1, v, v))"),
+    "a moment with three roundings": (
+        "fma(s.w2, x.g * x.g, fma(-s.w2, v, v))",
+        "s.w2 * (x.g * x.g) + fma(-s.w2, v, v)",
+    ),
+    "eps inside the root": (
+        "fma(std::sqrt(second), s.inv_sqrt_bc2, s.eps)",
+        "std::sqrt(second + s.eps) * s.inv_sqrt_bc2",
+    ),
+    "an update with two roundings": ("fma(-s.step_size, m / denom, x.p)", "x.p - s.step_size * (m / denom)"),
+    "a reciprocal": ("m / denom", "m * (T(1) / denom)"),
+    "decay and l2 swapped": (
+        "x(s.decay, s.l2, s.grad_factor, p0, g0);\n    m =",
+        "x(s.l2, s.decay, s.grad_factor, p0, g0);\n    m =",
+    ),
+    "a skipped tail": ("for (; i < n; ++i) element(i);", ""),
+}
+ENTRY = """
+extern "C" void step(float* p, float* g, float* m, float* v, long n, const double* scalars) {
+  using namespace fused_adamw;
+  const Row row{p, g, {m, v, nullptr}, n, 0, Rule::adam, Format::f32, Format::f32, Format::f32};
+  step_cpu(&row, 1, scalars, 0);
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutated_kernel_is_seen(name, tmp_path):
+    source = "".join((CSRC / f).read_text() for f in ("rules.h", "formats.h", "step.h", "step_cpu.cpp"))
+    source = source.replace("#pragma once", "").replace('#include "', '// #include "') + ENTRY
+    if MUTATIONS[name]:
+        assert source.count(MUTATIONS[name][0]) == 1
+        source = source.replace(*MUTATIONS[name])
+    (tmp_path / "step.cpp").write_text(source)
+    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
+    subprocess.run(["g++", *flags, str(tmp_path / "step.cpp"), "-o", str(tmp_path / "step.so")], check=True)
+
+    n = 200
+    rng = np.random.default_rng(0)
+    p, g, m = (rng.standard_normal(n).astype(np.float32) for _ in range(3))
+    streams = [p, g, m, rng.random(n).astype(np.float32) * 1e-2]
+    row = scalars.adam(
+        {
+            "lr": 1e-2,
+            "betas": (0.9, 0.999),
+            "eps": 1e-3,
+            "weight_decay": 30.0,
+            "decoupled_weight_decay": True,
+            "decouple_lr": False,
+            "maximize": False,
+        },
+        7,
+    )
+    s = {k: Fraction(float(np.float32(v))) for k, v in row._asdict().items()}
+    wanted = [exact.adam(s, *(Fraction(float(x)) for x in e)) for e in zip(*streams, strict=True)]
+    arguments = [x.ctypes.data_as(ctypes.c_void_p) for x in streams]
+    ctypes.CDLL(str(tmp_path / "step.so")).step(*arguments, ctypes.c_long(n), (ctypes.c_double * 8)(*row))
+    got = [tuple(Fraction(float(x)) for x in e) for e in zip(streams[0], streams[2], streams[3], strict=True)]
+    assert (got == wanted) == (name == "as it is")

@@ -1,0 +1,182 @@
+"""Bad input: what the message says, and that nothing was written when it is raised."""
+
+import re
+
+import pytest
+import torch
+
+import fused_adamw
+from tests import cases
+
+
+def optimizer_of(bad, target, **options):
+    """Two good parameters in group 0, a good and the bad one in group 1, all with gradients."""
+    good = cases.parameters([(3,), (4,), (5,)], device=target.device)
+    cases.set_gradients(good, 1)
+    groups = [{"params": good[:2]}, {"params": [good[2], bad]}]
+    return cases.make("AdamW", groups, options, backend=target.backend)
+
+
+def with_gradient(p, g):
+    p.grad = g
+    return p
+
+
+def sparse_like(g):
+    return torch.sparse_coo_tensor(
+        torch.tensor([[0] * g.dim()]).T, [1.0], g.shape, device=g.device, check_invariants=False
+    )
+
+
+def broken(kind, device):
+    """A parameter that cannot be stepped, and what the message must hold."""
+    p = torch.nn.Parameter(torch.ones(2, 3, device=device))
+    g = torch.ones(2, 3, device=device)
+    if kind == "sparse":
+        return with_gradient(p, sparse_like(g)), RuntimeError, "gradient is sparse.*sparse=False"
+    if kind == "integer":
+        p = torch.nn.Parameter(torch.ones(2, 3, device=device, dtype=torch.int64), requires_grad=False)
+        return with_gradient(p, torch.ones_like(p)), TypeError, "the parameter is torch.int64.*leave the parameter out"
+    if kind == "float8":
+        p = torch.nn.Parameter(torch.ones(2, 3, device=device).to(torch.float8_e4m3fn))
+        return with_gradient(p, torch.ones_like(p)), TypeError, "the parameter is torch.float8_e4m3fn"
+    if kind == "shape":
+        with_gradient(p, g).data = torch.ones(3, 3, device=device)
+        return p, ValueError, r"gradient has shape \[2, 3\].*p.grad = None"
+    if kind == "complex":
+        with_gradient(p, g).data = torch.ones(2, 3, device=device, dtype=torch.complex64)
+        return p, TypeError, "parameter is torch.complex64, its gradient torch.float32"
+    if kind == "expanded":
+        p = torch.nn.Parameter(torch.ones(2, 1, device=device).expand(2, 3))
+        return with_gradient(p, g), ValueError, "share memory.*clone"
+    if kind == "conjugate":
+        p = torch.nn.Parameter(torch.ones(2, 3, device=device, dtype=torch.complex64).conj())
+        return with_gradient(p, torch.ones_like(p)), ValueError, "resolve_conj"
+    if kind == "no memory":
+        p = torch.nn.Parameter(Wrapper(g))
+        return with_gradient(p, Wrapper(g)), TypeError, "Wrapper on .* without memory.*plain tensors"
+    if kind == "meta":
+        p = torch.nn.Parameter(torch.ones(2, 3, device="meta"))
+        return with_gradient(p, torch.ones(2, 3, device="meta")), TypeError, "on meta without memory"
+    raise AssertionError(kind)
+
+
+class Wrapper(torch.Tensor):
+    """A subclass that wraps another tensor and has no memory of its own, as DTensor and the like."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(func)
+
+
+KINDS = ["sparse", "integer", "float8", "shape", "complex", "expanded", "conjugate", "no memory", "meta"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_tensor(kind, target):
+    bad, error, text = broken(kind, target.device)
+    optimizer = optimizer_of(bad, target)
+    good = [p for group in optimizer.param_groups for p in group["params"] if p is not bad]
+    before = [p.detach().clone() for p in good]
+    where = re.escape(f"AdamW: group 1, parameter 1 (shape {list(bad.shape)}): ")
+    for _ in range(2):  # and again: a failed step leaves nothing half-made behind
+        with pytest.raises(error, match=where + ".*" + text):
+            optimizer.step()
+    assert not optimizer.state
+    assert all(torch.equal(p, b) for p, b in zip(good, before, strict=True))
+    bad.grad = None
+    optimizer.step()
+    assert not any(torch.equal(p, b) for p, b in zip(good, before, strict=True))
+
+
+def test_bad_tensor_is_named_when_it_has_a_name(target):
+    model = torch.nn.Linear(2, 3).to(target.device)
+    optimizer = cases.make("SGD", model.named_parameters(), {}, backend=target.backend)
+    model.bias.grad = sparse_like(torch.ones(3, device=target.device))
+    with pytest.raises(
+        RuntimeError, match=r"SGD: group 0, parameter 1 \('bias', shape \[3\]\): its gradient is sparse"
+    ):
+        optimizer.step()
+
+
+def test_parameter_given_twice(target):
+    p = cases.parameters([(3,)], device=target.device)[0]
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = cases.make("AdamW", [p, p], {}, backend=target.backend)
+    with pytest.raises(ValueError, match=r"parameter 1 \(shape \[3\]\) is AdamW: group 0, parameter 0 .* as well"):
+        optimizer.step()
+
+
+def test_state_of_another_shape(target):
+    p = cases.parameters([(3,)], device=target.device)[0]
+    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = torch.zeros(4, device=target.device)
+    with pytest.raises(ValueError, match=r"state 'exp_avg' has shape \[4\]"):
+        optimizer.step()
+
+
+def test_narrow_state_of_float64_parameters(target):
+    p = cases.parameters([(3,)], torch.float64, target.device)[0]
+    optimizer = cases.make("AdamW", [p], {"state_dtype": torch.bfloat16}, backend=target.backend)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match="state_dtype=torch.bfloat16 is not supported: give this group"):
+        optimizer.step()
+
+
+BAD_OPTIONS = [
+    ("AdamW", {"lr": -1.0}, "Invalid learning rate: -1.0"),
+    ("AdamW", {"lr": float("nan")}, "Invalid learning rate: nan"),
+    ("AdamW", {"lr": torch.tensor([1.0, 2.0])}, "Tensor lr must be 1-element"),
+    ("AdamW", {"eps": -1.0}, "Invalid epsilon value: -1.0"),
+    ("Adam", {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+    ("Adam", {"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
+    ("AdamW", {"weight_decay": -0.5}, "Invalid weight_decay value: -0.5"),
+    ("SGD", {"lr": -0.5}, "Invalid learning rate: -0.5"),
+    ("SGD", {"momentum": -0.5}, "Invalid momentum value: -0.5"),
+    ("SGDW", {"weight_decay": -0.5}, "Invalid weight_decay value: -0.5"),
+    ("SGDW", {"nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
+    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "Nesterov momentum requires"),
+    ("Adam", {"decouple_lr": True}, "needs decoupled weight decay: use AdamW or SGDW"),
+    ("AdamW", {"decouple_lr": True, "lr": 0.0}, "make the group with a positive lr"),
+    ("AdamW", {"state_dtype": torch.int8}, "state_dtype=torch.int8: must be one of torch.float32"),
+    ("AdamW", {"backend": "cudnn"}, "no backend 'cudnn': there are 'cpu', 'reference'"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "text"), BAD_OPTIONS, ids=cases.name_of)
+def test_bad_option(name, options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        getattr(fused_adamw, name)(cases.parameters([(3,)]), **options)
+
+
+def test_bad_option_of_a_group():
+    a, b = cases.parameters([(3,), (3,)])
+    with pytest.raises(ValueError, match=r"Invalid learning rate: -2 \(group 1\)"):
+        fused_adamw.AdamW([{"params": [a]}, {"params": [b], "lr": -2}])
+    optimizer = fused_adamw.SGD([a])
+    with pytest.raises(ValueError, match=r"Invalid momentum value: -1 \(group 1\)"):
+        optimizer.add_param_group({"params": [b], "momentum": -1})
+
+
+@pytest.mark.parametrize(
+    "option", [{"foreach": True}, {"fused": False}, {"capturable": True}, {"differentiable": True}]
+)
+def test_refused_with_a_remedy(option):
+    with pytest.raises(RuntimeError, match=r"Adam\(.*\) is not supported: .*(use|drop)"):
+        fused_adamw.Adam(cases.parameters([(3,)]), **option)
+
+
+def test_typing_error_in_an_argument():
+    with pytest.raises(TypeError, match="weight_deacy"):
+        fused_adamw.AdamW(cases.parameters([(3,)]), weight_deacy=0.1)

@@ -1,0 +1,283 @@
+"""The classes as a user of torch.optim meets them."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+
+import fused_adamw
+from tests import cases
+
+NAMES = ["AdamW", "Adam", "SGD"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signature_is_torchs_and_ours_after_it(name):
+    ours, torchs = (inspect.signature(getattr(module, name)).parameters for module in (fused_adamw, torch.optim))
+    for key, wanted in torchs.items():
+        assert ours[key].default == wanted.default
+        assert ours[key].kind == wanted.kind
+    order = [k for k, v in ours.items() if v.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert order == [k for k, v in torchs.items() if v.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
+def test_docstring_example(doctest_namespace):
+    import doctest
+
+    from fused_adamw import optimizers
+
+    assert doctest.testmod(optimizers).attempted > 0
+    assert doctest.testmod(optimizers).failed == 0
+
+
+def train(optimizer, model, steps, scheduler=None, start=0):
+    device = next(model.parameters()).device
+    losses = []
+    for t in range(start, start + steps):
+        generator = torch.Generator().manual_seed(t)
+        x = torch.randn(16, 8, generator=generator).to(device)
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def network(device="cpu"):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 1)).to(device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_follows_torch(name, target):
+    """Under OneCycleLR, which moves the learning rate and the first beta or the momentum at every step."""
+    losses = []
+    for module, options in ((torch.optim, {}), (fused_adamw, {"backend": target.backend})):
+        model = network(target.device)
+        extra = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(module, name)(model.parameters(), lr=1e-3, weight_decay=0.01, **extra, **options)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=60)
+        losses.append(train(optimizer, model, 60, scheduler))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1][-1] < losses[1][0] / 2
+
+
+def test_closure(target):
+    p = cases.parameters([(3,)], device=target.device)[0]
+    optimizer = cases.make("SGD", [p], {"lr": 0.1}, backend=target.backend)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+def test_step_without_gradients_and_under_no_grad(target):
+    p = cases.parameters([(3,)], device=target.device)[0]
+    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
+    assert optimizer.step() is None
+    assert not optimizer.state
+    p.grad = torch.ones_like(p)
+    with torch.no_grad():
+        optimizer.step()
+    assert p.requires_grad
+    assert optimizer.state[p]["step"].item() == 1
+
+
+def test_parameter_is_changed_in_place(target):
+    """Whoever else holds the tensor sees the step: the storage stays."""
+    p = cases.parameters([(3,)], device=target.device)[0]
+    address, alias = p.data_ptr(), p.detach()
+    p.grad = torch.ones_like(p)
+    cases.make("AdamW", [p], {}, backend=target.backend).step()
+    assert p.data_ptr() == address
+    assert torch.equal(alias, p)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "SGDW"])
+def test_first_step_of_momentum_is_not_dampened_nor_counted_twice(name, target):
+    """A parameter whose gradient comes late has its first step then."""
+    options = {} if "Adam" in name else {"momentum": 0.9, "dampening": 0.5, "lr": 1.0}
+    late, early = cases.parameters([(3,), (3,)], device=target.device)
+    optimizer = cases.make(name, [early, late], options, backend=target.backend)
+    for t in range(4):
+        early.grad = torch.ones_like(early)
+        late.grad = torch.ones_like(late) if t == 3 else None
+        optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in (early, late)] == [4, 1]
+    if "momentum" in options:
+        assert torch.equal(optimizer.state[late]["momentum_buffer"], torch.ones_like(late))
+
+
+def test_decay_without_gradient(target):
+    """Three conventions: torch's lr * wd, the paper's (lr / base_lr) * wd, and none for L2 at zero gradient in SGD."""
+    factors = {}
+    for name, options in (
+        ("AdamW", {}),
+        ("AdamW", {"decouple_lr": True}),
+        ("SGDW", {"decouple_lr": True}),
+    ):
+        p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64, device=target.device))
+        optimizer = cases.make(name, [p], {"lr": 0.01, "weight_decay": 0.1, **options}, backend=target.backend)
+        optimizer.param_groups[0]["lr"] = 0.005
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        factors[(name, *options)] = 1 - p.item()
+    assert factors == pytest.approx({("AdamW",): 0.0005, ("AdamW", "decouple_lr"): 0.05, ("SGDW", "decouple_lr"): 0.05})
+
+
+def test_lr_of_zero_changes_no_weight(target):
+    p = cases.parameters([(9,)], device=target.device)[0]
+    before = p.detach().clone()
+    optimizer = cases.make("AdamW", [p], {"decouple_lr": True, "weight_decay": 0.5}, backend=target.backend)
+    optimizer.param_groups[0]["lr"] = 0.0
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_lr_as_a_tensor_and_back(target):
+    a, b = (cases.parameters([(9,)], device=target.device)[0] for _ in range(2))
+    x, y = (
+        cases.make("AdamW", [p], {"lr": lr}, backend=target.backend) for p, lr in ((a, 0.01), (b, torch.tensor(0.5)))
+    )
+    y.param_groups[0]["lr"].fill_(0.01)
+    for lr in (None, 0.02):
+        if lr:
+            x.param_groups[0]["lr"] = y.param_groups[0]["lr"] = lr
+        a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+        x.step()
+        y.step()
+    torch.testing.assert_close(a, b)
+
+
+# ---- state
+
+
+@pytest.mark.parametrize(("name", "options"), [*cases.SHARED, *cases.OURS], ids=cases.name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name_of)
+@pytest.mark.parametrize("way", ["state_dict", "torch.save", "deepcopy", "pickle"])
+def test_resume_is_exact(name, options, dtype, way, target):
+    """Save after 3 steps, go on for 3: the bits of 6 steps without a break, also with bf16 parameters."""
+    params = cases.parameters([(9,), (2, 3)], dtype, target.device)
+    optimizer = cases.make(name, params, options, backend=target.backend)
+
+    def steps(optimizer, times):
+        for t in times:
+            cases.set_gradients(optimizer.param_groups[0]["params"], t)
+            optimizer.step()
+
+    steps(optimizer, range(3))
+    if way in ("state_dict", "torch.save"):
+        saved = optimizer.state_dict()
+        if way == "torch.save":
+            file = io.BytesIO()
+            torch.save(saved, file)
+            file.seek(0)
+            saved = torch.load(file, weights_only=True)
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        resumed = cases.make(name, twins, options, backend=target.backend)
+        resumed.load_state_dict(saved)
+    else:
+        resumed = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    assert resumed.backend == optimizer.backend
+    steps(resumed, range(3, 6))
+    steps(optimizer, range(3, 6))
+    cases.assert_same_bits(cases.tensors_of(resumed), cases.tensors_of(optimizer))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("implementation", [{}, {"foreach": True}, {"fused": True}])
+def test_checkpoints_of_torch_load_and_ours_load_into_torch(name, implementation, target):
+    extra = {"momentum": 0.9} if name == "SGD" else {}
+    mine, theirs = (cases.parameters([(9,), (2, 3)], device=target.device) for _ in range(2))
+    a = cases.make(name, mine, extra, backend=target.backend)
+    b = getattr(torch.optim, name)(theirs, **extra, **implementation)
+
+    def steps(times):
+        for t in times:
+            cases.set_gradients(mine, t)
+            cases.set_gradients(theirs, t)
+            a.step()
+            b.step()
+
+    steps(range(3))
+    ours, torchs = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
+    a.load_state_dict(torchs)
+    b.load_state_dict(ours)
+    steps(range(3, 6))
+    for p, q in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+        if name != "SGD":  # torch's does not count; ours does, and ignores it beyond the first step
+            assert b.state[q]["step"].item() == a.state[p]["step"].item() == 6
+
+
+def test_loading_shares_nothing_and_keeps_the_declared_dtypes(target):
+    p = cases.parameters([(9,)], torch.bfloat16, target.device)[0]
+    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    twin = torch.nn.Parameter(p.detach().clone())
+    other = cases.make("AdamW", [twin], {}, backend=target.backend)
+    other.load_state_dict(saved)
+    assert other.state[twin]["exp_avg"].dtype is torch.float32
+    assert torch.equal(other.state[twin]["exp_avg"], optimizer.state[p]["exp_avg"])
+    for key in ("step", "exp_avg"):
+        assert other.state[twin][key].data_ptr() != optimizer.state[p][key].data_ptr()
+    narrow = cases.make("AdamW", [twin], {"state_dtype": torch.bfloat16}, backend=target.backend)
+    narrow.load_state_dict(saved)
+    assert narrow.state[twin]["exp_avg"].dtype is torch.bfloat16
+
+
+def test_loading_runs_the_users_hooks(target):
+    p = cases.parameters([(3,)], device=target.device)[0]
+    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    seen = []
+
+    def before(_, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        state_dict["state"][0]["exp_avg"].fill_(7.0)
+        return state_dict
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.state[p]["exp_avg"].clone()))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert (seen[0] == 7).all()
+
+
+def test_moments_keep_the_dtype_they_were_declared_with(target):
+    p = cases.parameters([(3,)], torch.float16, target.device)[0]
+    p.grad = torch.ones_like(p)
+    for declared, expected in ((None, torch.float32), (torch.float16, torch.float16), (torch.float64, torch.float64)):
+        optimizer = cases.make("AdamW", [p], {"state_dtype": declared}, backend=target.backend)
+        optimizer.step()
+        assert {k: v.dtype for k, v in optimizer.state[p].items()} == {
+            "step": torch.float32,
+            "exp_avg": expected,
+            "exp_avg_sq": expected,
+        }
+
+
+def test_repr_and_hooks(target):
+    p = cases.parameters([(3,)], device=target.device)[0]
+    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert calls == ["before", "after"]
+    assert "weight_decay: 0.01" in repr(optimizer)

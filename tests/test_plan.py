@@ -1,0 +1,308 @@
+"""Which memory is stepped: layouts, offsets, lists, late gradients, and everything that makes a plan stale."""
+
+import pytest
+import torch
+
+from fused_adamw import backends, plan
+from tests import cases
+
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}
+
+
+def plain_twin(p):
+    """A contiguous parameter of the same values, with the same gradient."""
+    twin = torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
+    twin.grad = None if p.grad is None else p.grad.clone(memory_format=torch.contiguous_format)
+    return twin
+
+
+def check_against_twins(params, target, steps=2):
+    """Stepping these parameters gives the bits that contiguous copies of them get."""
+    twins = [plain_twin(p) for p in params]
+    a, b = (cases.make("AdamW", ps, OPTIONS, backend=target.backend) for ps in (params, twins))
+    for _ in range(steps):
+        a.step()
+        b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+# ---- offsets and layouts
+
+
+def check_sentinels(target, n=150):
+    """Views slid over a buffer of sentinels; the whole buffer is compared: tails, misalignment, out of bounds."""
+    for offset in range(41):
+        buffers = [torch.full((n + 60,), 42.0, device=target.device) for _ in range(2)]
+        p, g = (torch.nn.Parameter(b[offset : offset + n]) for b in buffers)
+        p.data.copy_(torch.linspace(-1, 1, n))
+        p.grad = g.data.copy_(torch.linspace(1, 2, n))
+        twin = plain_twin(p)
+        cases.make("AdamW", [p], OPTIONS, backend=target.backend).step()
+        cases.make("AdamW", [twin], OPTIONS, backend="reference").step()
+        outside = torch.ones(n + 60, dtype=torch.bool, device=target.device)
+        outside[offset : offset + n] = False
+        torch.testing.assert_close(p.detach(), twin.detach(), msg=lambda m, offset=offset: f"offset {offset}: {m}")
+        assert all((b[outside] == 42).all() for b in buffers), f"offset {offset}: written beside the parameter"
+
+
+def test_sentinels(target):
+    check_sentinels(target)
+
+
+def layouts(device):
+    """Parameters in every layout, each with a gradient in its own and in another."""
+    base = cases.parameters([(6, 5, 4, 3), (8, 6), (40,), (1, 7, 1, 1), (8, 6), (6, 5, 4, 3)], device=device)
+    last = torch.nn.Parameter(base[0].detach().to(memory_format=torch.channels_last))
+    transposed = torch.nn.Parameter(base[1].detach().t())
+    sliced = torch.nn.Parameter(base[4].detach()[:, 1:4])
+    every_other = torch.nn.Parameter(base[2].detach()[::2])
+    params = [last, transposed, sliced, every_other, base[3], torch.nn.Parameter(base[5].detach().permute(2, 0, 3, 1))]
+    for i, p in enumerate(params):
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(device)
+        p.grad = torch.empty_like(p).copy_(g)
+    return params
+
+
+def check_mismatched_gradients(target):
+    """A gradient whose strides differ from the parameter's is paired by index, not by address."""
+    p = cases.parameters([(4, 6)], device=target.device)[0]
+    square = cases.parameters([(5, 5)], device=target.device)[0]
+    p.grad = torch.randn(6, 4, device=target.device).t()
+    square.grad = torch.randn(5, 5, device=target.device).t()
+    check_against_twins([p, square], target)
+
+
+def test_layouts(target):
+    check_against_twins(layouts(target.device), target)
+
+
+def test_gradients_laid_out_unlike_the_parameter(target):
+    check_mismatched_gradients(target)
+    params = layouts(target.device)
+    for p in params:
+        p.grad = p.grad.clone(memory_format=torch.contiguous_format)
+    check_against_twins(params, target)
+
+
+def test_expanded_gradient(target):
+    p = cases.parameters([(4, 6)], device=target.device)[0]
+    p.grad = torch.ones((), device=target.device).expand(4, 6)
+    check_against_twins([p], target)
+
+
+def test_sliced_parameter_leaves_the_gaps_alone(target):
+    buffer = torch.full((8, 6), 42.0, device=target.device)
+    p = torch.nn.Parameter(buffer[:, 1:4])
+    p.grad = torch.ones_like(p)
+    cases.make("AdamW", [p], OPTIONS, backend=target.backend).step()
+    assert (buffer[:, [0, 4, 5]] == 42).all()
+    assert (buffer[:, 1:4] != 42).all()
+
+
+def test_complex_is_two_reals(target):
+    p = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.complex64, device=target.device))
+    p.grad = torch.randn(5, 3, dtype=torch.complex64, device=target.device).conj()
+    flat = torch.nn.Parameter(torch.view_as_real(p.detach()).clone())
+    flat.grad = torch.view_as_real(p.grad.resolve_conj()).clone()
+    a, b = (cases.make("AdamW", [x], OPTIONS, backend=target.backend) for x in (p, flat))
+    for _ in range(2):
+        a.step()
+        b.step()
+    assert torch.equal(torch.view_as_real(p.detach()), flat.detach())
+    assert a.state[p]["exp_avg"].dtype is torch.complex64
+
+
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=cases.name_of)
+@pytest.mark.parametrize("grad_dtype", plan.DTYPES, ids=cases.name_of)
+@pytest.mark.parametrize("state_dtype", [None, *plan.DTYPES], ids=cases.name_of)
+def test_any_mix_of_dtypes(dtype, grad_dtype, state_dtype, target):
+    """The update is float32's (float64's) of the values as stored, rounded once into the storage."""
+    if dtype is torch.float64 and state_dtype in (torch.bfloat16, torch.float16):
+        return  # refused: test_errors
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    params = cases.parameters([(70,), (3, 5)], dtype, target.device)
+    wide = [torch.nn.Parameter(p.detach().to(compute)) for p in params]
+    a = cases.make("AdamW", params, OPTIONS, backend=target.backend, state_dtype=state_dtype)
+    b = cases.make("AdamW", wide, OPTIONS, backend=target.backend)
+    cases.set_gradients(params, 1, grad_dtype)
+    for p, q in zip(params, wide, strict=True):
+        q.grad = p.grad.to(compute)
+    a.step()
+    b.step()
+    wanted = cases.tensors_of(b)
+    stored = state_dtype or compute
+    for key, x in cases.tensors_of(a).items():
+        assert x.dtype is (dtype if key.endswith(".p") else torch.float32 if key.endswith("step") else stored)
+        assert torch.equal(x, wanted[key].to(x.dtype)), key
+
+
+# ---- lists
+
+
+def check_list(shapes, target, groups=1):
+    """A list of tensors in groups of different options is stepped as each tensor alone would be."""
+    params = cases.parameters(shapes, device=target.device)
+    cases.set_gradients(params, 1)
+    options = [{"lr": 1e-3 * (1 + i % 28), "weight_decay": 0.01 * (i % 5)} for i in range(groups)]
+    together = cases.make(
+        "AdamW", [{"params": params[i::groups], **o} for i, o in enumerate(options)], {}, backend=target.backend
+    )
+    before = [p.detach().clone() for p in params]
+    together.step()
+    for i, (p, start) in enumerate(zip(params, before, strict=True)):
+        alone = torch.nn.Parameter(start)
+        alone.grad = p.grad
+        cases.make(
+            "AdamW", [alone], options[i % groups], backend="reference" if target.backend == "reference" else "cpu"
+        ).step()
+        assert torch.equal(p, alone), f"parameter {i}"
+
+
+def test_1000_tensors(target):
+    check_list([(1 + i % 37,) for i in range(1000)], target)
+
+
+def test_465_groups(target):
+    check_list([(1 + i % 37,) for i in range(930)], target, groups=465)
+
+
+def test_one_launch_for_a_device(target):
+    params = cases.parameters(cases.SHAPES, device=target.device)
+    params += cases.parameters(cases.SHAPES, torch.bfloat16, target.device)
+    optimizer = cases.make(
+        "AdamW", [{"params": params[::2]}, {"params": params[1::2], "amsgrad": True}], {}, backend=target.backend
+    )
+    cases.set_gradients(params, 1)
+    optimizer.step()
+    assert len(optimizer._plans) == 1
+
+
+# ---- what makes a plan stale, and what does not
+
+
+@pytest.fixture(params=["native", "python"])
+def watch(request, monkeypatch):
+    """Both implementations of the watch: the extension's, and the one for when that is missing."""
+    if request.param == "python":
+        monkeypatch.setattr(backends, "native", lambda: None)
+    return request.param
+
+
+class Pair:
+    """Two parameters under the reference backend (which works with both watches) and torch.optim's AdamW."""
+
+    def __init__(self, **options):
+        self.ours, self.torchs = cases.parameters([(5,), (2, 3)]), cases.parameters([(5,), (2, 3)])
+        self.a = cases.make("AdamW", self.ours, options, backend="reference")
+        self.b = torch.optim.AdamW(self.torchs, **options)
+        self.t = 0
+
+    def step(self, which=(0, 1)):
+        self.t += 1
+        for ps in (self.ours, self.torchs):
+            for p in ps:
+                p.grad = None
+            cases.set_gradients([ps[i] for i in which], self.t)
+        self.a.step()
+        self.b.step()
+        for p, q in zip(self.ours, self.torchs, strict=True):
+            torch.testing.assert_close(p, q)
+
+    def builds(self, monkeypatch):
+        built = []
+        original = plan.build
+        monkeypatch.setattr(plan, "build", lambda optimizer: built.append(1) or original(optimizer))
+        return built
+
+
+def test_moving_gradients_need_no_new_plan(watch, monkeypatch):
+    if watch == "python":
+        pytest.skip("the Python watch builds anew whenever a gradient moves")
+    pair = Pair()
+    pair.step()
+    built = pair.builds(monkeypatch)
+    keep = []
+    for _ in range(5):
+        pair.step()
+        keep.append([p.grad for p in pair.ours])
+        pair.a.param_groups[0]["lr"] = pair.b.param_groups[0]["lr"] = 1e-3 * pair.t
+    assert not built
+    assert len({g.data_ptr() for grads in keep for g in grads}) == 10
+
+
+def test_late_and_absent_gradients(watch):
+    pair = Pair()
+    for which in ((0,), (0,), (0, 1), (1,), (), (0, 1)):
+        pair.step(which)
+    assert [pair.a.state[p]["step"].item() for p in pair.ours] == [4, 3]
+
+
+def test_frozen_parameters(watch):
+    pair = Pair()
+    for ps in (pair.ours, pair.torchs):
+        ps[0].requires_grad_(False)
+    pair.step((1,))
+    assert pair.ours[0] not in pair.a.state
+
+
+def test_parameter_data_replaced(watch):
+    pair = Pair()
+    pair.step()
+    for ps in (pair.ours, pair.torchs):
+        ps[0].data = torch.arange(5.0)
+        ps[1].data = ps[1].data.t().contiguous().t()
+    pair.step()
+
+
+def test_states_replaced(watch):
+    pair = Pair()
+    pair.step()
+    for optimizer, ps in ((pair.a, pair.ours), (pair.b, pair.torchs)):
+        optimizer.state[ps[0]]["exp_avg"] = torch.ones(5)
+        optimizer.state[ps[1]]["exp_avg_sq"].data = torch.ones(2, 3)
+        optimizer.state[ps[1]]["step"] = torch.tensor(10.0)
+    pair.step()
+    for optimizer, ps in ((pair.a, pair.ours), (pair.b, pair.torchs)):
+        del optimizer.state[ps[0]]
+    pair.step()
+    for optimizer in (pair.a, pair.b):
+        optimizer.state.clear()
+    pair.step()
+    for optimizer in (pair.a, pair.b):
+        optimizer.state = type(optimizer.state)(dict)
+    pair.step()
+
+
+def test_groups_changed(watch):
+    pair = Pair()
+    pair.step()
+    extra = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    for optimizer, ps, p in ((pair.a, pair.ours, extra[0]), (pair.b, pair.torchs, extra[1])):
+        ps.append(p)
+        optimizer.add_param_group({"params": [p], "lr": 0.1})
+    pair.step((0, 1, 2))
+    for optimizer in (pair.a, pair.b):
+        optimizer.param_groups[0]["params"].pop(0)
+    pair.step((0, 1, 2))
+
+
+def test_amsgrad_switched_on(watch):
+    pair = Pair()
+    pair.step()
+    pair.a.param_groups[0]["amsgrad"] = True
+    pair.ours[0].grad = torch.ones(5)
+    pair.a.step()
+    assert "max_exp_avg_sq" in pair.a.state[pair.ours[0]]
+
+
+def test_gradient_that_becomes_strided_or_sparse(watch):
+    pair = Pair()
+    pair.step()
+    for ps in (pair.ours, pair.torchs):
+        ps[1].grad = torch.arange(6.0).reshape(3, 2).t()
+    pair.a.step()
+    pair.b.step()
+    torch.testing.assert_close(pair.ours[1], pair.torchs[1])
+    pair.ours[1].grad = torch.zeros(2, 3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        pair.a.step()

@@ -1,0 +1,146 @@
+"""The native step: its bits, and that neither threads nor instruction sets nor cuts change them."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from fused_adamw import backends, scalars
+from tests import cases, exact
+
+C = backends.native()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(params=C.cpu_isas())
+def isa(request):
+    """Each instruction set that this machine runs."""
+    C.use_cpu_isa(request.param)
+    yield request.param
+    C.use_cpu_isa(C.cpu_isas()[-1])
+
+
+@pytest.fixture
+def one_and_two_threads():
+    before = torch.get_num_threads()
+    yield 1, 2
+    torch.set_num_threads(before)
+
+
+def stepped(name, options, shapes=cases.SHAPES, steps=3, dtype=torch.float32, grad_dtype=None, **ours):
+    params = cases.parameters(shapes, dtype)
+    optimizer = cases.make(name, params, options, **ours)
+    for t in range(steps):
+        cases.set_gradients(params, t, grad_dtype)
+        optimizer.step()
+    return cases.tensors_of(optimizer)
+
+
+# ---- bits
+
+
+def fractions(x: torch.Tensor) -> list[Fraction]:
+    return [Fraction(v) for v in x.double().tolist()]
+
+
+@pytest.mark.parametrize(("name", "options"), cases.SHARED + cases.OURS, ids=cases.name_of)
+def test_bits_are_the_documented_sequence(name, options, isa):
+    """Every operation and every rounding, redone with rational numbers; 77 elements, so vectors and tail."""
+    (p,) = params = cases.parameters([(77,)])
+    optimizer = cases.make(name, params, options, backend="cpu")
+    group = optimizer.param_groups[0]
+    rule, names = optimizer.rule_of(group)
+    for t in range(1, 4):
+        cases.set_gradients(params, t)
+        streams = [p.detach(), p.grad, *(optimizer.state[p].get(k, torch.zeros(77)) for k in names)]
+        before = list(zip(*map(fractions, streams), strict=True))
+        optimizer.step()
+        row = scalars.ROWS[optimizer._rule](group, t)._asdict()
+        s = {k: Fraction(float(np.float32(v))) for k, v in row.items()}
+        function = exact.adam if rule.startswith("adam") else exact.sgd
+        after = list(zip(*map(fractions, [p.detach(), *(optimizer.state[p][k] for k in names)]), strict=True))
+        assert after == [function(s, *element) for element in before]
+
+
+@pytest.mark.parametrize(("name", "options"), cases.SHARED + cases.OURS, ids=cases.name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name_of)
+def test_same_bits_for_every_instruction_set(name, options, dtype, isa):
+    ours = stepped(name, options, dtype=dtype)
+    C.use_cpu_isa("generic")
+    cases.assert_same_bits(ours, stepped(name, options, dtype=dtype))
+
+
+@pytest.mark.parametrize(("name", "options"), [cases.SHARED[2], cases.SHARED[-2]], ids=cases.name_of)
+def test_same_bits_for_every_number_of_threads(name, options, one_and_two_threads):
+    results = []
+    for threads in one_and_two_threads:
+        torch.set_num_threads(threads)
+        results.append(stepped(name, options, shapes=[(100_003,), (5,), (64,), (70_001,)]))
+    cases.assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("cuts", [[1], [63, 64, 65], [1000, 30_000], list(range(0, 100_000, 9_973))])
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name_of)
+def test_same_bits_for_every_split(cuts, dtype):
+    """A tensor in pieces, each a parameter of its own, is stepped to the bits of the whole."""
+    n = 100_003
+    (whole,) = cases.parameters([(n,)], dtype)
+    bounds = [0, *cuts, n]
+    pieces = [torch.nn.Parameter(whole.detach()[a:b].clone()) for a, b in itertools.pairwise(bounds)]
+    a, b = (cases.make("AdamW", ps, {"amsgrad": True}) for ps in ([whole], pieces))
+    for t in range(3):
+        cases.set_gradients([whole], t)
+        for piece, g in zip(pieces, whole.grad.split([len(x) for x in pieces]), strict=True):
+            piece.grad = g
+        a.step()
+        b.step()
+    joined = {"p": torch.cat([x.detach() for x in pieces])}
+    joined |= {k: torch.cat([b.state[x][k] for x in pieces]) for k in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+    cases.assert_same_bits({"p": whole.detach(), **{k: a.state[whole][k] for k in joined if k != "p"}}, joined)
+
+
+# ---- formats
+
+PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.name_of)
+def test_every_narrow_value_is_read_exactly(dtype, isa):
+    p = torch.nn.Parameter(torch.zeros(65536))
+    p.grad_dtype = dtype
+    p.grad = PATTERNS.view(dtype)
+    cases.make("SGD", [p], {"lr": 1.0, "maximize": True}).step()
+    torch.testing.assert_close(p.detach(), PATTERNS.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.name_of)
+def test_every_value_is_stored_with_one_rounding(dtype, isa):
+    """All neighbours of all narrow values and of the midpoints between them, infinities and NaNs among them."""
+    wide = PATTERNS.view(dtype).float()
+    bits = torch.cat(
+        [wide.view(torch.int32), (wide.double() * (1 + torch.finfo(dtype).eps / 2)).float().view(torch.int32)]
+    )
+    values = torch.cat(
+        [(bits + i).view(torch.float32) for i in range(-2, 3)] + [torch.tensor([3e38, -3e38, 1e-45, 0.0])]
+    )
+    p = torch.nn.Parameter(torch.zeros(len(values), dtype=dtype))
+    p.grad_dtype = torch.float32
+    p.grad = values
+    cases.make("SGD", [p], {"lr": 1.0, "maximize": True}).step()
+    torch.testing.assert_close(p.detach(), values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_half_subnormals_survive_flushing(flush):
+    """A caller's set_flush_denormal must not turn float16 subnormals, which float32 holds as normals, into 0."""
+    try:
+        torch.set_flush_denormal(flush)
+        p = torch.nn.Parameter(torch.zeros(1023))
+        p.grad_dtype = torch.float16
+        p.grad = PATTERNS[1:1024].view(torch.float16)
+        cases.make("SGD", [p], {"lr": 1.0, "maximize": True}).step()
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(p.detach(), PATTERNS[1:1024].view(torch.float16).float(), rtol=0, atol=0)

@@ -1,0 +1,209 @@
+"""The step of a whole model as one Triton launch: a program takes a chunk of a tensor, as tables tell it.
+
+rows     int64 [., 8]: addresses of p, g, state0, state1, state2 (Adam: m, v, vmax; Sgd: b); numel; index of
+         the scalar row; flags, of which bit 0 says that all addresses are multiples of 16
+chunks   int32 [., 2]: row, index of the chunk in its tensor; one program each
+scalars  float32 [., 8]: the launch scalars of the rule, in the order of its docstring
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from .formats import load, store
+from .rules import adam, sgd
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a compiled kernel depends on, besides the architecture."""
+
+    rule: str  # "adam", "adam_amsgrad", "sgd", "sgd_momentum"
+    p_dtype: tl.dtype
+    g_dtype: tl.dtype
+    state_dtype: tl.dtype
+
+
+@triton.jit
+def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to element ``base`` of a stream of a row."""
+    address = tl.load(row + column) + base * (DTYPE.primitive_bitwidth // 8)
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:  # the hint counts on the pointer only, not on the integer
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def step_span(
+    row, base, begin, end, s,
+    ALIGNED: tl.constexpr, RULE: tl.constexpr,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole blocks and needs no mask."""
+    p_at = stream(row, 0, base, P_DTYPE, ALIGNED)
+    g_at = stream(row, 1, base, G_DTYPE, ALIGNED)
+    if RULE != "sgd":
+        state0_at = stream(row, 2, base, STATE_DTYPE, ALIGNED)
+    if RULE == "adam" or RULE == "adam_amsgrad":
+        state1_at = stream(row, 3, base, STATE_DTYPE, ALIGNED)
+    if RULE == "adam_amsgrad":
+        state2_at = stream(row, 4, base, STATE_DTYPE, ALIGNED)
+
+    for start in range(begin, end, BLOCK):
+        if ALIGNED:
+            start = tl.multiple_of(start, BLOCK)
+        i = start + tl.arange(0, BLOCK)
+        mask = None if ALIGNED else i < end
+        p = load(p_at + i, mask)
+        g = load(g_at + i, mask)
+        if RULE == "sgd":
+            p, _ = sgd(s, p, g, g, MOMENTUM=False)
+        elif RULE == "sgd_momentum":
+            b = load(state0_at + i, mask)
+            p, b = sgd(s, p, g, b, MOMENTUM=True)
+            store(state0_at + i, b, mask)
+        else:
+            m = load(state0_at + i, mask)
+            v = load(state1_at + i, mask)
+            vmax = load(state2_at + i, mask) if RULE == "adam_amsgrad" else v
+            p, m, v, vmax = adam(s, p, g, m, v, vmax, AMSGRAD=RULE == "adam_amsgrad")
+            store(state0_at + i, m, mask)
+            store(state1_at + i, v, mask)
+            if RULE == "adam_amsgrad":
+                store(state2_at + i, vmax, mask)
+        store(p_at + i, p, mask)
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def step_kernel(
+    rows, chunks, scalars, chunk,
+    RULE: tl.constexpr,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One program per entry of ``chunks``; ``chunk`` is the number of elements of each, a multiple of 8."""
+    entry = chunks + tl.program_id(0).to(tl.int64) * 2
+    row = rows + tl.load(entry).to(tl.int64) * 8
+    base = tl.load(entry + 1).to(tl.int64) * chunk
+    n = tl.minimum(tl.load(row + 5) - base, chunk).to(tl.int32)
+    at = scalars + tl.load(row + 6) * 8
+    s = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
+         tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7))  # fmt: skip
+    whole = 0
+    if tl.load(row + 7) & 1 != 0:
+        whole = n // BLOCK * BLOCK
+    # In regions of their own, so that nothing either needs is kept for both: fp32 Adam takes 41 to 43 registers on
+    # sm_80 to 90 instead of 45 or 46.
+    if whole > 0:
+        step_span(row, base, 0, whole, s, True, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE, BLOCK)
+    if whole < n:
+        step_span(row, base, whole, n, s, False, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE, TAIL)
+
+
+@triton.jit
+def power(x, n):
+    """x ** n for a whole n >= 0, within n ulp; by squaring, since Triton's interpreter has no pow."""
+    y = x * 0 + 1
+    while n > 0:
+        if n & 1 != 0:
+            y = y * x
+        x = x * x
+        n = n >> 1
+    return y
+
+
+@triton.jit
+def scalars_kernel(hyper, steps, scalars, ADAM: tl.constexpr):
+    """Compute the scalar rows on the device, for captured graphs: ``fused_adamw/scalars.py`` in Triton.
+
+    hyper   float64 [., 8]: lr, base_lr, decoupled decay, l2, grad_factor, then beta1, beta2, eps (Adam)
+            or momentum, dampening, flags (Sgd; bit 0: nesterov, bit 1: lr_in_momentum). The decay is
+            lr / base_lr * decoupled decay, so a base_lr of 1 makes it torch's.
+    steps   int64 [.]: addresses of float32 step counters that count the step to come already
+    """
+    row = tl.program_id(0).to(tl.int64)
+    h = hyper + row * 8
+    step = tl.load(tl.load(steps + row).to(tl.pointer_type(tl.float32))).to(tl.int32)
+    lr = tl.load(h)
+    to = scalars + row * 8
+    tl.store(to, (lr / tl.load(h + 1) * tl.load(h + 2)).to(tl.float32))
+    tl.store(to + 1, tl.load(h + 3).to(tl.float32))
+    tl.store(to + 2, tl.load(h + 4).to(tl.float32))
+    if ADAM:
+        beta1 = tl.load(h + 5)
+        beta2 = tl.load(h + 6)
+        tl.store(to + 3, (1 - beta1).to(tl.float32))
+        tl.store(to + 4, (1 - beta2).to(tl.float32))
+        tl.store(to + 5, (lr / (1 - power(beta1, step))).to(tl.float32))
+        tl.store(to + 6, (1 / tl.sqrt(1 - power(beta2, step))).to(tl.float32))
+        tl.store(to + 7, tl.load(h + 7).to(tl.float32))
+    else:
+        momentum = tl.load(h + 5)
+        flags = tl.load(h + 7).to(tl.int32)
+        lr_in_momentum = flags & 2 != 0
+        into = tl.where(lr_in_momentum, lr, 1.0)
+        out = tl.where(lr_in_momentum, 1.0, lr)
+        direct = (momentum == 0) | (flags & 1 != 0)
+        tl.store(to + 3, momentum.to(tl.float32))
+        tl.store(to + 4, (into * tl.where(step > 1, 1 - tl.load(h + 6), 1.0)).to(tl.float32))
+        tl.store(to + 5, out.to(tl.float32))
+        tl.store(to + 6, tl.where(direct, into, 0.0).to(tl.float32))
+        tl.store(to + 7, tl.where(direct, momentum, 1.0).to(tl.float32))
+
+
+# fp32 Adam takes 40 to 47 registers, so 40 to 48 warps fit a multiprocessor, and have 80 to 96 KiB of
+# loads in flight: twice what 8 TB/s at a latency of 0.8 us asks for, with no pipelining.
+NUM_WARPS = 4
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+SCALARS_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
+
+
+def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
+    """(constexprs of ``step_kernel``, compile options): static: nothing is tuned on live tensors."""
+    threads = NUM_WARPS * warp_size
+    constexprs = {
+        "RULE": variant.rule,
+        "P_DTYPE": variant.p_dtype,
+        "G_DTYPE": variant.g_dtype,
+        "STATE_DTYPE": variant.state_dtype,
+        # 4 elements per thread, 16 bytes of fp32. With 8, a mix of 2 and 4 bytes reads the fp32 streams at a stride
+        # of 32 bytes (sector efficiency 0.6) and writes them through shared memory, and Adam in 2 bytes spills.
+        "BLOCK": 4 * threads,
+        # Another size than BLOCK: blocks of one size are loaded in one layout, in which the masked accesses, of
+        # one element each, have a sector efficiency of 0.25, and stores go through shared memory.
+        "TAIL": 2 * threads,
+    }
+    return constexprs, OPTIONS
+
+
+def chunk_size(numel: int) -> int:
+    """Elements per program of a launch over ``numel`` elements; the result of a step does not depend on it.
+
+    The start of a program costs 97 instructions per thread and 544 bytes of table sectors per warp (fp32 Adam):
+    at 16384 elements 4 % of its instructions and 0.5 % of its sectors. Models too small to fill a GPU with
+    programs of that size get shorter ones.
+    """
+    return min(max(triton.next_power_of_2(numel // 2048), 2048), 16384)
+
+
+def compile_for(target: GPUTarget, variant: Variant) -> CompiledKernel:
+    """Compile ``step_kernel`` ahead of time; needs no GPU."""
+    constexprs, options = config(variant, target.warp_size)
+    signature = {"rows": "*i64", "chunks": "*i32", "scalars": "*fp32", "chunk": "i32"}
+    return _compile(step_kernel, target, signature, constexprs, options)
+
+
+def compile_scalars_for(target: GPUTarget, adam: bool) -> CompiledKernel:
+    """Compile ``scalars_kernel`` ahead of time."""
+    signature = {"hyper": "*fp64", "steps": "*i64", "scalars": "*fp32"}
+    return _compile(scalars_kernel, target, signature, {"ADAM": adam}, SCALARS_OPTIONS)
+
+
+def _compile(kernel, target, signature, constexprs, options):
+    signature = signature | dict.fromkeys(constexprs, "constexpr")
+    tables = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    return triton.compile(ASTSource(kernel, signature, constexprs, tables), target=target, options=options)

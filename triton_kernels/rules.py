@@ -1,0 +1,49 @@
+"""The update rules, once for Triton: the roundings of ``csrc/rules.h``, in its order and with its names.
+
+``s`` is a row of eight launch scalars. Everything is fp32; a storage type is never seen here.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lerp(a, b, w):
+    """a + w * (b - a) from the nearer end, w a scalar."""
+    near_a = w < 0.5
+    return tl.fma(tl.where(near_a, w, w - 1), b - a, tl.where(near_a, a, b))
+
+
+@triton.jit
+def decayed(s, p, g):
+    """What both rules start with: decoupled decay, then the gradient with its sign and L2 term."""
+    p = tl.fma(-s[0], p, p)
+    g = tl.fma(s[1], p, s[2] * g)
+    return p, g
+
+
+@triton.jit
+def adam(s, p, g, m, v, vmax, AMSGRAD: tl.constexpr):
+    """Adam and AdamW: s = decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps."""
+    p, g = decayed(s, p, g)
+    m = lerp(m, g, s[3])
+    v = tl.fma(s[4], g * g, tl.fma(-s[4], v, v))
+    second = v
+    if AMSGRAD:
+        vmax = tl.maximum(vmax, v, propagate_nan=tl.PropagateNan.ALL)
+        second = vmax
+    denom = tl.fma(tl.sqrt_rn(second), s[6], s[7])
+    p = tl.fma(-s[5], tl.div_rn(m, denom), p)
+    return p, m, v, vmax
+
+
+@triton.jit
+def sgd(s, p, g, b, MOMENTUM: tl.constexpr):
+    """SGD and SGDW: s = decay, l2, grad_factor, momentum, c1, c2, take_g, take_b."""
+    p, g = decayed(s, p, g)
+    d = s[6] * g
+    if MOMENTUM:
+        b = tl.fma(s[4], g, s[3] * b)
+        d = tl.fma(s[7], b, d)
+    p = tl.fma(-s[5], d, p)
+    return p, b
