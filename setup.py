@@ -9,7 +9,9 @@ import sys
 
 from setuptools import setup
 
-WANTED = os.environ.get("FUSED_ADAMW_CPU")  # "0", "1" or None
+WANTED = os.environ.get("FUSED_ADAMW_CPU")
+if WANTED not in (None, "0", "1"):
+    sys.exit(f"FUSED_ADAMW_CPU={WANTED}: must be 0, 1 or unset")
 
 
 def without(reason: str) -> None:
@@ -25,8 +27,8 @@ def extension() -> dict:
         return {}
     try:
         from torch.utils import cpp_extension
-    except ImportError:
-        without("torch is not visible to the build; install torch first, then pip install --no-build-isolation")
+    except (ImportError, OSError) as error:  # OSError: a torch whose libraries do not load
+        without(f"the build sees no torch ({error}); install torch first, then pip install --no-build-isolation")
         return {}
 
     class BuildExtension(cpp_extension.BuildExtension):
@@ -45,6 +47,7 @@ def extension() -> dict:
     native = cpp_extension.CppExtension(
         "fused_adamw._C",
         ["csrc/bindings.cpp", "csrc/step_cpu.cpp"],
+        depends=["csrc/rules.h", "csrc/formats.h", "csrc/step.h"],
         extra_compile_args=["/O2", "/fp:precise"] if sys.platform == "win32" else flags,
         extra_link_args=["-fopenmp"] if "-fopenmp" in flags and sys.platform == "linux" else [],
     )

@@ -57,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--all", action="store_true", help="time torch's for-loop and foreach too, which are slow")
     step.add_argument("--json", type=target_file, metavar="FILE", help="write every number to FILE")
 
+    host = commands.add_parser("host", help="time what a step costs on the host, with the kernels left out")
+    of = "lengths of the lists (default: 148 1000)"
+    host.add_argument("--tensors", type=positive, nargs="+", default=[148, 1000], metavar="N", help=of)
+    host.add_argument("--rounds", type=positive, default=21, help="timings of each arm (default: %(default)s)")
+
     for command in (demo, step):
         command.add_argument("--threads", type=positive, help="of torch (default: 2, or fewer where there are fewer)")
     return top

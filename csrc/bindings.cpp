@@ -11,6 +11,12 @@
 
 #include "step.h"
 
+#if defined(__GNUC__)
+#define FUSED_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define FUSED_PREFETCH(address) ((void)(address))
+#endif
+
 namespace py = pybind11;
 
 namespace fused_adamw {
@@ -38,20 +44,56 @@ struct Layout {
   }
 };
 
+// Dtype, sizes and strides in 64 bits: a Layout for each state would double what a poll reads.
+uint64_t layout_hash(const at::Tensor& t) {
+  uint64_t hash = uint64_t(t.scalar_type()) + 1;
+  for (const at::IntArrayRef values : {t.sizes(), t.strides()})
+    for (const int64_t value : values)
+      hash = (hash ^ uint64_t(value)) * 0x9e3779b97f4a7c15u, hash ^= hash >> 32;
+  return hash;
+}
+
+// Where a tensor's objects lay when they were last seen. Only ever prefetched, so a stale address does no
+// harm: of 1000 tensors and more, whose data goes through the caches at every step, a poll is all misses.
+struct Objects {
+  const char *python = nullptr, *impl = nullptr, *storage = nullptr;
+
+  Objects() = default;
+  Objects(const void* object, const at::Tensor& t)
+      : python(static_cast<const char*>(object)),
+        impl(reinterpret_cast<const char*>(t.unsafeGetTensorImpl())),
+        storage(t.has_storage() ? reinterpret_cast<const char*>(t.storage().unsafeGetStorageImpl())
+                                : nullptr) {}
+  void prefetch() const {
+    FUSED_PREFETCH(python);
+    for (size_t line = 0; impl && line < sizeof(at::TensorImpl); line += 64) FUSED_PREFETCH(impl + line);
+    FUSED_PREFETCH(storage);
+  }
+};
+constexpr size_t kAhead = 8;  // tensors
+
 struct Slot {  // one entry of a group's "params"
   py::object param;
   int group;
   const void* p;
   Layout p_layout;
   std::optional<Layout> g_layout;  // without a value: no gradient
+  Objects p_objects, g_objects;
+  const void* autograd = nullptr;
+};
+
+struct Live {  // what a step takes from a slot and puts there, close together
   const void* g = nullptr;
-  float* step = nullptr;
+  float* step = nullptr;  // nullptr: not stepped
+  int group = -1;
   int scalars = -1;
 };
 
 struct Seen {  // one entry of the optimizer's state, held so that its address stays its own
   py::object key, value;
   const void* address;
+  uint64_t layout;
+  Objects objects;
 };
 
 // What the plans of an optimizer were built from. plan.Watch is the same in Python.
@@ -60,12 +102,19 @@ public:
   Watch(const py::list& groups, const py::dict& state) : groups_(groups), state_(state) {
     int g = 0;
     for (const py::handle& group : groups) {
-      for (const py::handle& param : group["params"].cast<py::list>()) add(param, g);
+      for (const py::handle& param : group["params"].cast<py::list>())
+        add(param, g, py::bool_(group["capturable"]));
       ++g;
     }
-    walk([this](PyObject* key, PyObject* value, const void* address) {
-      seen_.push_back(
-          {py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value), address});
+    walk([this](PyObject* key, PyObject* value, const at::Tensor* t) {
+      seen_.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value),
+                       t ? address_of(*t) : nullptr, t ? layout_hash(*t) : 0,
+                       t ? Objects(value, *t) : Objects()});
+      if (PyDict_Check(value)) {
+        seen_.back().objects.python = reinterpret_cast<const char*>(value);
+        seen_.back().objects.storage =
+            reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(value)->ma_keys);
+      }
       return true;
     });
   }
@@ -79,17 +128,25 @@ public:
       PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups.ptr(), g), params_key_.ptr());
       if (!params || !PyList_Check(params)) return false;
       for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k, ++i) {
+        if (i + kAhead < slots_.size()) {
+          const Slot& next = slots_[i + kAhead];
+          next.p_objects.prefetch();
+          next.g_objects.prefetch();
+          FUSED_PREFETCH(next.autograd);
+        }
         if (i == slots_.size() || slots_[i].group != g ||
-            PyList_GET_ITEM(params, k) != slots_[i].param.ptr() || !same(slots_[i]))
+            PyList_GET_ITEM(params, k) != slots_[i].param.ptr() || !same(slots_[i], live_[i]))
           return false;
       }
     }
     if (i != slots_.size()) return false;
     size_t j = 0;
-    const bool all = walk([this, &j](PyObject* key, PyObject* value, const void* address) {
+    const bool all = walk([this, &j](PyObject* key, PyObject* value, const at::Tensor* t) {
       if (j == seen_.size()) return false;
+      if (j + 4 * kAhead < seen_.size()) seen_[j + 4 * kAhead].objects.prefetch();
       const Seen& was = seen_[j++];
-      return was.key.ptr() == key && was.value.ptr() == value && was.address == address;
+      return was.key.ptr() == key && was.value.ptr() == value &&
+             was.address == (t ? address_of(*t) : nullptr) && was.layout == (t ? layout_hash(*t) : 0);
     });
     return all && j == seen_.size();
   }
@@ -99,8 +156,10 @@ public:
     py::list distinct;
     int first = 0, n = 0, group = -1;
     std::vector<float> counts;
-    for (Slot& s : slots_) {
-      if (!s.step || !s.g_layout) continue;
+    for (size_t i = 0; i < live_.size(); ++i) {
+      if (i + kAhead < live_.size()) FUSED_PREFETCH(live_[i + kAhead].step);
+      Live& s = live_[i];
+      if (!s.step) continue;
       if (s.group != group) {
         group = s.group;
         first = n;
@@ -118,54 +177,86 @@ public:
     return distinct;
   }
 
+  // Count the step, and tell autograd that the parameters have changed.
   void advance() {
-    for (Slot& s : slots_)
-      if (s.step && s.g_layout) ++*s.step;
+    for (size_t i = 0; i < live_.size(); ++i) {
+      if (slots_[i].g_layout) THPVariable_Unpack(slots_[i].param.ptr()).unsafeGetTensorImpl()->bump_version();
+      if (live_[i].step) ++*live_[i].step;
+    }
   }
 
-  int scalars_of(size_t slot) const { return slots_.at(slot).scalars; }
+  // Bring a table of rows, int64 [n, 8], to this step: column 1 is the address of the gradient (kept for a
+  // slot of -1 - slot), 6 the index of the row of scalars (kept where steps are not counted here), 7 whether
+  // all addresses are multiples of 16. Returns whether anything changed.
+  bool update(const at::Tensor& table, const at::Tensor& slots) const {
+    int64_t* row = table.mutable_data_ptr<int64_t>();
+    const int64_t* const slot = slots.const_data_ptr<int64_t>();
+    bool changed = false;
+    const auto set = [&changed](int64_t& to, int64_t value) {
+      changed |= to != value;
+      to = value;
+    };
+    for (int64_t i = 0; i < table.size(0); ++i, row += 8) {
+      const Live& s = live_.at(slot[i] < 0 ? -1 - slot[i] : slot[i]);
+      if (slot[i] >= 0) set(row[1], reinterpret_cast<int64_t>(s.g));
+      if (s.step) set(row[6], s.scalars);
+      set(row[7], ((row[0] | row[1] | row[2] | row[3] | row[4]) & 15) == 0);
+    }
+    return changed;
+  }
+
+  int scalars_of(size_t slot) const { return live_.at(slot).scalars; }
   const Slot& slot(size_t i) const { return slots_.at(i); }
+  const Live& live(size_t i) const { return live_.at(i); }
 
 private:
-  void add(py::handle param, int group) {
+  // A capturable group's steps are counted on the device.
+  void add(py::handle param, int group, bool capturable) {
     const at::Tensor* p = tensor_of(param.ptr());
     if (!p) throw py::type_error("a parameter is no tensor");
     Slot s{py::reinterpret_borrow<py::object>(param), group, address_of(*p), Layout(*p)};
     const at::Tensor& grad = p->unsafeGetTensorImpl()->grad();
+    Live live;
+    live.group = group;
+    s.p_objects = Objects(param.ptr(), *p);
+    s.autograd = p->unsafeGetTensorImpl()->autograd_meta();
     if (grad.defined()) {
+      s.g_objects = Objects(nullptr, grad);
       s.g_layout.emplace(grad);
-      s.g = address_of(grad);
+      live.g = address_of(grad);
     }
-    if (PyObject* own = PyDict_GetItem(state_.ptr(), param.ptr())) {
-      if (PyObject* step = PyDict_GetItemString(own, "step")) {
-        const at::Tensor* t = tensor_of(step);
-        if (t && t->is_cpu() && t->scalar_type() == at::kFloat && t->numel() == 1)
-          s.step = t->mutable_data_ptr<float>();
-      }
+    if (grad.defined() && !capturable) {
+      PyObject* own = PyDict_GetItem(state_.ptr(), param.ptr());
+      PyObject* step = own ? PyDict_GetItemString(own, "step") : nullptr;
+      const at::Tensor* t = step ? tensor_of(step) : nullptr;
+      if (!t || !t->is_cpu() || t->scalar_type() != at::kFloat || t->numel() != 1)
+        throw py::value_error("a parameter has no 'step', a float32 tensor of one element on the CPU");
+      live.step = t->mutable_data_ptr<float>();
     }
+    live_.push_back(live);
     slots_.push_back(std::move(s));
   }
 
-  static bool same(Slot& s) {
+  static bool same(Slot& s, Live& live) {
     const at::Tensor& p = THPVariable_Unpack(s.param.ptr());
     if (address_of(p) != s.p || !s.p_layout.fits(p)) return false;
     const at::Tensor& grad = p.unsafeGetTensorImpl()->grad();
     if (!grad.defined()) return !s.g_layout;
     if (!s.g_layout || !s.g_layout->fits(grad)) return false;
-    s.g = address_of(grad);
-    return s.g || grad.numel() == 0;
+    live.g = address_of(grad);
+    s.g_objects = Objects(nullptr, grad);
+    return live.g || grad.numel() == 0;
   }
 
-  // Every (key, value, address) of the state and of the dicts in it, in the dicts' order, until `visit` says
-  // no.
+  // Every (key, value, value as a tensor) of the state and of the dicts in it, in their order, until `visit`
+  // says no.
   template <typename Visit> bool walk(const Visit& visit) const {
     PyObject *key, *value, *name, *item;
     for (Py_ssize_t i = 0; PyDict_Next(state_.ptr(), &i, &key, &value);) {
       if (!visit(key, value, nullptr)) return false;
       if (!PyDict_Check(value)) continue;
       for (Py_ssize_t j = 0; PyDict_Next(value, &j, &name, &item);) {
-        const at::Tensor* t = tensor_of(item);
-        if (!visit(name, item, t ? address_of(*t) : nullptr)) return false;
+        if (!visit(name, item, tensor_of(item))) return false;
       }
     }
     return true;
@@ -175,6 +266,7 @@ private:
   py::dict state_;
   py::str params_key_{"params"};
   std::vector<Slot> slots_;
+  std::vector<Live> live_;
   std::vector<Seen> seen_;
 };
 
@@ -235,9 +327,11 @@ public:
       flat.insert(flat.end(), row.begin(), row.end());
     }
     for (size_t i = 0; i < rows_.size(); ++i) {
-      const Slot& slot = watch_.slot(slots_[i].slot);
-      rows_[i].scalars = slot.scalars;
-      if (slots_[i].own_gradient) rows_[i].g = slot.g;
+      const Live& live = watch_.live(slots_[i].slot);
+      if (live.scalars < 0 || size_t(live.scalars) >= scalars.size())
+        throw py::index_error("no row of scalars for a tensor");
+      rows_[i].scalars = live.scalars;
+      if (slots_[i].own_gradient) rows_[i].g = live.g;
     }
     py::gil_scoped_release release;
     step_cpu(rows_.data(), int64_t(rows_.size()), flat.data(), isa);
@@ -264,6 +358,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("poll", &Watch::poll)
       .def("steps", &Watch::steps)
       .def("advance", &Watch::advance)
+      .def("update", &Watch::update)
       .def("scalars_of", &Watch::scalars_of);
   py::class_<CpuStep>(m, "CpuStep")
       .def(py::init<const Watch&, const py::list&>(), py::keep_alive<1, 2>())

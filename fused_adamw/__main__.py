@@ -17,7 +17,7 @@ def main() -> None:
         devices = ", ".join(backend.devices) or "any device"
         print(f"backend {backend.name!r} ({devices}): {backend.missing() or 'available'}")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        print(f"{device} tensors are stepped by {backends.first(torch.device(device))[0].name!r}")
+        print(f"{device} tensors are stepped by {backends.pick(torch.device(device)).name!r}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ A backend is one function, ``prepare(watch, rows) -> run(scalars)``, and one lin
 """
 
 import functools
-import importlib
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fused_adamw import reference
-from fused_adamw.scalars import Adam, Sgd
+from fused_adamw.scalars import HYPER, Adam, Sgd
 
 if TYPE_CHECKING:
     from fused_adamw.plan import Row
@@ -42,26 +43,43 @@ def native() -> ModuleType | None:
 Scalars = list[Adam] | list[Sgd]
 
 
+class CannotRun(RuntimeError):
+    """A backend found, when it was to be prepared, that it cannot run here."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to step a bucket of rows in one call.
 
-    ``prepare(watch, rows)`` returns the call; ``missing()`` says why the backend cannot run here, or nothing;
-    ``bucket(row)`` tells rows apart that cannot share a launch.
+    ``prepare(watch, rows, groups)`` returns the call; ``missing()`` says why the backend cannot run here, or nothing;
+    ``bucket(row)`` tells rows apart that cannot share a launch; ``warmup`` compiles without a launch.
     """
 
     name: str
     devices: tuple[str, ...]  # device types, () for any
-    prepare: Callable[[Any, list["Row"]], Callable[[Scalars], None]]
+    prepare: Callable[[Any, list["Row"], list[dict]], Callable[[Scalars], None]]
     missing: Callable[[], str] = lambda: ""
     bucket: Callable[["Row"], Hashable] = lambda row: None
+    warmup: Callable[[str, torch.Tensor, torch.dtype], None] = lambda rule, p, state_dtype: None
+    dtypes: tuple[torch.dtype, ...] = ()  # of parameters, gradients and states, () for all
+    capturable: bool = False
+
+    def refuses(self, device: torch.device, dtypes: set[torch.dtype], capturable: bool) -> str:
+        """Why this backend cannot step such a tensor, or nothing."""
+        if self.devices and device.type not in self.devices:
+            return f"it steps tensors on {' or '.join(self.devices)}, not on {device}"
+        if self.dtypes and (other := dtypes.difference(self.dtypes)):
+            return f"it does not step {', '.join(sorted(map(str, other)))}"
+        if capturable and not self.capturable:
+            return "it keeps its steps on the host, and capturable=True asks for them on the device"
+        return self.missing()
 
 
-def _prepare_cpu(watch: Any, rows: list["Row"]) -> Callable[[Scalars], None]:
+def _prepare_cpu(watch: Any, rows: list["Row"], groups: list[dict]) -> Callable[[Scalars], None]:
     return native().CpuStep(watch, [(row.slot, row.rule, row.p, row.g, list(row.states)) for row in rows])
 
 
-def _prepare_reference(watch: Any, rows: list["Row"]) -> Callable[[Scalars], None]:
+def _prepare_reference(watch: Any, rows: list["Row"], groups: list[dict]) -> Callable[[Scalars], None]:
     @torch.no_grad()
     def run(scalars: Scalars) -> None:
         for row in rows:
@@ -82,9 +100,52 @@ def _prepare_reference(watch: Any, rows: list["Row"]) -> Callable[[Scalars], Non
     return run
 
 
-# Best first.
+@functools.cache
+def _triton_missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    return ""
+
+
+_broken: dict[str, str] = {}  # backends that raised when they were prepared, and what
+
+
+def _prepare_triton(watch: Any, rows: list["Row"], groups: list[dict]) -> Callable[[Scalars], None]:
+    try:
+        from fused_adamw.triton_kernels.launch import CapturableLaunch, Launch
+
+        if groups[rows[0].group]["capturable"]:
+            hyper = HYPER["adam" if rows[0].rule.startswith("adam") else "sgd"]
+            return CapturableLaunch(watch, rows, groups, hyper)
+        return Launch(watch, rows)
+    except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
+        _broken["triton"] = f"Triton failed: {type(error).__name__}: {error}"
+        raise CannotRun(f"backend='triton' cannot run: {_broken['triton']}") from error
+
+
+def _warmup_triton(rule: str, p: torch.Tensor, state_dtype: torch.dtype) -> None:
+    from fused_adamw.triton_kernels import launch
+
+    launch.compile_on(p.device, launch.variant_of(rule, p.dtype, p.dtype, state_dtype))
+
+
+def _triton_bucket(row: "Row") -> Hashable:
+    return row.rule, row.p.dtype, row.grad().dtype, row.states[:1] and row.states[0].dtype, row.capturable
+
+
+# Best first. In Triton's interpreter its kernels step CPU tensors too.
 BACKENDS = (
     Backend("cpu", ("cpu",), _prepare_cpu, missing=lambda: _load_native()[1]),
+    Backend(
+        "triton",
+        ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+        _prepare_triton,
+        missing=lambda: _broken.get("triton") or _triton_missing(),
+        bucket=_triton_bucket,
+        warmup=_warmup_triton,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        capturable=True,
+    ),
     Backend("reference", (), _prepare_reference),
 )
 
@@ -97,34 +158,34 @@ def named(name: str) -> Backend:
     raise ValueError(f"no backend {name!r}: there are {', '.join(repr(b.name) for b in BACKENDS)}")
 
 
-def pick(device: torch.device, requested: str | None = None) -> Backend:
-    """The backend that steps tensors of this device.
+def pick(
+    device: torch.device,
+    dtypes: set[torch.dtype] = frozenset(),
+    capturable: bool = False,
+    requested: str | None = None,
+) -> Backend:
+    """The backend that steps tensors of this device and of these dtypes of parameter, gradient and state.
 
-    Raises ValueError for an unknown name, RuntimeError with the reason where the one asked for cannot run; warns once
-    where none was asked for and the first choice cannot run.
+    Raises RuntimeError with the reason where the one asked for cannot, or where none can; warns once where none was
+    asked for and it comes to the reference backend.
     """
     if requested is not None:
         backend = named(requested)
-        if backend.devices and device.type not in backend.devices:
-            raise RuntimeError(
-                f"backend={requested!r} steps tensors on {' or '.join(backend.devices)}, not on {device}"
-            )
-        if why := backend.missing():
+        if why := backend.refuses(device, dtypes, capturable):
             raise RuntimeError(f"backend={requested!r} cannot run: {why}")
         return backend
-    backend, reasons = first(device)
-    if backend.name == "reference":
-        why = "; ".join(reasons) or f"there are no kernels for {device.type}"
-        _warn_once(f"fused_adamw steps {device.type} tensors with plain PyTorch operators, right but slow: {why}")
-    return backend
-
-
-def first(device: torch.device) -> tuple[Backend, list[str]]:
-    """The best backend that can run for tensors of this device, and why those before it cannot."""
-    able = [b for b in BACKENDS if not b.devices or device.type in b.devices]
-    reasons = [b.missing() for b in able]
-    i = reasons.index("")  # the reference backend runs everywhere
-    return able[i], [f"{b.name}: {why}" for b, why in zip(able[:i], reasons, strict=False)]
+    reasons = []
+    for backend in BACKENDS:
+        why = backend.refuses(device, dtypes, capturable)
+        if why:
+            if not backend.devices or device.type in backend.devices:
+                reasons.append(f"{backend.name}: {why}")
+            continue
+        if backend.name == "reference":
+            why = "; ".join(reasons) or f"there are no kernels for {device.type}"
+            _warn_once(f"fused_adamw steps {device.type} tensors with plain PyTorch operators, right but slow: {why}")
+        return backend
+    raise RuntimeError(f"no backend can step {device.type} tensors: {'; '.join(reasons)}")
 
 
 @functools.cache

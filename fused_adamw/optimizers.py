@@ -15,7 +15,6 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 _REFUSED = {
     ("foreach", True): "the step is one fused launch on every backend; drop the argument",
     ("fused", False): 'the step is fused on every backend; for plain operators use backend="reference"',
-    ("capturable", True): "use torch.optim's class of this name for steps inside a CUDA graph",
     ("differentiable", True): "a fused step has no derivative; use torch.optim's class of this name",
 }
 
@@ -30,7 +29,8 @@ class FusedOptimizer(Optimizer):
     requested: str | None = None
     _watch: Any = None
     _plans: Sequence[plan.Plan] = ()
-    _rules: Sequence[tuple[str, tuple[str, ...]]] = ()
+    _rules: Sequence[tuple] = ()
+    _captured: Sequence[plan.Plan] = ()
     _loading: dict[str, Any] | None = None
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str | None, **asked: bool | None) -> None:
@@ -40,30 +40,35 @@ class FusedOptimizer(Optimizer):
         self.requested = backend
         if backend is not None:
             backends.named(backend)
-        if defaults["state_dtype"] not in (None, *plan.DTYPES):
-            raise ValueError(
-                f"state_dtype={defaults['state_dtype']}: must be one of {', '.join(map(str, plan.DTYPES))}"
-            )
-        scalars.check({**defaults, "base_lr": 1.0})
+        # torch's keys, for code that reads them and for checkpoints that torch.optim loads.
+        defaults |= {"foreach": None, "differentiable": False, "fused": asked.get("fused")}
+        self._check(defaults)
         super().__init__(params, defaults)
 
     @property
     def backend(self) -> dict[torch.device, str]:
         """Name of the backend that steps the tensors of each device of the parameters."""
         devices = dict.fromkeys(p.device for group in self.param_groups for p in group["params"])
-        return {device: backends.pick(device, self.requested).name for device in devices}
+        return {device: backends.pick(device, requested=self.requested).name for device in devices}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's; raises ValueError for a hyperparameter out of range, naming the group."""
         if isinstance(param_group, dict):
-            group = {**self.defaults, **param_group}
-            group.setdefault("base_lr", float(group["lr"]))
-            try:
-                scalars.check(group)
-            except ValueError as error:
-                raise ValueError(f"{error} (group {len(self.param_groups)})") from None
-            param_group["base_lr"] = group["base_lr"]
+            param_group["base_lr"] = self._check({**self.defaults, **param_group}, len(self.param_groups))
         super().add_param_group(param_group)
+
+    @staticmethod
+    def _check(group: dict[str, Any], index: int | None = None) -> float:
+        """Raise ValueError for an option that no step could use; return the group's base_lr."""
+        try:
+            scalars.check(group)
+            if group["state_dtype"] not in (None, *plan.DTYPES):
+                raise ValueError(
+                    f"state_dtype={group['state_dtype']}: must be one of {', '.join(map(str, plan.DTYPES))}"
+                )
+        except ValueError as error:
+            raise error if index is None else ValueError(f"{error} (group {index})") from None
+        return group.get("base_lr", float(group["lr"]))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -73,25 +78,61 @@ class FusedOptimizer(Optimizer):
 
         Raises TypeError, ValueError or RuntimeError, before anything is written, for a tensor that cannot be stepped.
         """
+        # A graph break under torch.compile, as for torch's own classes; the decorator costs 15 us, so only there.
+        return self._untraced_step(closure) if torch.compiler.is_compiling() else self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        rules = [self.rule_of(group) for group in groups]
+        rules = [(self.rule_of(group), group["state_dtype"], group["capturable"]) for group in groups]
         if self._watch is None or rules != self._rules or not self._watch.poll(groups, self.state):
-            self._watch = None
+            self._drop_plans()
             with torch.no_grad():
                 self._watch, self._plans = plan.build(self)
             self._rules = rules
         row_of = scalars.ROWS[self._rule]
-        rows = [row_of(groups[g], count) for g, count in self._watch.steps()]
-        if not rows:
-            return loss
-        self._watch.advance()
+        try:
+            rows = [row_of(groups[g], count) for g, count in self._watch.steps()]
+        except (ValueError, ArithmeticError):
+            for i, group in enumerate(groups):
+                self._check(group, i)
+            raise
         for part in self._plans:
             part.step(rows)
+        self._watch.advance()
         return loss
+
+    _untraced_step = torch._disable_dynamo(_step)
+
+    def warmup(self) -> None:
+        """Compile what a step will launch, without stepping; gradients are taken to have their parameters' dtype.
+
+        Nothing to do, and nothing done, for backends that are compiled already. Raises as :meth:`step` does where the
+        backend that was asked for cannot run.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                state_dtype = plan.state_dtype_of(p, group["state_dtype"])
+                backend = backends.pick(p.device, {p.dtype, state_dtype}, group["capturable"], self.requested)
+                backend.warmup(self.rule_of(group)[0], p, state_dtype)
+
+    def _drop_plans(self) -> None:
+        # A captured graph goes on using the tables of the plan that it was captured from.
+        self._captured = [*self._captured, *(p for p in self._plans if getattr(p.run, "captured", None))]
+        self._watch, self._plans = None, ()
+
+    def refresh_captured(self) -> None:
+        """Bring hyperparameters that changed (lr, betas, weight decay, ...) to the device, for graphs to replay with.
+
+        To be called before ``graph.replay()``, after the schedulers; needs ``capturable=True``. A learning rate that is
+        a tensor on the device is read by the graph itself.
+        """
+        for part in (*self._captured, *self._plans):
+            if refresh := getattr(part.run, "refresh", None):
+                refresh()
 
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         """The rule that steps a group, and the names of the states it moves, in its order."""
@@ -100,11 +141,15 @@ class FusedOptimizer(Optimizer):
     def init_state_of(self, group: dict[str, Any], p: Tensor) -> None:
         """Make the state of p that is missing; bring the rest to the dtype, device and layout that a step needs."""
         state = self.state[p]
+        names = self.rule_of(group)[1]
         step = state.get("step", 1.0 if state.get("momentum_buffer") is not None else 0.0)
-        if not isinstance(step, Tensor) or step.dtype is not torch.float32 or not step.is_cpu or step.dim():
-            state["step"] = torch.tensor(float(step), dtype=torch.float32)
+        if "momentum_buffer" in names and state.get("momentum_buffer") is None:
+            step = 0.0  # SGD counts the steps of the momentum, whose first is not dampened
+        device = p.device if group["capturable"] else torch.device("cpu")
+        if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.device != device or step.dim():
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
         elsewhere = plan.state_like(p, group["state_dtype"], device="meta")
-        for name in self.rule_of(group)[1]:
+        for name in names:
             have = state.get(name)
             if have is None:
                 state[name] = plan.state_like(p, group["state_dtype"]).zero_()
@@ -116,33 +161,46 @@ class FusedOptimizer(Optimizer):
 
         Checkpoints of torch.optim's class of the same name (for-loop, foreach or fused) load too.
         """
-        final: dict[str, Any] = {}
         # Registered last, so that it sees what the user's own hooks made of the dict.
-        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
-        self._loading = final
+        hook = self.register_load_state_dict_pre_hook(FusedOptimizer._before_loading)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
             self._loading = None
 
+    def _before_loading(self, loaded: dict[str, Any]) -> None:
+        self._loading = loaded
+        for key, group, p in self._loaded_params():
+            for name in self.rule_of(group)[1]:
+                value = loaded["state"].get(key, {}).get(name)
+                if isinstance(value, Tensor) and value.shape != p.shape:
+                    raise ValueError(
+                        f"{type(self).__name__}: the state {name!r} to be loaded for parameter {key} has shape "
+                        f"{list(value.shape)}, the parameter {list(p.shape)}: it is another model's"
+                    )
+
+    def _loaded_params(self) -> list[tuple[Any, dict[str, Any], Tensor]]:
+        """(key in the state that is being loaded, group, parameter) of every parameter."""
+        keys = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
+        params = ((group, p) for group in self.param_groups for p in group["params"])
+        return [(key, group, p) for key, (group, p) in zip(keys, params, strict=False)]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = getattr(self, "param_groups", [])
         super().__setstate__(state)
-        self._watch = None  # it holds the old tensors
+        self._drop_plans()  # they hold the old tensors
         for i, group in enumerate(self.param_groups):
+            group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
             for key, value in (own[i] if i < len(own) else self.defaults).items():
                 group.setdefault(key, value)
-            group.setdefault("base_lr", float(group["lr"]))
             if self._decoupled is not None:
                 group["decoupled_weight_decay"] = self._decoupled
-            if i < len(own):
-                group["state_dtype"] = own[i]["state_dtype"]
+            if i < len(own):  # how the state is kept is this optimizer's matter, not the checkpoint's
+                group["state_dtype"], group["capturable"] = own[i]["state_dtype"], own[i]["capturable"]
         if self._loading is not None:
             # torch has cast every state to its parameter's dtype (bf16 parameters: a loss); take the saved ones again.
-            saved = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
-            params = ((group, p) for group in self.param_groups for p in group["params"])
-            for key, (group, p) in zip(saved, params, strict=True):
+            for key, group, p in self._loaded_params():
                 if key in self._loading["state"]:
                     loaded = self._loading["state"][key]
                     self.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in loaded.items()}
@@ -212,19 +270,12 @@ class Adam(FusedOptimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
+            "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
             "decouple_lr": decouple_lr,
             "state_dtype": state_dtype,
         }
-        super().__init__(
-            params,
-            defaults,
-            backend,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        super().__init__(params, defaults, backend, foreach=foreach, differentiable=differentiable, fused=fused)
 
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         if group["amsgrad"]:
@@ -336,6 +387,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         decouple_lr: bool = False,
         lr_in_momentum: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -348,6 +400,7 @@ class SGD(FusedOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "capturable": capturable,
             "decoupled_weight_decay": self._decoupled,
             "decouple_lr": decouple_lr,
             "lr_in_momentum": lr_in_momentum,

@@ -4,7 +4,7 @@ A plan is a list of rows, one per tensor, that one backend steps in one launch. 
 ``Watch`` sees that a tensor, a layout or a state is not what it was built from; a gradient that only moved is followed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,13 @@ class Row:
     """One tensor of a launch. ``p`` and ``states`` are real, dense and laid out alike; so is ``grad()``."""
 
     slot: int  # position among all parameters of all groups
+    group: int
+    capturable: bool
     rule: str  # "adam", "adam_amsgrad", "sgd", "sgd_momentum"
     param: Tensor  # as the user gave it
     p: Tensor  # what is stepped: the parameter, or a dense copy of one that is not
     states: tuple[Tensor, ...]
+    step: Tensor
     g: Tensor | None  # a copy of the gradient in p's layout, where its own differs
 
     def grad(self) -> Tensor:
@@ -50,7 +53,6 @@ class Row:
 class Plan:
     """The rows of one launch, and the backend's function that steps them: ``run(scalars)``."""
 
-    backend: "backends.Backend"
     rows: list[Row]
     copied: list[Row]  # those with copies to fill before, and to bring back after
     run: Callable[["backends.Scalars"], None]
@@ -73,7 +75,8 @@ class Watch:
     def __init__(self, groups: list[dict], state: dict) -> None:
         self.groups, self.state = groups, state
         self.slots = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
-        self.step = [state[p].get("step") if p in state and p.grad is not None else None for _, p in self.slots]
+        counted = (p in state and p.grad is not None and not groups[i]["capturable"] for i, p in self.slots)
+        self.step = [state[p]["step"] if c else None for c, (_, p) in zip(counted, self.slots, strict=True)]
         self.index = [-1] * len(self.slots)
         self.seen = self._look()
         self.held = [list(own.items()) for own in state.values()]  # an id is good while its object lives
@@ -86,7 +89,11 @@ class Watch:
             (i, id(p), p.data_ptr(), tensor(p), tensor(p.grad)) for i, g in enumerate(self.groups) for p in g["params"]
         ]
         states = [
-            (id(p), id(own), [(k, id(t), t.data_ptr() if isinstance(t, Tensor) else 0) for k, t in own.items()])
+            (
+                id(p),
+                id(own),
+                [(k, id(t), *((t.data_ptr(), tensor(t)) if isinstance(t, Tensor) else ())) for k, t in own.items()],
+            )
             for p, own in self.state.items()
         ]
         return [params, states]
@@ -104,10 +111,27 @@ class Watch:
         return list(distinct)
 
     def advance(self) -> None:
-        """Count the step."""
+        """Count the step, and tell autograd that the parameters have changed."""
+        torch.autograd.graph.increment_version([p for _, p in self.slots if p.grad is not None])
         for step in self.step:
             if step is not None:
                 step += 1
+
+    def update(self, rows: Tensor, slots: Tensor) -> bool:
+        """Bring a table of rows to the gradients and the scalars of this step; return whether it changed.
+
+        Column 1 is the address of the gradient (kept for a slot of -1 - slot), column 6 the index of the row of
+        scalars (kept for parameters whose steps are not counted here), column 7 whether all addresses are aligned.
+        """
+        before = rows.clone()
+        for row, slot in zip(rows, slots.tolist(), strict=True):
+            if slot >= 0:
+                row[1] = self.slots[slot][1].grad.data_ptr()
+            slot = max(slot, -1 - slot)
+            if self.step[slot] is not None:
+                row[6] = self.index[slot]
+            row[7] = int(not any(int(address) % 16 for address in row[:5]))
+        return not torch.equal(before, rows)
 
     def scalars_of(self, slot: int) -> int:
         """Index of the row of scalars that this parameter is stepped with."""
@@ -120,46 +144,86 @@ def build(optimizer: "FusedOptimizer") -> tuple[Any, list[Plan]]:
     Raises TypeError, ValueError or RuntimeError for the first tensor that cannot be stepped, naming its group, index
     and shape; nothing has been written then.
     """
-    seen: dict[int, str] = {}
-    for at, group, p in _parameters(optimizer):
-        if id(p) in seen:
-            raise ValueError(
-                f"{at} is {seen[id(p)]} as well, and would be stepped twice: give every parameter to the optimizer once"
-            )
-        seen[id(p)] = at
-        if p.grad is not None:
-            _check(at, p, group, optimizer.state.get(p, {}))
-    devices = {p.device for _, _, p in _parameters(optimizer) if p.grad is not None}
-    chosen = {device: backends.pick(device, optimizer.requested) for device in devices}
-    for _, group, p in _parameters(optimizer):
-        if p.grad is not None:
-            optimizer.init_state_of(group, p)
+    live = _checked(optimizer)
+    chosen = {slot: _backend_of(at, group, p, optimizer.requested) for slot, (at, group, p) in live.items()}
+    for _, group, p in live.values():
+        optimizer.init_state_of(group, p)
+
     watch = backends.native().Watch if backends.native() else Watch
     watch = watch(optimizer.param_groups, optimizer.state)
-    buckets: dict[Any, list[Row]] = {}
-    for slot, (_, group, p) in enumerate(_parameters(optimizer)):
-        if p.grad is None:
-            continue
+    group_of = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+    later = _overlaps({slot: p for slot, (_, _, p) in live.items()})
+    buckets: dict[Any, tuple[backends.Backend, list[Row]]] = {}
+    for slot, (_, group, p) in live.items():
         rule, names = optimizer.rule_of(group)
-        states = tuple(real(optimizer.state[p][name]) for name in names)
+        own = optimizer.state[p]
+        states = tuple(real(own[name]) for name in names)
         dense = real(p) if same_layout(p, dense_like(p)) else real(torch.empty_like(p))
         plain = same_layout(p.grad, dense_like(p)) and not p.grad.is_conj() and not p.grad.is_neg()
         g = None if plain else torch.empty_like(dense, dtype=real(p.grad).dtype)
-        row = Row(slot, rule, p, dense, states, g)
-        buckets.setdefault((p.device, chosen[p.device].bucket(row)), []).append(row)
+        row = Row(slot, group_of[slot], group["capturable"], rule, p, dense, states, own["step"], g)
+        backend = chosen[slot]
+        key = later.get(slot, 0), p.device, backend.name, backend.bucket(row)
+        buckets.setdefault(key, (backend, []))[1].append(row)
     plans = []
-    for (device, _), rows in buckets.items():
+    for _, (backend, rows) in sorted(buckets.items(), key=lambda item: item[0][0]):
         copied = [row for row in rows if row.g is not None or row.p.data_ptr() != row.param.data_ptr()]
-        plans.append(Plan(chosen[device], rows, copied, chosen[device].prepare(watch, rows)))
+        try:
+            plans.append(Plan(rows, copied, backend.prepare(watch, rows, optimizer.param_groups)))
+        except backends.CannotRun:
+            if optimizer.requested:
+                raise
+            return build(optimizer)  # the backend is known to be broken now, and another is chosen
     return watch, plans
 
 
-def _parameters(optimizer: "FusedOptimizer") -> Iterator[tuple[str, dict, Tensor]]:
+def _overlaps(params: dict[int, Tensor]) -> dict[int, int]:
+    """Parameters whose memory overlaps that of others, and which launch, one after the other, each has to be in."""
+    spans = []
+    for slot, p in params.items():
+        reach = sum(stride * (size - 1) for size, stride in zip(p.shape, p.stride(), strict=True))
+        if p.numel():
+            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + (reach + 1) * p.element_size(), slot))
+    turns: dict[int, int] = {}
+    cluster: list[int] = []
+    device, end = "", 0
+    for on, first, last, slot in [*sorted(spans), ("", 0, 0, -1)]:
+        if on != device or first >= end:
+            if len(cluster) > 1:
+                turns |= {slot: turn for turn, slot in enumerate(sorted(cluster))}
+            cluster, device, end = [], on, last
+        cluster.append(slot)
+        end = max(end, last)
+    return turns
+
+
+def _checked(optimizer: "FusedOptimizer") -> dict[int, tuple[str, dict, Tensor]]:
+    """For every slot with a gradient, now known to be good: its place in words, its group, and the parameter."""
+    live: dict[int, tuple[str, dict, Tensor]] = {}
+    seen: dict[int, str] = {}
     for i, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names")
+        names = group.get("param_names", ())
         for j, p in enumerate(group["params"]):
-            name = f"{names[j]!r}, " if names else ""
-            yield f"{type(optimizer).__name__}: group {i}, parameter {j} ({name}shape {list(p.shape)})", group, p
+            name = f"{names[j]!r}, " if len(names) == len(group["params"]) else ""
+            at = f"{type(optimizer).__name__}: group {i}, parameter {j} ({name}shape {list(p.shape)})"
+            if id(p) in seen:
+                raise ValueError(
+                    f"{at} is {seen[id(p)]} as well, and would be stepped twice: give every parameter once"
+                )
+            if p.grad is not None:
+                own = optimizer.state.get(p, {})
+                _check(at, p, group, {k: own[k] for k in optimizer.rule_of(group)[1] if own.get(k) is not None})
+                live[len(seen)] = at, group, p
+            seen[id(p)] = at
+    return live
+
+
+def _backend_of(at: str, group: dict, p: Tensor, requested: str | None) -> "backends.Backend":
+    dtypes = {p.dtype.to_real(), p.grad.dtype.to_real(), state_dtype_of(p, group["state_dtype"]).to_real()}
+    try:
+        return backends.pick(p.device, dtypes, group["capturable"], requested)
+    except RuntimeError as error:
+        raise RuntimeError(f"{at}: {error}") from None
 
 
 def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
@@ -167,7 +231,7 @@ def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
     if g.layout is not torch.strided:
         raise RuntimeError(
             f"{at}: its gradient is sparse ({g.layout}), and a fused step needs dense ones: make the layer with "
-            "sparse=False, or give this parameter to torch.optim.SparseAdam"
+            "sparse=False, or give this parameter to torch.optim.SparseAdam or torch.optim.SGD"
         )
     if p.layout is not torch.strided:
         raise TypeError(f"{at}: its layout is {p.layout}, and only dense parameters can be stepped: use p.to_dense()")
@@ -193,7 +257,11 @@ def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
     if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
         raise ValueError(f"{at}: its elements share memory (an expanded tensor): use p.clone()")
     for name, value in state.items():
-        if name != "step" and isinstance(value, Tensor) and value.shape != p.shape:
+        if value.numel() and not _has_memory(value):
+            raise ValueError(
+                f"{at}: the memory of its state {name!r} is gone: load a checkpoint or del optimizer.state[p]"
+            )
+        if value.shape != p.shape:
             raise ValueError(
                 f"{at}: its state {name!r} has shape {list(value.shape)}: it belongs to another parameter, or the "
                 "parameter was resized; load the right checkpoint or del optimizer.state[p]"
@@ -222,12 +290,15 @@ def dense_like(p: Tensor) -> Tensor:
     return torch.empty_like(p, device="meta")
 
 
-def state_like(p: Tensor, dtype: torch.dtype | None, device: torch.device | str | None = None) -> Tensor:
-    """An uninitialised state of p: of the declared dtype, else float32 or wider, laid out as the dense p."""
-    dtype = dtype or torch.promote_types(p.dtype.to_real(), torch.float32)
-    return torch.empty_like(
-        p, dtype=dtype.to_complex() if p.is_complex() else dtype, device=device, requires_grad=False
-    )
+def state_dtype_of(p: Tensor, declared: torch.dtype | None) -> torch.dtype:
+    """The dtype of p's state: the declared one, else float32 or wider."""
+    dtype = declared or torch.promote_types(p.dtype.to_real(), torch.float32)
+    return dtype.to_complex() if p.is_complex() else dtype
+
+
+def state_like(p: Tensor, declared: torch.dtype | None, device: torch.device | str | None = None) -> Tensor:
+    """An uninitialised state of p, laid out as the dense p."""
+    return torch.empty_like(p, dtype=state_dtype_of(p, declared), device=device, requires_grad=False)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

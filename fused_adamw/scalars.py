@@ -80,10 +80,32 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     )
 
 
+def adam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
+    """What ``adam`` depends on, in the order of the Triton kernel that computes its rows on the device."""
+    return (*_decay_hyper(group), *group["betas"], group["eps"])
+
+
+def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
+    """What ``sgd`` depends on, in the order of the Triton kernel that computes its rows on the device."""
+    flags = bool(group["nesterov"]) + 2 * bool(group["lr_in_momentum"])
+    return (*_decay_hyper(group), group["momentum"], group["dampening"], flags)
+
+
+def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
+    """lr (0 for a tensor: the device reads it), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
+    lr = 0.0 if hasattr(group["lr"], "device") else group["lr"]
+    base_lr = group["base_lr"] if group["decouple_lr"] else 1.0
+    weight_decay = float(group["weight_decay"])
+    parts = (weight_decay, 0.0) if group["decoupled_weight_decay"] else (0.0, weight_decay)
+    return (lr, base_lr, *parts, -1.0 if group["maximize"] else 1.0)
+
+
 def _decay(group: Mapping[str, Any], lr: float) -> tuple[float, float, float]:
     """(decay, l2, grad_factor): lr * weight_decay is torch's decay, (lr / base_lr) * weight_decay the paper's."""
     sign = -1.0 if group["maximize"] else 1.0
     weight_decay = float(group["weight_decay"])
+    if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf):
+        check(group)
     if not group["decoupled_weight_decay"]:
         return 0.0, weight_decay, sign
     return (lr / group["base_lr"] if group["decouple_lr"] else lr) * weight_decay, 0.0, sign
@@ -97,6 +119,8 @@ def check(group: Mapping[str, Any]) -> None:
     for name, text in _NOT_NEGATIVE.items():
         if name in group and not 0.0 <= group[name] < math.inf:
             raise ValueError(f"Invalid {text}: {group[name]}")
+    if "betas" in group and len(group["betas"]) != 2:
+        raise ValueError(f"Invalid betas: {group['betas']}, there must be two")
     for i, beta in enumerate(group.get("betas", ())):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
@@ -104,10 +128,10 @@ def check(group: Mapping[str, Any]) -> None:
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     if group["decouple_lr"] and not group["decoupled_weight_decay"]:
         raise ValueError("decouple_lr=True needs decoupled weight decay: use AdamW or SGDW, or drop it")
-    if group["decouple_lr"] and not group["base_lr"] > 0:
+    if group["decouple_lr"] and not group.get("base_lr", group["lr"]) > 0:
         raise ValueError(
             "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
-            f"{group['base_lr']}: make the group with a positive lr, or give it a positive 'base_lr'"
+            f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"
         )
 
 
@@ -119,4 +143,5 @@ _NOT_NEGATIVE = {
 }
 
 # By the optimizer's rule.
+HYPER: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {"adam": adam_hyper, "sgd": sgd_hyper}
 ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Sgd]] = {"adam": adam, "sgd": sgd}

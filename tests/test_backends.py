@@ -66,7 +66,7 @@ def test_asking_for_the_reference_does_not_warn():
 def test_cpu_backend_refuses_cuda_tensors():
     (p,) = cases.parameters([(3,)], device="cuda")
     p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="backend='cpu' steps tensors on cpu, not on cuda"):
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: it steps tensors on cpu, not on cuda"):
         fused_adamw.AdamW([p], backend="cpu").step()
 
 

@@ -55,6 +55,13 @@ def test_step(tmp_path: Path, dtype: str) -> None:
             assert result["bytes"] == (28 if dtype == "float32" else 22) * result["parameters"]
 
 
+def test_host() -> None:
+    pytest.importorskip("triton")
+    out = bench("host", "--tensors", "3", "--rounds", "2")
+    assert "in place" in out
+    assert "moved" in out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

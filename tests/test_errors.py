@@ -126,6 +126,7 @@ def test_state_of_another_shape(target):
         optimizer.step()
 
 
+@pytest.mark.float64
 def test_narrow_state_of_float64_parameters(target):
     p = cases.parameters([(3,)], torch.float64, target.device)[0]
     optimizer = cases.make("AdamW", [p], {"state_dtype": torch.bfloat16}, backend=target.backend)
@@ -149,8 +150,9 @@ BAD_OPTIONS = [
     ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "Nesterov momentum requires"),
     ("Adam", {"decouple_lr": True}, "needs decoupled weight decay: use AdamW or SGDW"),
     ("AdamW", {"decouple_lr": True, "lr": 0.0}, "make the group with a positive lr"),
+    ("AdamW", {"betas": (0.9, 0.99, 0.5)}, "there must be two"),
     ("AdamW", {"state_dtype": torch.int8}, "state_dtype=torch.int8: must be one of torch.float32"),
-    ("AdamW", {"backend": "cudnn"}, "no backend 'cudnn': there are 'cpu', 'reference'"),
+    ("AdamW", {"backend": "cudnn"}, "no backend 'cudnn': there are 'cpu', 'triton', 'reference'"),
 ]
 
 
@@ -169,12 +171,42 @@ def test_bad_option_of_a_group():
         optimizer.add_param_group({"params": [b], "momentum": -1})
 
 
-@pytest.mark.parametrize(
-    "option", [{"foreach": True}, {"fused": False}, {"capturable": True}, {"differentiable": True}]
-)
+@pytest.mark.parametrize("option", [{"foreach": True}, {"fused": False}, {"differentiable": True}])
 def test_refused_with_a_remedy(option):
     with pytest.raises(RuntimeError, match=r"Adam\(.*\) is not supported: .*(use|drop)"):
         fused_adamw.Adam(cases.parameters([(3,)]), **option)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "text"),
+    [
+        ("AdamW", {"betas": (1.0, 0.9)}, r"Invalid beta parameter at index 0: 1.0 \(group 1\)"),
+        ("AdamW", {"betas": (0.9,)}, r"there must be two \(group 1\)"),
+        ("AdamW", {"lr": float("nan")}, r"Invalid learning rate: nan \(group 1\)"),
+        ("SGD", {"lr": -1.0}, r"Invalid learning rate: -1.0 \(group 1\)"),
+    ],
+)
+def test_bad_option_set_by_hand(name, option, text):
+    """Found at the step, before anything is written or counted."""
+    a, b = cases.parameters([(3,), (3,)])
+    optimizer = cases.make(name, [{"params": [a]}, {"params": [b]}], {})
+    cases.set_gradients([a, b], 1)
+    optimizer.step()
+    before = a.detach().clone()
+    optimizer.param_groups[1].update(option)
+    with pytest.raises(ValueError, match=text):
+        optimizer.step()
+    assert torch.equal(a, before)
+    assert optimizer.state[a]["step"].item() == 1
+
+
+def test_names_that_no_longer_fit_are_left_out():
+    model = torch.nn.Linear(2, 3)
+    optimizer = fused_adamw.SGD(model.named_parameters())
+    optimizer.param_groups[0]["params"].pop(0)
+    model.bias.grad = sparse_like(torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"group 0, parameter 0 \(shape \[3\]\)"):
+        optimizer.step()
 
 
 def test_typing_error_in_an_argument():

@@ -119,6 +119,7 @@ def test_first_step_of_momentum_is_not_dampened_nor_counted_twice(name, target):
         assert torch.equal(optimizer.state[late]["momentum_buffer"], torch.ones_like(late))
 
 
+@pytest.mark.float64
 def test_decay_without_gradient(target):
     """Three conventions: torch's lr * wd, the paper's (lr / base_lr) * wd, and none for L2 at zero gradient in SGD."""
     factors = {}
@@ -261,7 +262,7 @@ def test_loading_runs_the_users_hooks(target):
 def test_moments_keep_the_dtype_they_were_declared_with(target):
     p = cases.parameters([(3,)], torch.float16, target.device)[0]
     p.grad = torch.ones_like(p)
-    for declared, expected in ((None, torch.float32), (torch.float16, torch.float16), (torch.float64, torch.float64)):
+    for declared, expected in ((None, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)):
         optimizer = cases.make("AdamW", [p], {"state_dtype": declared}, backend=target.backend)
         optimizer.step()
         assert {k: v.dtype for k, v in optimizer.state[p].items()} == {
@@ -281,3 +282,70 @@ def test_repr_and_hooks(target):
     optimizer.step()
     assert calls == ["before", "after"]
     assert "weight_decay: 0.01" in repr(optimizer)
+
+
+def test_loading_a_state_of_another_shape_is_refused_and_changes_nothing(target):
+    p, q = cases.parameters([(3,), (1,)], device=target.device)
+    a, b = (cases.make("AdamW", [x], {}, backend=target.backend) for x in (p, q))
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    a.step()
+    b.step()
+    before = a.state[p]["exp_avg"]
+    with pytest.raises(
+        ValueError, match=r"'exp_avg' to be loaded for parameter 0 has shape \[1\], the parameter \[3\]"
+    ):
+        a.load_state_dict(b.state_dict())
+    assert a.state[p]["exp_avg"] is before
+    a.step()
+
+
+@pytest.mark.float64
+def test_a_checkpoint_of_torch_brings_its_learning_rate_as_the_base_of_the_decay(target):
+    """decouple_lr: a decay of 1 % stays one, whatever the learning rate in the checkpoint."""
+    p, q = cases.parameters([(1,), (1,)], torch.float64, target.device)
+    theirs = torch.optim.AdamW([q], lr=0.1, weight_decay=0.01)
+    q.grad = torch.ones_like(q)
+    theirs.step()
+    options = {"lr": 1e-3, "weight_decay": 0.01, "decouple_lr": True, "betas": (0.0, 0.9)}
+    ours = cases.make("AdamW", [p], options, backend=target.backend)
+    ours.load_state_dict(theirs.state_dict())
+    ours.param_groups[0]["betas"] = (0.0, 0.9)
+    before = p.item()
+    p.grad = torch.zeros_like(p)
+    ours.step()
+    assert p.item() == pytest.approx(0.99 * before)
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("fresh", [True, False])
+def test_momentum_switched_on_later_starts_as_in_torch(fresh, target):
+    ours, theirs = (cases.parameters([(5,)], torch.float64, target.device) for _ in range(2))
+    a = cases.make("SGD", ours, {"lr": 1.0, "dampening": 0.5}, backend=target.backend)
+    b = torch.optim.SGD(theirs, lr=1.0, dampening=0.5)
+    for t in range(8):
+        for optimizer, ps in ((a, ours), (b, theirs)):
+            optimizer.param_groups[0]["momentum"] = 0.9 if t in (2, 3, 6, 7) else 0.0
+            if fresh and t == 6:
+                optimizer.state[ps[0]].pop("momentum_buffer")
+            cases.set_gradients(ps, t)
+            optimizer.step()
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_torch_compile_of_a_training_step():
+    """step() is a graph break, as for torch's own optimizers that cannot be traced; the rest is compiled."""
+    model, twin = network(), network()
+    a, b = fused_adamw.AdamW(model.parameters(), lr=1e-2), fused_adamw.AdamW(twin.parameters(), lr=1e-2)
+
+    def step(model, optimizer, x):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    compiled = torch.compile(step, backend="eager")
+    for t in range(3):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(t))
+        assert torch.equal(compiled(model, a, x), step(twin, b, x))

@@ -408,7 +408,7 @@ def test_scalars_on_the_device(arch, adam):
     """Equal to ``scalars.py`` in every bit, which rounds once what it has computed in double."""
     steps = [1.0, 2.0, 7.0, 1000.0, 123457.0]
     base = {"lr": 3e-3, "base_lr": 0.1, "maximize": True, "decoupled_weight_decay": True, "weight_decay": 0.1}
-    groups, hyper = [], []
+    groups = []
     if adam:
         for decoupled, decouple_lr, betas in (
             (True, True, (0.9, 0.999)),
@@ -422,7 +422,6 @@ def test_scalars_on_the_device(arch, adam):
                 "decouple_lr": decouple_lr,
             }
             groups.append(base | own)
-            hyper.append([*decay_columns(groups[-1]), *betas, 1e-8])
     else:
         for momentum, dampening, nesterov, lr_in_momentum in (
             (0, 0, 0, 0),
@@ -437,27 +436,20 @@ def test_scalars_on_the_device(arch, adam):
                 "lr_in_momentum": lr_in_momentum,
             }
             groups.append(base | own | {"decouple_lr": False})
-            hyper.append([*decay_columns(groups[-1]), momentum, dampening, nesterov + 2 * lr_in_momentum])
+    rule = "adam" if adam else "sgd"
+    cases_of = [(group, step) for group in groups for step in steps]
     mem = ptxsim.GlobalMemory(1 << 24)
-    counters = mem.upload(np.array(steps, np.float32), readonly=True)
-    at = [[counters.addr + 4 * k] for _ in groups for k in range(len(steps))]
-    out = mem.alloc(len(at) * 32, "out", np.float32)
+    counters = mem.upload(np.array([step - 1 for _, step in cases_of], np.float32), "counters")
+    out = mem.alloc(len(cases_of) * 32, "out", np.float32)
     tables = [
-        mem.upload(np.repeat(hyper, len(steps), 0), readonly=True),
-        mem.upload(np.array(at), readonly=True),
+        mem.upload(np.array([scalars.HYPER[rule](group) for group, _ in cases_of]), readonly=True),
+        mem.upload(counters.addr + 4 * np.arange(len(cases_of)), readonly=True),
     ]
     compiled = kernels.compile_scalars_for(arch, adam)
-    ptxsim.launch_triton(compiled, len(at), [*tables, out], mem)
-    row = scalars.ROWS["adam" if adam else "sgd"]
-    expected = [list(row(group, step)._asdict().values()) for group in groups for step in steps]
+    ptxsim.launch_triton(compiled, len(cases_of), [*tables, out], mem)
+    expected = [list(scalars.ROWS[rule](group, step)) for group, step in cases_of]
     np.testing.assert_array_equal(out.get().reshape(-1, 8), np.array(expected, np.float32))
-
-
-def decay_columns(group: dict) -> list[float]:
-    """lr, base_lr, decoupled decay, l2, grad_factor."""
-    decay, l2 = (group["weight_decay"], 0.0) if group["decoupled_weight_decay"] else (0.0, group["weight_decay"])
-    sign = -1.0 if group["maximize"] else 1.0
-    return [group["lr"], group["base_lr"] if group["decouple_lr"] else 1.0, decay, l2, sign]
+    np.testing.assert_array_equal(counters.get(), np.array([step for _, step in cases_of], np.float32))
 
 
 # ---- The tests see a wrong kernel.

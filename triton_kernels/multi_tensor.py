@@ -123,11 +123,14 @@ def scalars_kernel(hyper, steps, scalars, ADAM: tl.constexpr):
     hyper   float64 [., 8]: lr, base_lr, decoupled decay, l2, grad_factor, then beta1, beta2, eps (Adam)
             or momentum, dampening, flags (Sgd; bit 0: nesterov, bit 1: lr_in_momentum). The decay is
             lr / base_lr * decoupled decay, so a base_lr of 1 makes it torch's.
-    steps   int64 [.]: addresses of float32 step counters that count the step to come already
+    steps   int64 [.]: addresses of float32 step counters, which are advanced
     """
     row = tl.program_id(0).to(tl.int64)
     h = hyper + row * 8
-    step = tl.load(tl.load(steps + row).to(tl.pointer_type(tl.float32))).to(tl.int32)
+    counter = tl.load(steps + row).to(tl.pointer_type(tl.float32))
+    count = tl.load(counter) + 1
+    tl.store(counter, count)
+    step = count.to(tl.int32)
     lr = tl.load(h)
     to = scalars + row * 8
     tl.store(to, (lr / tl.load(h + 1) * tl.load(h + 2)).to(tl.float32))

@@ -1,0 +1,315 @@
+"""The optimizer on Triton: launches, streams, devices, synchronisation, graphs. Ordinary GPU tests, marked gpu."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from fused_adamw import backends
+from tests import cases
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch of the step's kernel: (grid, device, stream)."""
+    from fused_adamw.triton_kernels import launch
+
+    seen, true = [], launch.step_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                seen.append((grid, args[0].device, torch.cuda.current_stream()))
+                return true[grid](*args, **options)
+
+            return run
+
+        def __getattr__(self, name):
+            return getattr(true, name)
+
+    monkeypatch.setattr(launch, "step_kernel", Counted())
+    return seen
+
+
+def compiled():
+    """Number of compiled kernels, over all devices."""
+    from fused_adamw.triton_kernels.multi_tensor import scalars_kernel, step_kernel
+
+    return sum(len(c[0]) for k in (step_kernel, scalars_kernel) for c in k.device_caches.values())
+
+
+def twins(shapes, device="cuda:0", dtype=torch.float32):
+    """The same parameters on a GPU and on the CPU."""
+    return cases.parameters(shapes, dtype, device), cases.parameters(shapes, dtype)
+
+
+def same_gradients(gpu_params, cpu_params, t):
+    cases.set_gradients(cpu_params, t)
+    for p, q in zip(gpu_params, cpu_params, strict=True):
+        p.grad = None if q.grad is None else q.grad.to(p.device)
+
+
+# ---- one launch, no new table, no new compilation
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("shapes", "groups"), [([(1000,)], 1), ([(64,)] * 148, 1), ([(3,)] * 10_000, 1), ([(5,)] * 930, 465)]
+)
+def test_one_launch(shapes, groups, launches):
+    params = [torch.nn.Parameter(torch.ones(s, device="cuda")) for s in shapes]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = cases.make("AdamW", [{"params": params[i::groups], "lr": 1e-3 * (i + 1)} for i in range(groups)], {})
+    optimizer.step()
+    assert len(launches) == 1
+    assert launches[0][0] == (len(shapes),)
+
+
+@gpu
+def test_nothing_new_over_50_steps(launches, monkeypatch):
+    """OneCycleLR moves lr and betas, gradients move and come late: after the first steps no plan and no compilation."""
+    from fused_adamw import plan
+
+    ours, theirs = twins([(100,), (7, 9), (3000,)])
+    a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", theirs, {})
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=60) for o in (a, b)]
+    built, keep, true = [], [], plan.build
+    monkeypatch.setattr(plan, "build", lambda o: built.append(o) or true(o))
+    for t in range(50):
+        same_gradients(ours, theirs, t)
+        keep.append([p.grad for p in ours])  # so that the next gradients lie elsewhere
+        if t < 5:
+            ours[1].grad = theirs[1].grad = None
+        if t == 7:
+            known = compiled()
+        for o in (a, b, *schedules):
+            o.step()
+    assert built == [a, b, a, b]  # at the first step, and when the late gradient came
+    assert compiled() == known
+    assert len(launches) == 50
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@gpu
+def test_warmup_compiles_what_the_step_needs():
+    p = torch.nn.Parameter(torch.ones(10, device="cuda", dtype=torch.bfloat16))
+    optimizer = cases.make("AdamW", [p], {"amsgrad": True, "state_dtype": torch.bfloat16})
+    optimizer.warmup()
+    assert torch.equal(p, torch.ones_like(p))
+    assert not optimizer.state
+    known = compiled()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert compiled() == known
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_steady_step_does_not_synchronise():
+    ours, theirs = twins([(100,), (7, 9)])
+    a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", theirs, {})
+    for t in range(4):
+        same_gradients(ours, theirs, t)
+        torch.cuda.set_sync_debug_mode("error" if t >= 2 else "default")
+        try:
+            a.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+# ---- training, devices, streams
+
+
+@gpu
+@pytest.mark.parametrize(("name", "options"), [*cases.SHARED, *cases.OURS], ids=cases.name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=cases.name_of)
+def test_same_bits_as_the_cpu(name, options, dtype):
+    ours, theirs = twins([*cases.SHAPES, (20_000,)], dtype=dtype)
+    a, b = (cases.make(name, ps, options) for ps in (ours, theirs))
+    for t in range(3):
+        same_gradients(ours, theirs, t)
+        a.step()
+        b.step()
+    assert list(a.backend.values()) == ["triton"]
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@gpu
+def test_a_network_trains_to_the_bits_of_the_cpu():
+    """The gradients are computed on the GPU and handed to the CPU's twin."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 1)).cuda()
+    twin = [torch.nn.Parameter(p.detach().cpu().clone()) for p in model.parameters()]
+    a, b = cases.make("AdamW", model.parameters(), {"lr": 1e-2}), cases.make("AdamW", twin, {"lr": 1e-2})
+    losses = []
+    for t in range(20):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(t)).cuda()
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        a.zero_grad()
+        loss.backward()
+        for p, q in zip(model.parameters(), twin, strict=True):
+            q.grad = p.grad.cpu()
+        a.step()
+        b.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+def check_devices(devices):
+    """Parameters on other devices than the current one are stepped to the bits of the CPU."""
+    ours, theirs = [], []
+    for device in devices:
+        x, y = twins([(100,), (7, 9)], device)
+        ours, theirs = ours + x, theirs + y
+    a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", theirs, {})
+    for t in range(3):
+        same_gradients(ours, theirs, t)
+        a.step()
+        b.step()
+    assert torch.cuda.current_device() == 0
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("devices", [("cuda:1",), ("cuda:0", "cuda:1")])
+def test_other_devices_than_the_current_one(devices, launches):
+    check_devices(devices)
+    assert [str(device) for _, device, _ in launches] == [*devices] * 3
+
+
+@gpu
+def test_side_streams(launches):
+    """Each step on another stream, joined as a user would: the launch and its upload are on the current one."""
+    ours, theirs = twins([(100,), (7, 9)])
+    a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", theirs, {})
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for t in range(6):
+        stream = streams[t % 2]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            same_gradients(ours, theirs, t)
+            a.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        b.step()
+    assert [stream for *_, stream in launches] == streams * 3
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+# ---- graphs
+
+
+@gpu
+@pytest.mark.parametrize("name", ["AdamW", "SGDW"])
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr):
+    """Capture once, replay 20 steps under OneCycleLR (lr, and betas or momentum) and a changing weight decay."""
+    ours, theirs = twins([(100,), (7, 9)])
+    lr = torch.tensor(1e-3, device="cuda", dtype=torch.float64) if tensor_lr else 1e-3
+    options = {"momentum": 0.9} if name == "SGDW" else {}
+    a = cases.make(name, ours, {"lr": lr, "capturable": True, **options})
+    b = cases.make(name, theirs, {"lr": 1e-3, **options})
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=60) for o in (a, b)]
+    static = [torch.zeros_like(p) for p in ours]
+    for p, g in zip(ours, static, strict=True):
+        p.grad = g
+
+    def next_gradients(t):
+        cases.set_gradients(theirs, t)
+        for g, q in zip(static, theirs, strict=True):
+            g.copy_(q.grad)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for t in range(3):
+            next_gradients(t)
+            for o in (a, b, *schedules):
+                o.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        a.step()
+    for t in range(3, 23):
+        next_gradients(t)
+        for o in (a, b):
+            o.param_groups[0]["weight_decay"] = 0.01 * t
+        a.refresh_captured()
+        graph.replay()
+        b.step()
+        for s in schedules:
+            s.step()
+    next_gradients(30)
+    a.step()  # and one more without the graph
+    b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+    graph.replay()  # the graph is still its own: another step of the same gradients
+    b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_capture_without_capturable_is_refused():
+    p = torch.nn.Parameter(torch.ones(10, device="cuda"))
+    p.grad = torch.ones_like(p)
+    optimizer = cases.make("AdamW", [p], {})
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="Attempting CUDA graph capture of step.*capturable=True"),
+        torch.cuda.graph(graph),
+    ):
+        optimizer.step()
+
+
+# ---- what Triton cannot do
+
+
+def test_capturable_on_the_cpu_is_refused():
+    (p,) = cases.parameters([(3,)])
+    p.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"parameter 0 \(shape \[3\]\).*steps on the host, and capturable=True"):
+        cases.make("AdamW", [p], {"capturable": True}).step()
+
+
+@gpu
+def test_float64_goes_to_the_reference_or_is_refused():
+    wide, narrow = (torch.nn.Parameter(torch.ones(3, device="cuda", dtype=d)) for d in (torch.float64, torch.float32))
+    for p in (wide, narrow):
+        p.grad = torch.ones_like(p)
+    backends._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"triton: it does not step torch.float64"):
+        cases.make("AdamW", [wide, narrow], {}).step()
+    assert torch.equal(wide.float(), narrow)
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: it does not step torch.float64"):
+        cases.make("AdamW", [wide], {}, backend="triton").step()
+
+
+@gpu
+def test_a_triton_that_cannot_compile_falls_back_with_one_warning(monkeypatch):
+    from fused_adamw.triton_kernels import launch
+
+    def broken(*_):
+        raise RuntimeError("ptxas not found")
+
+    monkeypatch.setattr(launch, "compile_on", broken)
+    monkeypatch.setattr(backends, "_broken", {})
+    backends._warn_once.cache_clear()
+    p = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    p.grad = torch.ones_like(p)
+    optimizer = cases.make("AdamW", [p], {})
+    with pytest.warns(RuntimeWarning, match="triton: Triton failed: RuntimeError: ptxas not found") as record:
+        optimizer.step()
+        optimizer.step()
+    assert len(record) == 1
+    assert optimizer.state[p]["step"].item() == 2
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: Triton failed"):
+        cases.make("AdamW", [p], {}, backend="triton").step()
