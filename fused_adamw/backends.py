@@ -112,15 +112,16 @@ _broken: dict[str, str] = {}  # backends that raised when they were prepared, an
 
 def _prepare_triton(watch: Any, rows: list["Row"], groups: list[dict]) -> Callable[[Scalars], None]:
     try:
-        from fused_adamw.triton_kernels.launch import CapturableLaunch, Launch
+        from fused_adamw.triton_kernels import launch
 
-        if groups[rows[0].group]["capturable"]:
-            hyper = HYPER["adam" if rows[0].rule.startswith("adam") else "sgd"]
-            return CapturableLaunch(watch, rows, groups, hyper)
-        return Launch(watch, rows)
+        compiled = launch.compile_for_row(rows[0])
     except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
         _broken["triton"] = f"Triton failed: {type(error).__name__}: {error}"
         raise CannotRun(f"backend='triton' cannot run: {_broken['triton']}") from error
+    if rows[0].capturable:
+        hyper = HYPER["adam" if rows[0].rule.startswith("adam") else "sgd"]
+        return launch.CapturableLaunch(watch, rows, compiled, groups, hyper)
+    return launch.Launch(watch, rows, compiled)
 
 
 def _warmup_triton(rule: str, p: torch.Tensor, state_dtype: torch.dtype) -> None:

@@ -114,7 +114,7 @@ class FusedOptimizer(Optimizer):
         backend that was asked for cannot run.
         """
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in filter(lambda p: p.requires_grad, group["params"]):
                 state_dtype = plan.state_dtype_of(p, group["state_dtype"])
                 backend = backends.pick(p.device, {p.dtype, state_dtype}, group["capturable"], self.requested)
                 backend.warmup(self.rule_of(group)[0], p, state_dtype)

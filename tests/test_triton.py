@@ -95,6 +95,24 @@ def test_nothing_new_over_50_steps(launches, monkeypatch):
 
 
 @gpu
+def test_without_the_extension(monkeypatch):
+    """The watch in Python drives the same tables."""
+    ours, theirs = twins([(100,), (7, 9)])
+    b = cases.make("AdamW", theirs, {}, backend="cpu")
+    for t in range(3):
+        same_gradients(ours, theirs, t)
+        b.step()
+    monkeypatch.setattr(backends, "native", lambda: None)
+    a = cases.make("AdamW", ours, {}, backend="triton")
+    for t in range(3):
+        same_gradients(ours, theirs, t)
+        if t == 0:
+            ours[1].grad = torch.empty(9, 7, device="cuda").t().copy_(ours[1].grad)
+        a.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@gpu
 def test_warmup_compiles_what_the_step_needs():
     p = torch.nn.Parameter(torch.ones(10, device="cuda", dtype=torch.bfloat16))
     optimizer = cases.make("AdamW", [p], {"amsgrad": True, "state_dtype": torch.bfloat16})

@@ -46,6 +46,12 @@ def compile_on(device: torch.device, variant: Variant) -> tuple[dict, dict]:
     return constexprs, options
 
 
+def compile_for_row(row: Any) -> tuple[dict, dict]:
+    """Compile what steps this row, and all others of its bucket."""
+    states = row.states[0].dtype if row.states else row.p.dtype
+    return compile_on(row.p.device, variant_of(row.rule, row.p.dtype, row.grad().dtype, states))
+
+
 class Launch:
     """The rows of one launch: called with the rows of scalars of a step, it steps them.
 
@@ -54,11 +60,9 @@ class Launch:
     not hand out again before the copy is done.
     """
 
-    def __init__(self, watch: Any, rows: list[Any]) -> None:
+    def __init__(self, watch: Any, rows: list[Any], compiled: tuple[dict, dict]) -> None:
         self.watch, self.device = watch, rows[0].p.device
-        states = rows[0].states[0].dtype if rows[0].states else rows[0].p.dtype
-        variant = variant_of(rows[0].rule, rows[0].p.dtype, rows[0].grad().dtype, states)
-        self.constexprs, self.options = compile_on(self.device, variant)
+        self.constexprs, self.options = compiled
         self.chunk = chunk_size(sum(row.p.numel() for row in rows))
         # -1 - slot: the gradient is a copy of ours, which stays where it is
         self.slots = torch.tensor([row.slot if row.g is None else -1 - row.slot for row in rows], device="cpu")
@@ -129,9 +133,14 @@ class CapturableLaunch(Launch):
     """
 
     def __init__(
-        self, watch: Any, rows: list[Any], groups: list[dict], hyper: Callable[[dict], Sequence[float]]
+        self,
+        watch: Any,
+        rows: list[Any],
+        compiled: tuple[dict, dict],
+        groups: list[dict],
+        hyper: Callable[[dict], Sequence[float]],
     ) -> None:
-        super().__init__(watch, rows)
+        super().__init__(watch, rows, compiled)
         self.groups, self.hyper = groups, hyper
         self.group_of = torch.tensor([row.group for row in rows], device="cpu")
         ends = torch.bincount(self.group_of, minlength=len(groups)).cumsum(0).tolist()
