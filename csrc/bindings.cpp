@@ -84,7 +84,7 @@ struct Slot {  // one entry of a group's "params"
 
 struct Live {  // what a step takes from a slot and puts there, close together
   const void* g = nullptr;
-  float* step = nullptr;  // nullptr: not stepped
+  float* step = nullptr;  // nullptr: not stepped, or counted on the device
   int group = -1;
   int scalars = -1;
 };

@@ -226,13 +226,15 @@ class Adam(FusedOptimizer):
         eps: ε, added to the denominator.
         weight_decay: λ.
         amsgrad: use the maximum of all v_t so far (arXiv 1904.09237).
-        foreach, capturable, differentiable, fused: torch's choice of an implementation. There is one here, and it is
-            fused: ``fused=True`` and the defaults are accepted.
+        foreach, differentiable, fused: torch's choice of an implementation. There is one here, and it is fused:
+            ``fused=True`` and the defaults are accepted.
+        capturable: keep steps and scalars on the device, so that a CUDA graph of the step replays correctly; see
+            :meth:`refresh_captured`. On the "triton" backend only.
         maximize: ascend.
         decoupled_weight_decay: decay as AdamW does.
         decouple_lr: decoupled decay as in the paper: see AdamW.
         state_dtype: storage of the moments; by default float32, or float64 for float64 parameters.
-        backend: "cpu" or "reference"; by default the best that runs on the device of a tensor.
+        backend: "cpu", "triton" or "reference"; by default the best that runs on the device of a tensor.
 
     Parameters and gradients are float32, bfloat16, float16, float64, or complex of these, in any mix. Arithmetic is in
     float32 (float64 for float64 parameters), with one rounding to the storage type.
@@ -364,7 +366,7 @@ class SGD(FusedOptimizer):
         weight_decay: λ.
         nesterov: Nesterov's momentum: :math:`g_t + \mu b_t` in place of :math:`b_t`.
         maximize: ascend.
-        foreach, differentiable, fused: as in :class:`Adam`.
+        foreach, differentiable, fused, capturable: as in :class:`Adam`.
         lr_in_momentum: the paper's momentum, in which a change of the learning rate acts on new gradients only.
         state_dtype, backend: as in :class:`Adam`.
 

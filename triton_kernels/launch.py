@@ -75,9 +75,8 @@ class Launch:
 
         self.grid = (len(chunks),)
         self.rows_bytes = self.host.nbytes
-        self.moving_bytes = self.rows_bytes + len(rows) * SCALARS_BYTES
-        self.buffer = torch.empty(self.moving_bytes + chunks.nbytes, dtype=torch.uint8, device=self.device)
         sizes = [self.rows_bytes, len(rows) * SCALARS_BYTES, chunks.nbytes]
+        self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
         table, scalars, chunk_table = self.buffer.split(sizes)
         chunk_table.copy_(flat(chunks))
         self.tables = table.view(torch.int64), chunk_table.view(torch.int32), scalars.view(torch.float32)
