@@ -6,7 +6,12 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.fused_adamw
 
-.PHONY: demo test bench lint format clean
+# With make cuda-check; any CUDA build of torch whose major version of CUDA is that of nvcc.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV ?= .venv-cuda
+CUDA_BIN = $(abspath $(CUDA_VENV))/bin
+
+.PHONY: demo test bench lint format clean cuda-check
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
@@ -26,6 +31,18 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
+
+# Builds the extension with its CUDA part, from a copy of the tree, in an environment of its own; needs nvcc, no GPU.
+cuda-check:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/pip install --quiet $(CUDA_TORCH) numpy setuptools wheel ninja pytest
+	mkdir -p build/cuda
+	git ls-files -co --exclude-standard | tar -cf - -T - | tar -xf - -C build/cuda
+	cd build/cuda && FUSED_ADAMW_CPU=1 FUSED_ADAMW_CUDA=1 $(CUDA_BIN)/pip install --no-build-isolation --no-deps -v -e . \
+	    > build.log 2>&1 || { tail -40 build.log; exit 1; }
+	grep '  fused_adamw: ' build/cuda/build.log
+	cd build/cuda && $(CUDA_BIN)/python -m fused_adamw
+	cd build/cuda && $(CUDA_BIN)/python -m pytest -q tests/test_backends.py tests/test_step_cpu.py
 
 clean:
 	rm -rf build *.egg-info fused_adamw/*.so

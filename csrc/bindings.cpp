@@ -5,12 +5,17 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "step.h"
 
+#if defined(FUSED_ADAMW_CUDA)
+#include <c10/cuda/CUDAStream.h>
+#endif
 #if defined(__GNUC__)
 #define FUSED_PREFETCH(address) __builtin_prefetch(address)
 #else
@@ -29,28 +34,17 @@ const at::Tensor* tensor_of(PyObject* object) {
 // nullptr for a tensor without memory of its own (a wrapper subclass); plan.py refuses those by name.
 const void* address_of(const at::Tensor& t) { return t.has_storage() ? t.const_data_ptr() : nullptr; }
 
-// All of a gradient that a plan depends on, but its address.
-struct Layout {
-  at::ScalarType dtype;
-  at::Device device;
-  c10::DimVector sizes, strides;
-
-  explicit Layout(const at::Tensor& t)
-      : dtype(t.scalar_type()), device(t.device()), sizes(t.sizes()), strides(t.strides()) {}
-  bool fits(const at::Tensor& t) const {
-    return t.layout() == at::kStrided && t.scalar_type() == dtype && t.device() == device &&
-           t.sizes() == at::IntArrayRef(sizes) && t.strides() == at::IntArrayRef(strides) && !t.is_conj() &&
-           !t.is_neg();
-  }
-};
-
-// Dtype, sizes and strides in 64 bits: a Layout for each state would double what a poll reads.
-uint64_t layout_hash(const at::Tensor& t) {
-  uint64_t hash = uint64_t(t.scalar_type()) + 1;
-  for (const at::IntArrayRef values : {t.sizes(), t.strides()})
+// All that a plan depends on of a tensor but its address: dtype, device, layout, conjugate and negative bits,
+// sizes and strides, in 64 bits, since a poll reads them at every step. Never 0.
+uint64_t layout_of(const at::Tensor& t) {
+  const at::TensorImpl& impl = *t.unsafeGetTensorImpl();
+  uint64_t hash =
+      impl.key_set().raw_repr() ^ uint64_t(t.scalar_type()) << 48 ^ uint64_t(t.device().index()) << 56;
+  if (impl.layout() != at::kStrided) return hash | 1;
+  for (const at::IntArrayRef values : {impl.sizes(), impl.strides()})
     for (const int64_t value : values)
       hash = (hash ^ uint64_t(value)) * 0x9e3779b97f4a7c15u, hash ^= hash >> 32;
-  return hash;
+  return hash | 1;
 }
 
 // Where a tensor's objects lay when they were last seen. Only ever prefetched, so a stale address does no
@@ -76,8 +70,7 @@ struct Slot {  // one entry of a group's "params"
   py::object param;
   int group;
   const void* p;
-  Layout p_layout;
-  std::optional<Layout> g_layout;  // without a value: no gradient
+  uint64_t p_layout, g_layout = 0;  // 0: no gradient
   Objects p_objects, g_objects;
   const void* autograd = nullptr;
 };
@@ -108,7 +101,7 @@ public:
     }
     walk([this](PyObject* key, PyObject* value, const at::Tensor* t) {
       seen_.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value),
-                       t ? address_of(*t) : nullptr, t ? layout_hash(*t) : 0,
+                       t ? address_of(*t) : nullptr, t ? layout_of(*t) : 0,
                        t ? Objects(value, *t) : Objects()});
       if (PyDict_Check(value)) {
         seen_.back().objects.python = reinterpret_cast<const char*>(value);
@@ -146,7 +139,7 @@ public:
       if (j + 4 * kAhead < seen_.size()) seen_[j + 4 * kAhead].objects.prefetch();
       const Seen& was = seen_[j++];
       return was.key.ptr() == key && was.value.ptr() == value &&
-             was.address == (t ? address_of(*t) : nullptr) && was.layout == (t ? layout_hash(*t) : 0);
+             was.address == (t ? address_of(*t) : nullptr) && was.layout == (t ? layout_of(*t) : 0);
     });
     return all && j == seen_.size();
   }
@@ -185,9 +178,41 @@ public:
     }
   }
 
-  // Bring a table of rows, int64 [n, 8], to this step: column 1 is the address of the gradient (kept for a
-  // slot of -1 - slot), 6 the index of the row of scalars (kept where steps are not counted here), 7 whether
-  // all addresses are multiples of 16. Returns whether anything changed.
+  // Bring the tables of a launch to this step in one copy: the rows if any changed or `all` is set, and the
+  // rows of scalars, which follow them in `buffer`. `table` is a copy of the rows, int64 [n, 8], on the host:
+  // column 1 is the address of the gradient (kept for a slot of -1 - slot), 6 the index of the row of scalars
+  // (kept where steps are not counted here), 7 whether all addresses are multiples of 16. torch's caching
+  // allocator of pinned memory does not hand the staging memory out again before the copy is done; a graph,
+  // which copies from it at each replay, brings its own.
+  void upload(const at::Tensor& table, const at::Tensor& slots, const py::list& scalars,
+              const at::Tensor& buffer, bool all, const std::optional<at::Tensor>& own_staging) const {
+    const bool rows = update(table, slots) || all;
+    const size_t n = scalars.size(), start = rows ? 0 : table.nbytes();
+    const size_t bytes = table.nbytes() - start + n * kScalars * sizeof(float);
+    if (!bytes) return;
+    const at::Tensor staging =
+        own_staging
+            ? *own_staging
+            : at::empty({int64_t(bytes)}, at::TensorOptions(at::kByte).pinned_memory(buffer.is_cuda()));
+    char* to = static_cast<char*>(staging.mutable_data_ptr());
+    if (rows) to = std::copy_n(static_cast<const char*>(table.const_data_ptr()), table.nbytes(), to);
+    for (const py::handle& row : scalars) {
+      for (int i = 0; i < kScalars; ++i, to += sizeof(float)) {
+        const float value = float(PyFloat_AsDouble(PyTuple_GetItem(row.ptr(), i)));
+        std::memcpy(to, &value, sizeof(value));
+      }
+      if (PyErr_Occurred()) throw py::error_already_set();
+    }
+    buffer.narrow(0, int64_t(start), int64_t(bytes)).copy_(staging, /*non_blocking=*/true);
+  }
+
+  int scalars_of(size_t slot) const { return live_.at(slot).scalars; }
+  const at::Tensor& grad(size_t i) const {
+    return THPVariable_Unpack(slots_.at(i).param.ptr()).unsafeGetTensorImpl()->grad();
+  }
+  const Live& live(size_t i) const { return live_.at(i); }
+
+private:
   bool update(const at::Tensor& table, const at::Tensor& slots) const {
     int64_t* row = table.mutable_data_ptr<int64_t>();
     const int64_t* const slot = slots.const_data_ptr<int64_t>();
@@ -205,16 +230,11 @@ public:
     return changed;
   }
 
-  int scalars_of(size_t slot) const { return live_.at(slot).scalars; }
-  const Slot& slot(size_t i) const { return slots_.at(i); }
-  const Live& live(size_t i) const { return live_.at(i); }
-
-private:
   // A capturable group's steps are counted on the device.
   void add(py::handle param, int group, bool capturable) {
     const at::Tensor* p = tensor_of(param.ptr());
     if (!p) throw py::type_error("a parameter is no tensor");
-    Slot s{py::reinterpret_borrow<py::object>(param), group, address_of(*p), Layout(*p)};
+    Slot s{py::reinterpret_borrow<py::object>(param), group, address_of(*p), layout_of(*p)};
     const at::Tensor& grad = p->unsafeGetTensorImpl()->grad();
     Live live;
     live.group = group;
@@ -222,7 +242,7 @@ private:
     s.autograd = p->unsafeGetTensorImpl()->autograd_meta();
     if (grad.defined()) {
       s.g_objects = Objects(nullptr, grad);
-      s.g_layout.emplace(grad);
+      s.g_layout = layout_of(grad);
       live.g = address_of(grad);
     }
     if (grad.defined() && !capturable) {
@@ -239,10 +259,10 @@ private:
 
   static bool same(Slot& s, Live& live) {
     const at::Tensor& p = THPVariable_Unpack(s.param.ptr());
-    if (address_of(p) != s.p || !s.p_layout.fits(p)) return false;
+    if (address_of(p) != s.p || layout_of(p) != s.p_layout) return false;
     const at::Tensor& grad = p.unsafeGetTensorImpl()->grad();
     if (!grad.defined()) return !s.g_layout;
-    if (!s.g_layout || !s.g_layout->fits(grad)) return false;
+    if (layout_of(grad) != s.g_layout) return false;
     live.g = address_of(grad);
     s.g_objects = Objects(nullptr, grad);
     return live.g || grad.numel() == 0;
@@ -309,7 +329,7 @@ public:
       row.p_format = format_of(p.scalar_type());
       row.rule = rule_of(rule);
       row.g = g ? g->const_data_ptr() : nullptr;
-      row.g_format = format_of(c10::toRealValueType(g ? g->scalar_type() : watch.slot(slot).g_layout->dtype));
+      row.g_format = format_of(c10::toRealValueType((g ? *g : watch.grad(slot)).scalar_type()));
       for (size_t j = 0; j < states.size(); ++j) row.state[j] = states[j].mutable_data_ptr();
       row.state_format = states.empty() ? row.p_format : format_of(states[0].scalar_type());
       rows_.push_back(row);
@@ -348,6 +368,39 @@ private:
   std::vector<at::Tensor> held_;  // what the addresses in the rows point into
 };
 
+#if defined(FUSED_ADAMW_CUDA)
+// fused_adamw.launch.Kernels: on the current stream of the current device.
+class CudaKernels {
+public:
+  CudaKernels(at::Device device, const std::string& rule, at::ScalarType p, at::ScalarType g,
+              at::ScalarType state)
+      : variant_{rule_of(rule), format_of(p), format_of(g), format_of(state)} {
+    const c10::DeviceGuard guard(device);
+    check(check_cuda(variant_));
+  }
+
+  void step(const at::Tensor& rows, const at::Tensor& chunks, const at::Tensor& scalars,
+            int32_t chunk) const {
+    check(step_cuda(variant_, rows.const_data_ptr<int64_t>(), chunks.const_data_ptr<int32_t>(),
+                    chunks.size(0), scalars.const_data_ptr<float>(), chunk,
+                    c10::cuda::getCurrentCUDAStream().stream()));
+  }
+
+  void scalars(const at::Tensor& hyper, const at::Tensor& steps, const at::Tensor& scalars) const {
+    const bool adam = variant_.rule == Rule::adam || variant_.rule == Rule::adam_amsgrad;
+    check(scalars_cuda(adam, hyper.const_data_ptr<double>(), steps.const_data_ptr<int64_t>(),
+                       scalars.mutable_data_ptr<float>(), steps.size(0),
+                       c10::cuda::getCurrentCUDAStream().stream()));
+  }
+
+private:
+  static void check(const char* error) {
+    if (error) throw std::runtime_error(std::string("CUDA error: ") + error);
+  }
+  const Variant variant_;
+};
+#endif
+
 }  // namespace
 }  // namespace fused_adamw
 
@@ -358,11 +411,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("poll", &Watch::poll)
       .def("steps", &Watch::steps)
       .def("advance", &Watch::advance)
-      .def("update", &Watch::update)
+      .def("upload", &Watch::upload)
       .def("scalars_of", &Watch::scalars_of);
   py::class_<CpuStep>(m, "CpuStep")
       .def(py::init<const Watch&, const py::list&>(), py::keep_alive<1, 2>())
       .def("__call__", &CpuStep::run);
+#if defined(FUSED_ADAMW_CUDA)
+  py::class_<CudaKernels>(m, "CudaKernels")
+      .def(py::init<at::Device, const std::string&, at::ScalarType, at::ScalarType, at::ScalarType>())
+      .def("step", &CudaKernels::step)
+      .def("scalars", &CudaKernels::scalars);
+#endif
   m.def("cpu_isas", [] {
     std::vector<std::string> names;
     for (const char* const* name = cpu_isas(); *name; ++name) names.emplace_back(*name);

@@ -25,6 +25,23 @@ struct Row {
 // index into cpu_isas(). The result has the same bits for any isa and any number of threads.
 void step_cpu(const Row* rows, int64_t n, const double* scalars, int isa);
 
+// What a compiled CUDA kernel depends on.
+struct Variant {
+  Rule rule;
+  Format p, g, state;  // never f64
+};
+
+// CUDA, over tables in device memory (fused_adamw/launch.py tells what is in them), on a stream of the
+// current device. They return cudaGetErrorString of what went wrong, or nullptr.
+// One step of `chunks` chunks of `chunk` elements, a multiple of 8.
+const char* step_cuda(const Variant& variant, const int64_t* rows, const int32_t* table, int64_t chunks,
+                      const float* scalars, int32_t chunk, void* stream);
+// Advance `n` counters at the addresses in `steps`, and compute their rows of scalars.
+const char* scalars_cuda(bool adam, const double* hyper, const int64_t* steps, float* scalars, int64_t n,
+                         void* stream);
+// Whether there is code for the current device.
+const char* check_cuda(const Variant& variant);
+
 // Names of the instruction sets this CPU can run, slowest first; nullptr past the last.
 const char* const* cpu_isas();
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fused_adamw import reference
+from fused_adamw import launch, reference
 from fused_adamw.scalars import HYPER, Adam, Sgd
 
 if TYPE_CHECKING:
@@ -100,6 +100,45 @@ def _prepare_reference(watch: Any, rows: list["Row"], groups: list[dict]) -> Cal
     return run
 
 
+_broken: dict[str, str] = {}  # backends that raised when they were prepared, and what
+
+
+def _on_a_gpu(
+    name: str, kernels: Callable[..., Any], missing: Callable[[], str], devices: tuple[str, ...]
+) -> "Backend":
+    """A backend that launches ``kernels(device, rule, p, g, state)``, compiled for these dtypes, over tables."""
+
+    def prepare(watch: Any, rows: list["Row"], groups: list[dict]) -> Callable[[Scalars], None]:
+        row = rows[0]
+        try:
+            compiled = kernels(row.p.device, *bucket(row)[:4])
+        except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
+            _broken[name] = f"it failed: {type(error).__name__}: {error}"
+            raise CannotRun(f"backend={name!r} cannot run: {_broken[name]}") from error
+        if not row.capturable:
+            return launch.Launch(watch, rows, compiled)
+        hyper = HYPER["adam" if row.rule.startswith("adam") else "sgd"]
+        return launch.CapturableLaunch(watch, rows, compiled, groups, hyper)
+
+    def bucket(row: "Row") -> tuple:
+        state = row.states[0] if row.states else row.p
+        return row.rule, row.p.dtype, row.grad().dtype, state.dtype, row.capturable
+
+    def warmup(rule: str, p: torch.Tensor, state_dtype: torch.dtype) -> None:
+        kernels(p.device, rule, p.dtype, p.dtype, p.dtype if rule == "sgd" else state_dtype)
+
+    return Backend(
+        name,
+        devices,
+        prepare,
+        missing=lambda: _broken.get(name) or missing(),
+        bucket=bucket,
+        warmup=warmup,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        capturable=True,
+    )
+
+
 @functools.cache
 def _triton_missing() -> str:
     if importlib.util.find_spec("triton") is None:
@@ -107,46 +146,35 @@ def _triton_missing() -> str:
     return ""
 
 
-_broken: dict[str, str] = {}  # backends that raised when they were prepared, and what
+def _triton_kernels(*args: Any) -> Any:
+    from fused_adamw.triton_kernels.launch import TritonKernels
+
+    return TritonKernels(*args)
 
 
-def _prepare_triton(watch: Any, rows: list["Row"], groups: list[dict]) -> Callable[[Scalars], None]:
-    try:
-        from fused_adamw.triton_kernels import launch
-
-        compiled = launch.compile_for_row(rows[0])
-    except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
-        _broken["triton"] = f"Triton failed: {type(error).__name__}: {error}"
-        raise CannotRun(f"backend='triton' cannot run: {_broken['triton']}") from error
-    if rows[0].capturable:
-        hyper = HYPER["adam" if rows[0].rule.startswith("adam") else "sgd"]
-        return launch.CapturableLaunch(watch, rows, compiled, groups, hyper)
-    return launch.Launch(watch, rows, compiled)
-
-
-def _warmup_triton(rule: str, p: torch.Tensor, state_dtype: torch.dtype) -> None:
-    from fused_adamw.triton_kernels import launch
-
-    launch.compile_on(p.device, launch.variant_of(rule, p.dtype, p.dtype, state_dtype))
+def _cuda_missing() -> str:
+    module, why = _load_native()
+    if module is None:
+        return why
+    if not hasattr(module, "CudaKernels"):
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        return (
+            f"the extension was built without its CUDA part; build it, where nvcc is, with: FUSED_ADAMW_CUDA=1 {BUILD}"
+        )
+    return "" if torch.cuda.is_available() else "it is built, but there is no CUDA device"
 
 
-def _triton_bucket(row: "Row") -> Hashable:
-    return row.rule, row.p.dtype, row.grad().dtype, row.states[:1] and row.states[0].dtype, row.capturable
+def _cuda_kernels(*args: Any) -> Any:
+    return native().CudaKernels(*args)
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Best first. In Triton's interpreter its kernels step CPU tensors too.
 BACKENDS = (
     Backend("cpu", ("cpu",), _prepare_cpu, missing=lambda: _load_native()[1]),
-    Backend(
-        "triton",
-        ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
-        _prepare_triton,
-        missing=lambda: _broken.get("triton") or _triton_missing(),
-        bucket=_triton_bucket,
-        warmup=_warmup_triton,
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        capturable=True,
-    ),
+    _on_a_gpu("triton", _triton_kernels, _triton_missing, ("cuda", "cpu") if INTERPRETED else ("cuda",)),
+    _on_a_gpu("cuda", _cuda_kernels, _cuda_missing, ("cuda",)),
     Backend("reference", (), _prepare_reference),
 )
 
@@ -182,9 +210,15 @@ def pick(
             if not backend.devices or device.type in backend.devices:
                 reasons.append(f"{backend.name}: {why}")
             continue
+        why = "; ".join(reasons)
         if backend.name == "reference":
-            why = "; ".join(reasons) or f"there are no kernels for {device.type}"
+            why = why or f"there are no kernels for {device.type}"
             _warn_once(f"fused_adamw steps {device.type} tensors with plain PyTorch operators, right but slow: {why}")
+        elif why:
+            _warn_once(
+                f"fused_adamw steps {device.type} tensors on its {backend.name!r} backend: {why} "
+                f"(backend={backend.name!r} asks for it without this warning)"
+            )
         return backend
     raise RuntimeError(f"no backend can step {device.type} tensors: {'; '.join(reasons)}")
 

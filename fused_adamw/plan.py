@@ -117,11 +117,15 @@ class Watch:
             if step is not None:
                 step += 1
 
-    def update(self, rows: Tensor, slots: Tensor) -> bool:
-        """Bring a table of rows to the gradients and the scalars of this step; return whether it changed.
+    def upload(
+        self, rows: Tensor, slots: Tensor, scalars: list, buffer: Tensor, every: bool, staging: Tensor | None
+    ) -> None:
+        """Bring the tables of a launch to this step: the rows, if any changed or ``every``, and the rows of scalars.
 
-        Column 1 is the address of the gradient (kept for a slot of -1 - slot), column 6 the index of the row of
-        scalars (kept for parameters whose steps are not counted here), column 7 whether all addresses are aligned.
+        ``rows`` is a copy of the table on the host. Its column 1 is the address of the gradient (kept for a slot of
+        -1 - slot), column 6 the index of the row of scalars (kept for parameters whose steps are not counted here),
+        column 7 whether all addresses are aligned. One copy from pinned memory, which torch's caching allocator does
+        not hand out again before it is done; a graph, which copies at each replay, brings its own ``staging``.
         """
         before = rows.clone()
         for row, slot in zip(rows, slots.tolist(), strict=True):
@@ -131,7 +135,15 @@ class Watch:
             if self.step[slot] is not None:
                 row[6] = self.index[slot]
             row[7] = int(not any(int(address) % 16 for address in row[:5]))
-        return not torch.equal(before, rows)
+        every = every or not torch.equal(before, rows)
+        values = torch.tensor(scalars, dtype=torch.float32, device="cpu")
+        data = torch.cat([t.view(-1).view(torch.uint8) for t in ([rows] if every else []) + [values]])
+        if len(data):
+            if staging is None:
+                staging = torch.empty(len(data), dtype=torch.uint8, device="cpu", pin_memory=buffer.is_cuda)
+            staging.copy_(data)
+            start = 0 if every else rows.nbytes
+            buffer[start : start + len(data)].copy_(staging, non_blocking=True)
 
     def scalars_of(self, slot: int) -> int:
         """Index of the row of scalars that this parameter is stepped with."""

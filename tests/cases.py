@@ -25,13 +25,13 @@ class Target(NamedTuple):
     @property
     def float64(self) -> bool:
         """Whether the backend steps float64 tensors."""
-        return self.backend != "triton"
+        return self.backend not in ("triton", "cuda")
 
 
 CPU = Target("cpu", "cpu")
 # Triton steps CPU tensors only in its interpreter, whose bfloat16 truncates: tests/test_interpreter.py chooses.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TARGETS = [CPU, Target("cpu", "reference"), Target("cuda", "triton"), Target("cuda", "reference")]
+TARGETS = [CPU, Target("cpu", "reference"), *(Target("cuda", b) for b in ("triton", "cuda", "reference"))]
 if INTERPRETED:
     TARGETS = [Target("cpu", "triton")]
 

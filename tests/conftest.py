@@ -5,6 +5,15 @@ import torch
 
 from fused_adamw import backends
 from tests import cases
+from tests.gpu_kernels import cpu_step  # noqa: F401
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backends that launch a kernel."""
+    if why := backends.named(request.param).missing():
+        pytest.skip(why)
+    return request.param
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

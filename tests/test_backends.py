@@ -100,3 +100,22 @@ def test_python_m_fused_adamw_says_why_not():
     report = python(code)
     assert f"backend 'cpu' (cpu): {WHY}" in report
     assert "cpu tensors are stepped by 'reference'" in report
+
+
+def test_the_cuda_part_is_there_or_says_what_is_missing():
+    """Importing it needs no driver; without a device it is refused by name, and the CPU is stepped all the same."""
+    cuda = backends.named("cuda")
+    built = hasattr(backends.native(), "CudaKernels")
+    if torch.version.cuda is None:
+        assert "is built without CUDA" in cuda.missing()
+    elif not built:
+        assert "without its CUDA part; build it, where nvcc is, with: FUSED_ADAMW_CUDA=1 pip install" in cuda.missing()
+    elif not torch.cuda.is_available():
+        assert cuda.missing() == "it is built, but there is no CUDA device"
+    else:
+        assert not cuda.missing()
+    (p,) = cases.parameters([(3,)])
+    p.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: it steps tensors on cuda, not on cpu"):
+        fused_adamw.AdamW([p], backend="cuda").step()
+    fused_adamw.AdamW([p], backend="cpu").step()

@@ -152,7 +152,7 @@ BAD_OPTIONS = [
     ("AdamW", {"decouple_lr": True, "lr": 0.0}, "make the group with a positive lr"),
     ("AdamW", {"betas": (0.9, 0.99, 0.5)}, "there must be two"),
     ("AdamW", {"state_dtype": torch.int8}, "state_dtype=torch.int8: must be one of torch.float32"),
-    ("AdamW", {"backend": "cudnn"}, "no backend 'cudnn': there are 'cpu', 'triton', 'reference'"),
+    ("AdamW", {"backend": "cudnn"}, "no backend 'cudnn': there are 'cpu', 'triton', 'cuda', 'reference'"),
 ]
 
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fused_adamw
 from tests import cases
@@ -282,6 +283,43 @@ def test_repr_and_hooks(target):
     optimizer.step()
     assert calls == ["before", "after"]
     assert "weight_decay: 0.01" in repr(optimizer)
+
+
+@pytest.mark.parametrize("overridden", [False, True])
+def test_hooks_and_profiles_are_torchs(overridden):
+    """torch's wrapper is around our step where it has something to call, and once where a subclass has its own step."""
+
+    class Own(fused_adamw.AdamW):
+        if overridden:
+
+            def step(self, closure=None):
+                return super().step(closure)
+
+    seen = {}
+    for kind in (Own, torch.optim.AdamW):
+        (p,) = cases.parameters([(3,)])
+        p.grad = torch.ones(3)
+        optimizer, calls = kind([p]), []
+
+        def note(o, args, kwargs, calls=calls, optimizer=optimizer):
+            calls.append((o is optimizer, args[0] is optimizer, args[1:], kwargs))
+
+        handles = [
+            optimizer.register_step_pre_hook(note),
+            optimizer.register_step_post_hook(note),
+            register_optimizer_step_pre_hook(note),
+            register_optimizer_step_post_hook(note),
+        ]
+        for handle in handles:  # each alone is called, too
+            optimizer.step()
+            handle.remove()
+        seen[kind] = calls
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+        assert [e.key for e in profile.key_averages() if "step#" in e.key] == [f"Optimizer.step#{kind.__name__}.step"]
+    assert seen[Own] == seen[torch.optim.AdamW]
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: 7), {}))
+    assert optimizer.step() == 7
 
 
 def test_loading_a_state_of_another_shape_is_refused_and_changes_nothing(target):

@@ -1,9 +1,6 @@
 """The step of a whole model as one Triton launch: a program takes a chunk of a tensor, as tables tell it.
 
-rows     int64 [., 8]: addresses of p, g, state0, state1, state2 (Adam: m, v, vmax; Sgd: b); numel; index of
-         the scalar row; flags, of which bit 0 says that all addresses are multiples of 16
-chunks   int32 [., 2]: row, index of the chunk in its tensor; one program each
-scalars  float32 [., 8]: the launch scalars of the rule, in the order of its docstring
+The tables are those of ``fused_adamw/launch.py``.
 """
 
 from dataclasses import dataclass
@@ -118,13 +115,7 @@ def power(x, n):
 
 @triton.jit
 def scalars_kernel(hyper, steps, scalars, ADAM: tl.constexpr):
-    """Compute the scalar rows on the device, for captured graphs: ``fused_adamw/scalars.py`` in Triton.
-
-    hyper   float64 [., 8]: lr, base_lr, decoupled decay, l2, grad_factor, then beta1, beta2, eps (Adam)
-            or momentum, dampening, flags (Sgd; bit 0: nesterov, bit 1: lr_in_momentum). The decay is
-            lr / base_lr * decoupled decay, so a base_lr of 1 makes it torch's.
-    steps   int64 [.]: addresses of float32 step counters, which are advanced
-    """
+    """Compute the scalar rows on the device: ``fused_adamw/scalars.py`` in Triton, for ``launch.Kernels.scalars``."""
     row = tl.program_id(0).to(tl.int64)
     h = hyper + row * 8
     counter = tl.load(steps + row).to(tl.pointer_type(tl.float32))
@@ -181,16 +172,6 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
         "TAIL": 2 * threads,
     }
     return constexprs, OPTIONS
-
-
-def chunk_size(numel: int) -> int:
-    """Elements per program of a launch over ``numel`` elements; the result of a step does not depend on it.
-
-    The start of a program costs 97 instructions per thread and 544 bytes of table sectors per warp (fp32 Adam):
-    at 16384 elements 4 % of its instructions and 0.5 % of its sectors. Models too small to fill a GPU with
-    programs of that size get shorter ones.
-    """
-    return min(max(triton.next_power_of_2(numel // 2048), 2048), 16384)
 
 
 def compile_for(target: GPUTarget, variant: Variant) -> CompiledKernel:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_adamw import backends
-from tests import cases, test_triton
+from fused_adamw import backends, launch
+from tests import cases, test_gpu
 
 vgpu = pytest.importorskip("vgpu", reason="needs the virtual GPU")
 pytestmark = [pytest.mark.gpu, pytest.mark.vgpu_allow_faults]
@@ -17,11 +17,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.vgpu_allow_faults]
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
     """A backend that a control breaks, or a kernel that it loads on another device, is not there for the next one."""
-    from fused_adamw.triton_kernels import launch
+    from fused_adamw.triton_kernels.multi_tensor import step_kernel
 
     monkeypatch.setattr(backends, "_broken", {})
     yield
-    launch.step_kernel.device_caches.clear()
+    step_kernel.device_caches.clear()
 
 
 def caught(check, *args):
@@ -35,24 +35,33 @@ def caught(check, *args):
     return bool(vgpu.faults())
 
 
-def test_a_missing_device_guard(monkeypatch):
-    assert not caught(test_triton.check_devices, ("cuda:1",))
+def test_a_missing_device_guard(backend, monkeypatch):
+    assert not caught(test_gpu.check_devices, ("cuda:1",), backend)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    assert caught(test_triton.check_devices, ("cuda:1",))
+    assert caught(test_gpu.check_devices, ("cuda:1",), backend)
 
 
-def test_a_staging_buffer_used_again_too_early(monkeypatch):
-    from fused_adamw.triton_kernels import launch
+def test_a_staging_buffer_used_again_too_early(backend, monkeypatch):
+    """A step whose staging memory is filled with the next one's data right after the copy was queued."""
+    shared = {}
 
-    def copy(self, data, offset):
-        staging = torch.empty(len(data), dtype=torch.uint8, pin_memory=True)
-        staging.copy_(data)
-        self.buffer[offset : offset + len(data)].copy_(staging, non_blocking=True)
-        staging.zero_()  # as the next step would, had it the same buffer
+    def init(self, *args):
+        true_init(self, *args)
+        shared[self] = torch.zeros(self.host.nbytes + self.scalars.nbytes, dtype=torch.uint8, pin_memory=True)
 
-    assert not caught(test_triton.test_a_network_trains_to_the_bits_of_the_cpu)
-    monkeypatch.setattr(launch.Launch, "_copy", copy)
-    assert caught(test_triton.test_a_network_trains_to_the_bits_of_the_cpu)
+    def upload(self, scalars, staging=None):
+        staging = shared[self][: self.host.nbytes + 32 * len(scalars)]
+        self.watch.upload(self.host, self.slots, scalars, self.buffer, True, staging)
+        if early:
+            staging.zero_()
+
+    true_init = launch.Launch.__init__
+    monkeypatch.setattr(launch.Launch, "__init__", init)
+    monkeypatch.setattr(launch.Launch, "_upload", upload)
+    early = False
+    assert not caught(test_gpu.test_a_network_trains_to_the_bits_of_the_cpu, backend)
+    early = True
+    assert caught(test_gpu.test_a_network_trains_to_the_bits_of_the_cpu, backend)
 
 
 def mutant(tmp_path, old, new):
@@ -79,7 +88,7 @@ def mutant(tmp_path, old, new):
     ids=["a dropped tail mask", "a skipped tail", "alignment taken for granted"],
 )
 def test_a_broken_kernel(old, new, monkeypatch, tmp_path):
-    from fused_adamw.triton_kernels import launch
+    from fused_adamw.triton_kernels import launch as triton_launch
 
     def check():
         base = torch.zeros(2000, device="cuda")
@@ -88,12 +97,12 @@ def test_a_broken_kernel(old, new, monkeypatch, tmp_path):
         with torch.no_grad():
             for p, q in zip(ours, theirs, strict=True):
                 p.copy_(q)
-        a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", theirs, {})
-        test_triton.same_gradients(ours, theirs, 0)
+        a, b = cases.make("AdamW", ours, {}, backend="triton"), cases.make("AdamW", theirs, {})
+        test_gpu.same_gradients(ours, theirs, 0)
         a.step()
         b.step()
         cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
     assert not caught(check)
-    monkeypatch.setattr(launch, "step_kernel", mutant(tmp_path, old, new).step_kernel)
+    monkeypatch.setattr(triton_launch, "step_kernel", mutant(tmp_path, old, new).step_kernel)
     assert caught(check)

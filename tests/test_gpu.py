@@ -1,41 +1,40 @@
-"""The optimizer on Triton: launches, streams, devices, synchronisation, graphs. Ordinary GPU tests, marked gpu."""
+"""The optimizer on a GPU: launches, streams, devices, synchronisation, graphs. Ordinary GPU tests, marked gpu."""
 
 import importlib.util
 
 import pytest
 import torch
 
-from fused_adamw import backends
+from fused_adamw import backends, launch
 from tests import cases
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 gpu = pytest.mark.gpu
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Every launch of the step's kernel: (grid, device, stream)."""
-    from fused_adamw.triton_kernels import launch
-
-    seen, true = [], launch.step_kernel
+    """Every launch of a step's kernel: (chunks, device, stream)."""
+    seen, true = [], launch.Launch.__init__
 
     class Counted:
-        def __getitem__(self, grid):
-            def run(*args, **options):
-                seen.append((grid, args[0].device, torch.cuda.current_stream()))
-                return true[grid](*args, **options)
+        def __init__(self, kernels):
+            self.scalars, self.kernels = kernels.scalars, kernels
 
-            return run
+        def step(self, rows, chunks, *others):
+            seen.append((len(chunks), rows.device, torch.cuda.current_stream()))
+            self.kernels.step(rows, chunks, *others)
 
-        def __getattr__(self, name):
-            return getattr(true, name)
+    def init(self, watch, rows, kernels, *others):
+        true(self, watch, rows, Counted(kernels), *others)
 
-    monkeypatch.setattr(launch, "step_kernel", Counted())
+    monkeypatch.setattr(launch.Launch, "__init__", init)
     return seen
 
 
 def compiled():
-    """Number of compiled kernels, over all devices."""
+    """Number of kernels that Triton compiled, over all devices."""
+    if importlib.util.find_spec("triton") is None:
+        return 0
     from fused_adamw.triton_kernels.multi_tensor import scalars_kernel, step_kernel
 
     return sum(len(c[0]) for k in (step_kernel, scalars_kernel) for c in k.device_caches.values())
@@ -59,23 +58,24 @@ def same_gradients(gpu_params, cpu_params, t):
 @pytest.mark.parametrize(
     ("shapes", "groups"), [([(1000,)], 1), ([(64,)] * 148, 1), ([(3,)] * 10_000, 1), ([(5,)] * 930, 465)]
 )
-def test_one_launch(shapes, groups, launches):
+def test_one_launch(shapes, groups, launches, backend):
     params = [torch.nn.Parameter(torch.ones(s, device="cuda")) for s in shapes]
     for p in params:
         p.grad = torch.ones_like(p)
-    optimizer = cases.make("AdamW", [{"params": params[i::groups], "lr": 1e-3 * (i + 1)} for i in range(groups)], {})
+    split = [{"params": params[i::groups], "lr": 1e-3 * (i + 1)} for i in range(groups)]
+    optimizer = cases.make("AdamW", split, {}, backend=backend)
     optimizer.step()
     assert len(launches) == 1
-    assert launches[0][0] == (len(shapes),)
+    assert launches[0][0] == len(shapes)
 
 
 @gpu
-def test_nothing_new_over_50_steps(launches, monkeypatch):
+def test_nothing_new_over_50_steps(launches, monkeypatch, backend):
     """OneCycleLR moves lr and betas, gradients move and come late: after the first steps no plan and no compilation."""
     from fused_adamw import plan
 
     ours, theirs = twins([(100,), (7, 9), (3000,)])
-    a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", theirs, {})
+    a, b = cases.make("AdamW", ours, {}, backend=backend), cases.make("AdamW", theirs, {})
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=60) for o in (a, b)]
     built, keep, true = [], [], plan.build
     monkeypatch.setattr(plan, "build", lambda o: built.append(o) or true(o))
@@ -127,9 +127,9 @@ def test_warmup_compiles_what_the_step_needs():
 
 @gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_a_steady_step_does_not_synchronise():
+def test_a_steady_step_does_not_synchronise(backend):
     ours, theirs = twins([(100,), (7, 9)])
-    a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", theirs, {})
+    a, b = cases.make("AdamW", ours, {}, backend=backend), cases.make("AdamW", theirs, {})
     for t in range(4):
         same_gradients(ours, theirs, t)
         torch.cuda.set_sync_debug_mode("error" if t >= 2 else "default")
@@ -147,24 +147,25 @@ def test_a_steady_step_does_not_synchronise():
 @gpu
 @pytest.mark.parametrize(("name", "options"), [*cases.SHARED, *cases.OURS], ids=cases.name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=cases.name_of)
-def test_same_bits_as_the_cpu(name, options, dtype):
+def test_same_bits_as_the_cpu(name, options, dtype, backend):
     ours, theirs = twins([*cases.SHAPES, (20_000,)], dtype=dtype)
-    a, b = (cases.make(name, ps, options) for ps in (ours, theirs))
+    a, b = cases.make(name, ours, options, backend=backend), cases.make(name, theirs, options)
     for t in range(3):
         same_gradients(ours, theirs, t)
         a.step()
         b.step()
-    assert list(a.backend.values()) == ["triton"]
+    assert list(a.backend.values()) == [backend]
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
 
 @gpu
-def test_a_network_trains_to_the_bits_of_the_cpu():
+def test_a_network_trains_to_the_bits_of_the_cpu(backend):
     """The gradients are computed on the GPU and handed to the CPU's twin."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 1)).cuda()
     twin = [torch.nn.Parameter(p.detach().cpu().clone()) for p in model.parameters()]
-    a, b = cases.make("AdamW", model.parameters(), {"lr": 1e-2}), cases.make("AdamW", twin, {"lr": 1e-2})
+    a = cases.make("AdamW", model.parameters(), {"lr": 1e-2}, backend=backend)
+    b = cases.make("AdamW", twin, {"lr": 1e-2})
     losses = []
     for t in range(20):
         x = torch.randn(16, 8, generator=torch.Generator().manual_seed(t)).cuda()
@@ -180,13 +181,13 @@ def test_a_network_trains_to_the_bits_of_the_cpu():
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
 
-def check_devices(devices):
+def check_devices(devices, backend):
     """Parameters on other devices than the current one are stepped to the bits of the CPU."""
     ours, theirs = [], []
     for device in devices:
         x, y = twins([(100,), (7, 9)], device)
         ours, theirs = ours + x, theirs + y
-    a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", theirs, {})
+    a, b = cases.make("AdamW", ours, {}, backend=backend), cases.make("AdamW", theirs, {})
     for t in range(3):
         same_gradients(ours, theirs, t)
         a.step()
@@ -198,16 +199,16 @@ def check_devices(devices):
 @gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("devices", [("cuda:1",), ("cuda:0", "cuda:1")])
-def test_other_devices_than_the_current_one(devices, launches):
-    check_devices(devices)
+def test_other_devices_than_the_current_one(devices, launches, backend):
+    check_devices(devices, backend)
     assert [str(device) for _, device, _ in launches] == [*devices] * 3
 
 
 @gpu
-def test_side_streams(launches):
+def test_side_streams(launches, backend):
     """Each step on another stream, joined as a user would: the launch and its upload are on the current one."""
     ours, theirs = twins([(100,), (7, 9)])
-    a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", theirs, {})
+    a, b = cases.make("AdamW", ours, {}, backend=backend), cases.make("AdamW", theirs, {})
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     for t in range(6):
         stream = streams[t % 2]
@@ -227,12 +228,12 @@ def test_side_streams(launches):
 @gpu
 @pytest.mark.parametrize("name", ["AdamW", "SGDW"])
 @pytest.mark.parametrize("tensor_lr", [False, True])
-def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr):
+def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr, backend):
     """Capture once, replay 20 steps under OneCycleLR (lr, and betas or momentum) and a changing weight decay."""
     ours, theirs = twins([(100,), (7, 9)])
     lr = torch.tensor(1e-3, device="cuda", dtype=torch.float64) if tensor_lr else 1e-3
     options = {"momentum": 0.9} if name == "SGDW" else {}
-    a = cases.make(name, ours, {"lr": lr, "capturable": True, **options})
+    a = cases.make(name, ours, {"lr": lr, "capturable": True, **options}, backend=backend)
     b = cases.make(name, theirs, {"lr": 1e-3, **options})
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=60) for o in (a, b)]
     static = [torch.zeros_like(p) for p in ours]
@@ -275,10 +276,10 @@ def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr):
 
 @gpu
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-def test_capture_without_capturable_is_refused():
+def test_capture_without_capturable_is_refused(backend):
     p = torch.nn.Parameter(torch.ones(10, device="cuda"))
     p.grad = torch.ones_like(p)
-    optimizer = cases.make("AdamW", [p], {})
+    optimizer = cases.make("AdamW", [p], {}, backend=backend)
     optimizer.step()
     graph = torch.cuda.CUDAGraph()
     with (
@@ -288,7 +289,7 @@ def test_capture_without_capturable_is_refused():
         optimizer.step()
 
 
-# ---- what Triton cannot do
+# ---- what a backend cannot do
 
 
 def test_capturable_on_the_cpu_is_refused():
@@ -299,35 +300,41 @@ def test_capturable_on_the_cpu_is_refused():
 
 
 @gpu
-def test_float64_goes_to_the_reference_or_is_refused():
+def test_float64_goes_to_the_reference_or_is_refused(backend):
     wide, narrow = (torch.nn.Parameter(torch.ones(3, device="cuda", dtype=d)) for d in (torch.float64, torch.float32))
     for p in (wide, narrow):
         p.grad = torch.ones_like(p)
     backends._warn_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match=r"triton: it does not step torch.float64"):
+    with pytest.warns(RuntimeWarning, match=rf"{backend}: it does not step torch.float64"):
         cases.make("AdamW", [wide, narrow], {}).step()
     assert torch.equal(wide.float(), narrow)
-    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: it does not step torch.float64"):
-        cases.make("AdamW", [wide], {}, backend="triton").step()
+    with pytest.raises(RuntimeError, match=rf"backend='{backend}' cannot run: it does not step torch.float64"):
+        cases.make("AdamW", [wide], {}, backend=backend).step()
 
 
 @gpu
-def test_a_triton_that_cannot_compile_falls_back_with_one_warning(monkeypatch):
-    from fused_adamw.triton_kernels import launch
+@pytest.mark.parametrize(("broken", "left"), [(["triton"], "cuda"), (["triton", "cuda"], "reference")])
+def test_a_backend_that_fails_is_left_with_a_warning(broken, left, monkeypatch):
+    """Triton without a compiler, CUDA code for other architectures."""
+    from fused_adamw.triton_kernels import launch as triton_launch
 
-    def broken(*_):
+    def fail(*_):
         raise RuntimeError("ptxas not found")
 
-    monkeypatch.setattr(launch, "compile_on", broken)
+    for backend in broken:
+        where = {"triton": (triton_launch, "TritonKernels"), "cuda": (backends.native(), "CudaKernels")}[backend]
+        monkeypatch.setattr(*where, fail)
     monkeypatch.setattr(backends, "_broken", {})
     backends._warn_once.cache_clear()
     p = torch.nn.Parameter(torch.ones(3, device="cuda"))
     p.grad = torch.ones_like(p)
     optimizer = cases.make("AdamW", [p], {})
-    with pytest.warns(RuntimeWarning, match="triton: Triton failed: RuntimeError: ptxas not found") as record:
+    with pytest.warns(RuntimeWarning, match="triton: it failed: RuntimeError: ptxas not found") as record:
         optimizer.step()
         optimizer.step()
-    assert len(record) == 1
+    assert len(record) == len(broken)
+    assert list(optimizer.backend.values()) == [left]
     assert optimizer.state[p]["step"].item() == 2
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run: Triton failed"):
-        cases.make("AdamW", [p], {}, backend="triton").step()
+    for backend in broken:
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run: it failed"):
+            cases.make("AdamW", [p], {}, backend=backend).step()

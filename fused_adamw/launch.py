@@ -1,0 +1,164 @@
+"""The host side of a step on a GPU: tables that stay on the device, one small upload and one launch per step.
+
+rows     int64 [., 8]: addresses of p, g, state0, state1, state2 (Adam: m, v, vmax; Sgd: b); numel; index of
+         the scalar row; flags, of which bit 0 says that all addresses are multiples of 16
+chunks   int32 [., 2]: row, index of the chunk in its tensor; one program (a block of threads) each
+scalars  float32 [., 8]: the launch scalars of the rule, in the order of scalars.py
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+COLUMNS = 8  # of a row, of a row of scalars, of a row of hyperparameters
+SCALARS_BYTES = 4 * COLUMNS
+
+
+class Kernels(Protocol):
+    """The compiled kernels of a bucket, launched on the current device and stream."""
+
+    def step(self, rows: Tensor, chunks: Tensor, scalars: Tensor, chunk: int) -> None:
+        """Step every element; ``chunk`` is the number of elements of a chunk, a multiple of 8."""
+
+    def scalars(self, hyper: Tensor, steps: Tensor, scalars: Tensor) -> None:
+        """Advance the float32 counters at the addresses ``steps``, and compute their rows of scalars.
+
+        hyper   float64 [., 8]: lr, base_lr, decoupled decay, l2, grad_factor, then beta1, beta2, eps (Adam)
+                or momentum, dampening, flags (Sgd; bit 0: nesterov, bit 1: lr_in_momentum). The decay is
+                lr / base_lr * decoupled decay, so a base_lr of 1 makes it torch's.
+        """
+
+
+def chunk_size(numel: int) -> int:
+    """Elements per program of a launch over ``numel`` elements; the result of a step does not depend on it.
+
+    The start of a program costs 97 instructions per thread and 544 bytes of table sectors per warp (fp32 Adam, Triton):
+    at 16384 elements 4 % of its instructions and 0.5 % of its sectors. Models too small to fill a GPU with programs of
+    that size get shorter ones.
+    """
+    return min(max(1 << (numel // 2048 - 1).bit_length(), 2048), 16384)
+
+
+class Launch:
+    """The rows of one launch: called with the rows of scalars of a step, it steps them.
+
+    The tables lie in one buffer on the device: rows, scalars, chunks. What changes from step to step (addresses of
+    gradients that moved, scalars) goes up in one copy.
+    """
+
+    def __init__(self, watch: Any, rows: list[Any], kernels: Kernels) -> None:
+        self.watch, self.kernels, self.device = watch, kernels, rows[0].p.device
+        self.chunk = chunk_size(sum(row.p.numel() for row in rows))
+        # -1 - slot: the gradient is a copy of ours, which stays where it is
+        self.slots = torch.tensor([row.slot if row.g is None else -1 - row.slot for row in rows], device="cpu")
+        self.host = torch.tensor([self._row(row) for row in rows], device="cpu")
+        counts = -(-self.host[:, 5] // self.chunk)
+        row_of_chunk = torch.arange(len(rows), device="cpu").repeat_interleave(counts)
+        first_chunk = (counts.cumsum(0) - counts)[row_of_chunk]
+        index = torch.arange(len(row_of_chunk), device="cpu") - first_chunk
+        chunks = torch.stack([row_of_chunk, index], dim=1).int()
+
+        sizes = [self.host.nbytes, len(rows) * SCALARS_BYTES, chunks.nbytes]
+        self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+        table, scalars, chunk_table = self.buffer.split(sizes)
+        chunk_table.copy_(chunks.view(-1).view(torch.uint8))
+        self.rows = table.view(torch.int64).view(-1, COLUMNS)
+        self.scalars = scalars.view(torch.float32).view(-1, COLUMNS)
+        self.chunks = chunk_table.view(torch.int32).view(-1, 2)
+        self.uploaded = False
+        self.stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+    @staticmethod
+    def _row(row: Any) -> list[int]:
+        states = [t.data_ptr() for t in row.states] + [0] * (3 - len(row.states))
+        return [row.p.data_ptr(), 0 if row.g is None else row.g.data_ptr(), *states, row.p.numel(), 0, 0]
+
+    def __call__(self, scalars: list[tuple[float, ...]]) -> None:
+        if self.stream is None:  # Triton's interpreter, on CPU tensors
+            self._upload(scalars)
+            self._launch()
+            return
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            if stream != self.stream:
+                self.buffer.record_stream(stream)
+            if torch.cuda.is_current_stream_capturing():
+                self._capture()
+            else:
+                self._upload(scalars)
+            self._launch()
+
+    def _upload(self, scalars: list[tuple[float, ...]], staging: Tensor | None = None) -> None:
+        self.watch.upload(self.host, self.slots, scalars, self.buffer, not self.uploaded, staging)
+        self.uploaded = staging is None
+
+    def _capture(self) -> None:
+        raise RuntimeError(
+            "Attempting CUDA graph capture of step() of an optimizer that was constructed with capturable=False, whose "
+            "scalars come from the host: construct it with capturable=True"
+        )
+
+    def _launch(self) -> None:
+        self.kernels.step(self.rows, self.chunks, self.scalars, self.chunk)
+
+
+class CapturableLaunch(Launch):
+    """A launch whose scalars are computed on the device, so that a CUDA graph of it replays with the steps to come.
+
+    Every tensor has a row of scalars of its own, since only the device knows its step. ``hyper(group)`` gives the
+    hyperparameters of ``Kernels.scalars``; they go up when they changed, outside of any capture.
+    """
+
+    def __init__(
+        self,
+        watch: Any,
+        rows: list[Any],
+        kernels: Kernels,
+        groups: list[dict],
+        hyper: Callable[[dict], Sequence[float]],
+    ) -> None:
+        super().__init__(watch, rows, kernels)
+        self.groups, self.hyper = groups, hyper
+        self.group_of = torch.tensor([row.group for row in rows], device="cpu")
+        ends = torch.bincount(self.group_of, minlength=len(groups)).cumsum(0).tolist()
+        self.spans = list(zip([0, *ends], ends, strict=False))  # the rows of each group, which are neighbours
+        self.steps = torch.tensor([row.step.data_ptr() for row in rows], device=self.device)
+        self.host[:, 6] = torch.arange(len(rows), device="cpu")
+        self.table = torch.empty(len(rows), COLUMNS, dtype=torch.float64, device=self.device)
+        self.current: list[Sequence[float]] = []
+        self.captured: list[Tensor] = []  # graphs copy from these at each replay
+        self.spare = self._staging()  # allocated now: not within a capture
+
+    def _staging(self) -> Tensor:
+        return torch.empty(self.host.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
+
+    def _upload(self, scalars: list[tuple[float, ...]], staging: Tensor | None = None) -> None:
+        self.refresh()
+        super()._upload([])
+        if self.spare is None:
+            self.spare = self._staging()
+
+    def refresh(self) -> None:
+        """Bring hyperparameters that changed to the device."""
+        new = [self.hyper(group) for group in self.groups]
+        if new != self.current:
+            values = torch.tensor(new, dtype=torch.float64, device="cpu")[self.group_of]
+            self.table.copy_(values.pin_memory() if self.stream else values, non_blocking=True)
+            self.current = new
+
+    def _capture(self) -> None:
+        if self.spare is None or not self.current:
+            raise RuntimeError("CUDA graph capture of step(): call step() once between two captures, outside of both")
+        self.uploaded = False
+        super()._upload([], self.spare)
+        self.captured.append(self.spare)
+        self.spare = None
+
+    def _launch(self) -> None:
+        for (first, last), group in zip(self.spans, self.groups, strict=True):
+            if first < last and isinstance(group["lr"], Tensor):
+                self.table[first:last, 0].copy_(group["lr"], non_blocking=True)
+        self.kernels.scalars(self.table, self.steps, self.scalars)
+        super()._launch()

@@ -1,0 +1,384 @@
+"""What the tests of the compiled GPU kernels share: both compilers, inputs, the CPU kernel, the launch in an emulator.
+
+``../shared/ptxsim`` is an interpreter of PTX with the checks of a sanitizer; where it is missing, kernels are compiled
+and looked at, but not executed.
+"""
+
+import ctypes
+import functools
+import importlib
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PTXSIM = ROOT.parent / "shared" / "ptxsim"
+if PTXSIM.is_dir():
+    sys.path.append(str(PTXSIM))
+    import ptxsim
+needs_ptxsim = pytest.mark.skipif(not PTXSIM.is_dir(), reason="needs ../shared/ptxsim")
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+FORMATS = {F32: 0, BF16: 2, F16: 3}  # of csrc/formats.h
+STATES = {"adam": 2, "adam_amsgrad": 3, "sgd": 0, "sgd_momentum": 1}
+
+
+class Variant(NamedTuple):
+    """What a compiled kernel depends on, besides the architecture."""
+
+    rule: str
+    p: torch.dtype
+    g: torch.dtype
+    state: torch.dtype
+
+    def __str__(self) -> str:
+        return "-".join([self.rule, *(str(d).removeprefix("torch.") for d in self[1:])])
+
+    @property
+    def streams(self) -> list[torch.dtype]:
+        """The dtypes of p, g and the states."""
+        return [self.p, self.g] + [self.state] * STATES[self.rule]
+
+
+ADAM = Variant("adam", F32, F32, F32)
+ADAM_BF16 = Variant("adam", BF16, BF16, F32)
+ADAM_ALL_BF16 = Variant("adam", BF16, BF16, BF16)
+AMSGRAD = Variant("adam_amsgrad", F32, F32, F32)
+MOMENTUM = Variant("sgd_momentum", F32, F32, F32)
+VARIANTS = [
+    ADAM,
+    ADAM_BF16,
+    ADAM_ALL_BF16,
+    Variant("adam", F16, F16, F16),
+    Variant("adam", F32, BF16, F16),
+    AMSGRAD,
+    Variant("adam_amsgrad", F16, F32, BF16),
+    Variant("sgd", F32, F32, F32),
+    Variant("sgd", BF16, F16, BF16),
+    MOMENTUM,
+    Variant("sgd_momentum", BF16, BF16, F32),
+    Variant("sgd_momentum", F16, F32, F16),
+]
+# The layouts that differ, each rule at least once: what is compiled for every architecture.
+LAYOUTS = [VARIANTS[i] for i in (0, 1, 2, 6, 8, 9)]
+EXECUTED = (80, 90, 120)  # the architectures whose PTX is executed
+CHUNK, BLOCK = 4096, 512
+
+
+# ---- The compilers.
+
+
+@dataclass
+class Compiled:
+    """A kernel for one architecture."""
+
+    ptx: str
+    entry: str
+    threads: int
+    width: int  # elements per access where all is aligned
+    registers: int
+    frame: int  # bytes of local memory
+    shared: int
+
+    def launch(self, mem, blocks: int, args: list, **options):
+        return ptxsim.Module(self.ptx).launch(self.entry, blocks, self.threads, args, mem, **options)
+
+
+class Triton:
+    """Compiles a folder of Triton kernels; by folder, so that changed copies of it compile as well."""
+
+    name, folder, architectures = "triton", ROOT / "triton_kernels", (80, 86, 89, 90, 100, 120)
+
+    def __init__(self, folder: Path = folder) -> None:
+        name = f"_kernels_{abs(hash(folder))}"
+        package = sys.modules[name] = types.ModuleType(name)
+        package.__path__ = [str(folder)]
+        self.kernels = importlib.import_module(f"{name}.multi_tensor")
+
+    def variant(self, variant: Variant):
+        import triton.language as tl
+
+        dtypes = {F32: tl.float32, BF16: tl.bfloat16, F16: tl.float16}
+        return self.kernels.Variant(variant.rule, *(dtypes[d] for d in variant[1:]))
+
+    def step(self, sm: int, variant: Variant) -> Compiled:
+        return self._compiled(self.kernels.compile_for(self._target(sm), self.variant(variant)))
+
+    def scalars(self, sm: int, adam: bool) -> Compiled:
+        return self._compiled(self.kernels.compile_scalars_for(self._target(sm), adam))
+
+    @staticmethod
+    def blocks(rows: int) -> int:
+        """Of the kernel of the scalars."""
+        return rows
+
+    @staticmethod
+    def _target(sm: int):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", sm, 32)
+
+    @staticmethod
+    def _compiled(compiled) -> Compiled:
+        import triton
+
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+        registers, frame, local, shared = (
+            int(re.search(rf"\b{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL", "SHARED")
+        )
+        metadata = compiled.metadata
+        ptx, threads = compiled.asm["ptx"], 32 * metadata.num_warps
+        # 1 KiB is what sm_90 and later reserve for themselves
+        shared = metadata.shared + (shared if shared > 1024 else 0)
+        return Compiled(ptx, metadata.name, threads, 4, registers, frame + local, shared)
+
+
+class Cuda:
+    """Compiles a folder of C++ sources with nvcc."""
+
+    name, folder, architectures = "cuda", ROOT / "csrc", (75, 80, 86, 89, 90, 100, 120)
+    variants = VARIANTS
+
+    def __init__(self, folder: Path = folder) -> None:
+        self.folder = folder
+
+    def step(self, sm: int, variant: Variant) -> Compiled:
+        types_ = {F32: "float", BF16: "fused_adamw::BFloat16", F16: "fused_adamw::Float16"}
+        dtypes = ", ".join(types_[d] for d in variant[1:])
+        return self.module(sm)[f"step_kernel<fused_adamw::{self._rule(variant.rule)}, {dtypes}>"]
+
+    def scalars(self, sm: int, adam: bool) -> Compiled:
+        return self.module(sm)[f"scalars_kernel<{str(adam).lower()}>"]
+
+    @staticmethod
+    def blocks(rows: int) -> int:
+        return -(-rows // 128)
+
+    @staticmethod
+    def _rule(rule: str) -> str:
+        return {"adam": "Adam<false>", "adam_amsgrad": "Adam<true>", "sgd": "Sgd<false>", "sgd_momentum": "Sgd<true>"}[
+            rule
+        ]
+
+    @functools.cache  # noqa: B019
+    def module(self, sm: int) -> dict[str, Compiled]:
+        """All kernels for an architecture, by their names; of the step's, those of ``variants``, or all if empty."""
+        source = (self.folder / "step_cuda.cu").read_text()
+        if self.variants:
+            source = source[: source.index("using StepKernel")]
+            names = {F32: "float", BF16: "BFloat16", F16: "Float16"}
+            for v in self.variants:
+                args = ", ".join(names[d] for d in v[1:])
+                source += (
+                    f"template __global__ void step_kernel<{self._rule(v.rule)}, {args}>"
+                    "(const int64_t*, const int32_t*, const float*, int);\n"
+                )
+            for adam in ("true", "false"):
+                args = "const double*, const int64_t*, float*, int64_t"
+                source += f"template __global__ void scalars_kernel<{adam}>({args});\n"
+            source += "}\n}\n"
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "kernels.cu").write_text(source)
+            command = ["nvcc", "-O3", "-std=c++17", "-fmad=false", f"-arch=sm_{sm}", "-cubin", "-Xptxas", "-v", "-keep"]
+            command += ["-I", str(self.folder), "-keep-dir", folder, "-o", f"{folder}/k.cubin", f"{folder}/kernels.cu"]
+            run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+            assert run.returncode == 0, run.stderr
+            ptx = (Path(folder) / "kernels.ptx").read_text()
+        found = {}
+        for entry, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", run.stderr, re.S):
+            number = functools.partial(lambda what, text: int((re.search(what, text) or [0, "0"])[1]), text=text)
+            name = subprocess.run(["c++filt", entry], capture_output=True, text=True, check=True).stdout
+            name = re.search(r"(?:step|scalars)_kernel<.*?>(?=\()", name)[0]
+            found[name] = Compiled(
+                ptx=one_entry(ptx, entry),
+                entry=entry,
+                threads=128,
+                width=4 if "float" in name.split(", ", 1)[-1] else 8,
+                registers=number(r"Used (\d+) registers"),
+                frame=number(r"(\d+) bytes stack frame") + number(r"(\d+) bytes lmem"),
+                shared=number(r"(\d+) bytes smem"),
+            )
+        return found
+
+
+def one_entry(ptx: str, entry: str) -> str:
+    """A module with the header of ``ptx`` and one of its entries."""
+    header, *entries = re.split(r"(?=^(?:\.\w+ )*\.entry )", ptx, flags=re.M)
+    (own,) = (text for text in entries if f".entry {entry}(" in text)
+    return header + own
+
+
+def forbidden(ptx: str) -> list[str]:
+    """Instructions that are not in global memory, do not round once, or may be contracted."""
+    memory = r"(?:ld|st)\.(?:local|shared|v\d|[bfsu]\d+)"  # without a space: a generic address
+    rounding = r"div\.(?:full|approx)|sqrt\.approx|\w+\.ftz|(?:mul|add|sub)\.f32"
+    return re.findall(rf"\b(?:{memory}|bar\.sync|{rounding})\b[^;]*", ptx)
+
+
+def vectors(ptx: str, kind: str) -> list[int]:
+    """Bytes of each vector access ("ld" or "st")."""
+    return [int(n) * int(bits) // 8 for n, bits in re.findall(rf"{kind}\.global\.v(\d)\.[bfu](\d+)", ptx)]
+
+
+def changed(compiler, file: str, right: str, wrong: str, folder: Path):
+    """The compiler of a copy of the sources, with a piece of one replaced."""
+    for path in compiler.folder.glob("*.*"):
+        text = path.read_text()
+        if path.name == file:
+            assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {file}"
+            text = text.replace(right, wrong)
+        (folder / path.name).write_text(text)
+    return type(compiler)(folder)
+
+
+# ---- The inputs.
+
+
+@dataclass
+class Tensor:
+    """A row of a launch: p, g and the states."""
+
+    data: list[torch.Tensor]
+    offsets: list[int]  # bytes by which each lies off a multiple of 256
+    scalars: int
+
+
+SPECIAL = [0.0, -0.0, 1e-45, -3e-39, 6e-8, 1e-20, 65519.0, 65520.0, -3e38, math.inf, -math.inf, math.nan]
+
+
+def tensors(variant, sizes, rows, seed=0, unaligned=False) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(k: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+        x = torch.randn(n, generator=generator) * 10 ** torch.empty(n).uniform_(-6, 1, generator=generator)
+        if n > 8:  # special values in a tenth of the elements
+            at = torch.randperm(n, generator=generator)[: n // 10]
+            x[at] = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (len(at),), generator=generator)]
+        return (x.abs() if k >= 3 else x).to(dtype)
+
+    made = []
+    for i, n in enumerate(sizes):
+        offsets = [(1 + (i * 5 + k * 3) % 40) * d.itemsize if unaligned else 0 for k, d in enumerate(variant.streams)]
+        made.append(Tensor([make(k, n, d) for k, d in enumerate(variant.streams)], offsets, i % len(rows)))
+    return made
+
+
+def scalar_rows(rule: str) -> list[tuple[float, ...]]:
+    if rule.startswith("adam"):
+        return [
+            (2e-2, 0.0, 1.0, 0.1, 0.001, 1e-2, 31.6, 1e-8),  # AdamW
+            (0.0, 1e-2, 1.0, 1e-1, 1e-3, 3e-3, 1.7, 1e-8),  # Adam, L2
+            (3e-7, 0.0, -0.125, 0.7, 0.5, 1e-4, 1.0, 1e-15),  # maximize, scaled gradients, small betas
+            (0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0),  # betas = lr = eps = 0
+        ]
+    plain, momentum = rule == "sgd", 0.9
+    return [
+        (2e-2, 0.0, 1.0, momentum, 1.0, 1e-1, 1.0 if plain else 0.0, 0.0 if plain else 1.0),  # torch
+        (
+            0.0,
+            1e-2,
+            -1.0,
+            momentum,
+            0.5,
+            1e-2,
+            1.0 if plain else 0.0,
+            0.0 if plain else 1.0,
+        ),  # L2, dampening, maximize
+        (1e-6, 0.0, 1.0, momentum, 1.0, 3e-2, 1.0, 0.0 if plain else momentum),  # nesterov
+        (1e-5, 0.0, 1.0, momentum, 0.1, 1.0, 0.1 if plain else 0.0, 0.0 if plain else 1.0),  # Algorithm 1
+    ]
+
+
+@pytest.fixture(scope="module")
+def cpu_step(tmp_path_factory):
+    """cpu_step(variant, tensors, scalar rows) -> stepped p and states of each, by the CPU kernel."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("cpu")
+    (folder / "step.cpp").write_text(
+        f'#include "{ROOT}/csrc/step_cpu.cpp"\n'
+        'extern "C" void fused_step(const fused_adamw::Row* rows, int64_t n, const double* scalars) {\n'
+        "  fused_adamw::step_cpu(rows, n, scalars, 0);\n}\n"
+    )
+    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC"]
+    subprocess.run(["g++", *flags, "-o", folder / "step.so", folder / "step.cpp"], check=True)
+    library = ctypes.CDLL(str(folder / "step.so"))
+
+    def step(variant, given, rows):
+        results = [[x.clone() for x in t.data] for t in given]
+        kinds = [list(STATES).index(variant.rule)]
+        kinds += [FORMATS[d] for d in variant[1:]]
+        table = np.zeros(len(given), "u8,u8,3u8,i8,i4,4u1")
+        for i, (t, data) in enumerate(zip(given, results, strict=True)):
+            p, g, *states = (x.data_ptr() for x in data)
+            table[i] = (p, g, states + [0] * (3 - len(states)), data[0].numel(), t.scalars, kinds)
+        numbers = np.array(rows, np.float32).astype(np.float64)
+        library.fused_step(
+            ctypes.c_void_p(table.ctypes.data),
+            ctypes.c_int64(len(table)),
+            ctypes.c_void_p(numbers.ctypes.data),
+        )
+        return [[x for k, x in enumerate(data) if k != 1] for data in results]
+
+    return step
+
+
+def simulate(compiled, variant, given, rows, chunk, bias=0, **options):
+    """(stepped p and states of each, ptxsim's result); a ``bias`` moves all tensors up by as many elements."""
+    mem = ptxsim.GlobalMemory(1 << 26)
+    buffers, table, chunks = [], [], []
+    for i, t in enumerate(given):
+        n = t.data[0].numel()
+        own = [
+            mem.upload(x, f"{i}.{k}", offset=offset, readonly=k == 1)
+            for k, (x, offset) in enumerate(zip(t.data, t.offsets, strict=True))
+        ]
+        aligned = not any(b.addr % 16 for b in own)
+        p, g, *states = (b.addr - bias * x.element_size() for b, x in zip(own, t.data, strict=True))
+        table.append([p, g, *states, *[0] * (3 - len(states)), n + bias, t.scalars, int(aligned)])
+        chunks += [[i, bias // chunk + c] for c in range(max(1, -(-n // chunk)))]
+        buffers.append(own)
+    tables = [
+        mem.upload(np.array(x, dtype), name, readonly=True)
+        for x, dtype, name in (
+            (table, np.int64, "rows"),
+            (chunks, np.int32, "chunks"),
+            (rows, np.float32, "scalars"),
+        )
+    ]
+    result = compiled.launch(mem, len(chunks), [*tables, chunk], **options)
+    stepped = []
+    for i, (own, t) in enumerate(zip(buffers, given, strict=True)):
+        stepped.append([])
+        for k, (b, x) in enumerate(zip(own, t.data, strict=True)):
+            loads, stores = result.s.per_buffer.get(b.name, (0, 0))
+            assert loads == b.nbytes, f"{b.name}: every byte is read once"
+            assert stores == (0 if k == 1 else b.nbytes), f"{b.name}: every byte is written once"
+            if k != 1:
+                assert b.written().all()
+                stepped[i].append(torch.from_numpy(b.raw().copy()).view(x.dtype) if x.numel() else x)
+    return stepped, result
+
+
+def same_bits(got: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> bool:
+    """Whether all bits agree; any NaN is as good as another."""
+    for a, b in zip((x for t in got for x in t), (x for t in expected for x in t), strict=True):
+        integer = torch.int32 if a.element_size() == 4 else torch.int16
+        if not ((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all():
+            return False
+    return True
