@@ -96,7 +96,7 @@ public:
     int g = 0;
     for (const py::handle& group : groups) {
       for (const py::handle& param : group["params"].cast<py::list>())
-        add(param, g, py::bool_(group["capturable"]));
+        add(param, g, py::bool_(group.attr("get")("capturable", false)));
       ++g;
     }
     walk([this](PyObject* key, PyObject* value, const at::Tensor* t) {

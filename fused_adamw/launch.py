@@ -129,19 +129,28 @@ class CapturableLaunch(Launch):
         self.table = torch.empty(len(rows), COLUMNS, dtype=torch.float64, device=self.device)
         self.current: list[Sequence[float]] = []
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
+        self.captured_lr: list[tuple[int, Tensor]] = []  # and from these, of groups
         self.spare = self._staging()  # allocated now: not within a capture
 
     def _staging(self) -> Tensor:
         return torch.empty(self.host.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
 
     def _upload(self, scalars: list[tuple[float, ...]], staging: Tensor | None = None) -> None:
-        self.refresh()
+        self._refresh()
         super()._upload([])
         if self.spare is None:
             self.spare = self._staging()
 
-    def refresh(self) -> None:
-        """Bring hyperparameters that changed to the device."""
+    def refresh(self, groups: list[dict]) -> None:
+        """Bring hyperparameters that changed to the device, where captured graphs find them."""
+        self.groups = groups  # others since a checkpoint was loaded
+        self._refresh()
+        for i, lr in self.captured_lr:
+            if groups[i]["lr"] is not lr:
+                lr.fill_(groups[i]["lr"])
+        self._copy_lr()
+
+    def _refresh(self) -> None:
         new = [self.hyper(group) for group in self.groups]
         if new != self.current:
             values = torch.tensor(new, dtype=torch.float64, device="cpu")[self.group_of]
@@ -154,11 +163,15 @@ class CapturableLaunch(Launch):
         self.uploaded = False
         super()._upload([], self.spare)
         self.captured.append(self.spare)
+        self.captured_lr += [(i, group["lr"]) for i, group in enumerate(self.groups) if isinstance(group["lr"], Tensor)]
         self.spare = None
 
-    def _launch(self) -> None:
-        for (first, last), group in zip(self.spans, self.groups, strict=True):
+    def _copy_lr(self) -> None:
+        for (first, last), group in zip(self.spans, self.groups, strict=False):  # groups may have been added since
             if first < last and isinstance(group["lr"], Tensor):
                 self.table[first:last, 0].copy_(group["lr"], non_blocking=True)
+
+    def _launch(self) -> None:
+        self._copy_lr()
         self.kernels.scalars(self.table, self.steps, self.scalars)
         super()._launch()

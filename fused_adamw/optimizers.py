@@ -25,11 +25,15 @@ class FusedOptimizer(Optimizer):
 
     _rule: str  # a key of scalars.ROWS
     _decoupled: bool | None = None  # None: a matter of the group
+    # Options that torch's class has not. A group holds them where they are set, so that at the defaults its keys are
+    # torch's: torch.distributed.checkpoint asks a checkpoint for each key of the group that it is loaded into.
+    _ours: tuple[str, ...]
 
     # What unpickling, which knows nothing of us, leaves unset.
     requested: str | None = None
     _watch: Any = None
     _plans: Sequence[plan.Plan] = ()
+    _alone: dict[Tensor, tuple] | None = None  # what step_parameter has prepared
     _rules: Sequence[tuple] = ()
     _captured: Sequence[plan.Plan] = ()
     _loading: dict[str, Any] | None = None
@@ -38,13 +42,13 @@ class FusedOptimizer(Optimizer):
         for (name, value), remedy in _REFUSED.items():
             if asked.get(name) is value:
                 raise RuntimeError(f"{type(self).__name__}({name}={value}) is not supported: {remedy}")
-        self.requested = backend
+        self.requested, self._alone = backend, {}
         if backend is not None:
             backends.named(backend)
         # torch's keys, for code that reads them and for checkpoints that torch.optim loads.
         defaults |= {"foreach": None, "differentiable": False, "fused": asked.get("fused")}
         self._check(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, {k: v for k, v in defaults.items() if v or k not in self._ours})
 
     @property
     def backend(self) -> dict[torch.device, str]:
@@ -55,21 +59,22 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's; raises ValueError for a hyperparameter out of range, naming the group."""
         if isinstance(param_group, dict):
-            param_group["base_lr"] = self._check({**self.defaults, **param_group}, len(self.param_groups))
+            full = {**self.defaults, **param_group}
+            self._check(full, len(self.param_groups))
+            if full.get("decouple_lr"):
+                param_group.setdefault("base_lr", float(full["lr"]))
         super().add_param_group(param_group)
 
     @staticmethod
-    def _check(group: dict[str, Any], index: int | None = None) -> float:
-        """Raise ValueError for an option that no step could use; return the group's base_lr."""
+    def _check(group: dict[str, Any], index: int | None = None) -> None:
+        """Raise ValueError for an option that no step could use."""
         try:
             scalars.check(group)
-            if group["state_dtype"] not in (None, *plan.DTYPES):
-                raise ValueError(
-                    f"state_dtype={group['state_dtype']}: must be one of {', '.join(map(str, plan.DTYPES))}"
-                )
+            declared = group.get("state_dtype")
+            if declared not in (None, *plan.DTYPES):
+                raise ValueError(f"state_dtype={declared}: must be one of {', '.join(map(str, plan.DTYPES))}")
         except ValueError as error:
             raise error if index is None else ValueError(f"{error} (group {index})") from None
-        return group.get("base_lr", float(group["lr"]))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -106,27 +111,99 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        rules = [(self.rule_of(group), group["state_dtype"], group["capturable"]) for group in groups]
+        rules = [self._kind_of(group) for group in groups]
         if self._watch is None or rules != self._rules or not self._watch.poll(groups, self.state):
             self._drop_plans()
             with torch.no_grad():
-                self._watch, self._plans = plan.build(self)
+                self._watch, self._plans, _ = plan.build(self)
             self._rules = rules
-        row_of = scalars.ROWS[self._rule]
-        try:
-            rows = [row_of(groups[g], count) for g, count in self._watch.steps()]
-        except (ValueError, ArithmeticError):
-            for i, group in enumerate(groups):
-                self._check(group, i)
-            raise
-        for part in self._plans:
-            part.step(rows)
-        self._watch.advance()
+        self._move(self._watch, self._plans, groups)
         return loss
 
     _observed_step = Optimizer.profile_hook_step(_step)
     # A graph break under torch.compile, as for torch's own classes; the decorator costs 15 us, so only there.
     _untraced_step = torch._disable_dynamo(_observed_step)
+
+    def _kind_of(self, group: dict[str, Any]) -> tuple:
+        """What, changed, makes plans stale."""
+        return self.rule_of(group), group.get("state_dtype"), group.get("capturable")
+
+    def _move(self, watch: Any, plans: Sequence[plan.Plan], groups: list[dict[str, Any]]) -> None:
+        row_of = scalars.ROWS[self._rule]
+        try:
+            rows = [row_of(groups[g], count) for g, count in watch.steps()]
+        except (ValueError, ArithmeticError):
+            for i, group in enumerate(self.param_groups):
+                self._check(group, i)
+            raise
+        for part in plans:
+            part.step(rows)
+        watch.advance()
+
+    def step_parameter(self, p: Tensor) -> None:
+        """Update one parameter, to the same bits as :meth:`step` would, and nothing else.
+
+        For gradient release, where no two gradients need be alive at once (arXiv 2306.09782, "LOMO")::
+
+            def release(p):
+                optimizer.step_parameter(p)
+                p.grad = None
+
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(release)
+
+        Nothing happens to a parameter without a gradient. The hooks of :meth:`step` are not called. Raises ValueError
+        for a tensor that is not among the parameters, and as :meth:`step` does.
+        """
+        # Not traced, as step().
+        return self._untraced_step_parameter(p) if torch.compiler.is_compiling() else self._step_parameter(p)
+
+    def _step_parameter(self, p: Tensor) -> None:
+        if p.grad is None:
+            return
+        prepared = self._alone.get(p)
+        if prepared is None or not self._still_holds(p, *prepared):
+            if prepared is not None:
+                self._retire(prepared[4])
+            self._alone.pop(p, None)
+            i, j = self._place_of(p)
+            with torch.no_grad():
+                self._alone[p] = prepared = i, j, self._kind_of(self.param_groups[i]), *plan.build(self, p)
+        i, _, _, watch, plans, _ = prepared
+        self._move(watch, plans, [self.param_groups[i]])
+        self._opt_called = True  # for schedulers, which warn where they are stepped before the optimizer
+
+    _untraced_step_parameter = torch._disable_dynamo(_step_parameter)
+
+    def _place_of(self, p: Tensor) -> tuple[int, int]:
+        for i, group in enumerate(self.param_groups):
+            for j, q in enumerate(group["params"]):
+                if q is p:
+                    return i, j
+        raise ValueError(
+            f"{type(self).__name__}.step_parameter: a tensor of shape {list(p.shape)} is not among the parameters of "
+            "this optimizer: use add_param_group"
+        )
+
+    def _still_holds(self, p: Tensor, i: int, j: int, kind: tuple, watch: Any, _: Any, watched: tuple) -> bool:
+        params = self.param_groups[i]["params"] if i < len(self.param_groups) else ()
+        return (
+            j < len(params)
+            and params[j] is p
+            and self._kind_of(self.param_groups[i]) == kind
+            and self.state.get(p) is watched[1][p]
+            and watch.poll(*watched)
+        )
+
+    def init_state(self) -> None:
+        """Make what a first step would make, zero moments and no step counted, for all that requires a gradient.
+
+        So that memory is claimed before training, and that torch.distributed.checkpoint, which loads into state that is
+        there, need not take a step to have it. State that is there already stays. Raises as :meth:`step` does.
+        """
+        with torch.no_grad():
+            for *_, group, p in plan.checked(self, lambda p: p.requires_grad).values():
+                self.init_state_of(group, p)
 
     def warmup(self) -> None:
         """Compile what a step will launch, without stepping; gradients are taken to have their parameters' dtype.
@@ -136,24 +213,29 @@ class FusedOptimizer(Optimizer):
         """
         for group in self.param_groups:
             for p in filter(lambda p: p.requires_grad, group["params"]):
-                state_dtype = plan.state_dtype_of(p, group["state_dtype"])
-                backend = backends.pick(p.device, {p.dtype, state_dtype}, group["capturable"], self.requested)
+                state_dtype = plan.state_dtype_of(p, group.get("state_dtype"))
+                backend = backends.pick(p.device, {p.dtype, state_dtype}, bool(group.get("capturable")), self.requested)
                 backend.warmup(self.rule_of(group)[0], p, state_dtype)
 
     def _drop_plans(self) -> None:
-        # A captured graph goes on using the tables of the plan that it was captured from.
-        self._captured = [*self._captured, *(p for p in self._plans if getattr(p.run, "captured", None))]
+        self._retire(self._plans)
         self._watch, self._plans = None, ()
+
+    def _retire(self, plans: Sequence[plan.Plan]) -> None:
+        # A captured graph goes on using the tables of the plan that it was captured from.
+        self._captured = [*self._captured, *(p for p in plans if getattr(p.run, "captured", None))]
 
     def refresh_captured(self) -> None:
         """Bring hyperparameters that changed (lr, betas, weight decay, ...) to the device, for graphs to replay with.
 
-        To be called before ``graph.replay()``, after the schedulers; needs ``capturable=True``. A learning rate that is
-        a tensor on the device is read by the graph itself.
+        To be called before ``graph.replay()``, after the schedulers and after :meth:`load_state_dict`, which puts what
+        it loads where the graph reads it; needs ``capturable=True``. A learning rate that is a tensor on the device is
+        read by the graph itself. State that was replaced by hand needs a new capture.
         """
-        for part in (*self._captured, *self._plans):
+        alone = chain.from_iterable(plans for *_, plans, _ in (self._alone or {}).values())
+        for part in (*self._captured, *self._plans, *alone):
             if refresh := getattr(part.run, "refresh", None):
-                refresh()
+                refresh(self.param_groups)
 
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         """The rule that steps a group, and the names of the states it moves, in its order."""
@@ -163,19 +245,22 @@ class FusedOptimizer(Optimizer):
         """Make the state of p that is missing; bring the rest to the dtype, device and layout that a step needs."""
         state = self.state[p]
         names = self.rule_of(group)[1]
-        step = state.get("step", 1.0 if state.get("momentum_buffer") is not None else 0.0)
-        if "momentum_buffer" in names and state.get("momentum_buffer") is None:
+        # What is no tensor is none: torch's SGD has a buffer of None, and no step, of which checkpoints make {}.
+        buffer, step = (isinstance(state.get(name), Tensor) for name in ("momentum_buffer", "step"))
+        step = state["step"] if step or isinstance(state.get("step"), (int, float)) else float(buffer)
+        if "momentum_buffer" in names and not buffer:
             step = 0.0  # SGD counts the steps of the momentum, whose first is not dampened
-        device = p.device if group["capturable"] else torch.device("cpu")
+        device = p.device if group.get("capturable") else torch.device("cpu")
         if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.device != device or step.dim():
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
-        elsewhere = plan.state_like(p, group["state_dtype"], device="meta")
+        declared = group.get("state_dtype")
+        elsewhere = plan.state_like(p, declared, device="meta")
         for name in names:
             have = state.get(name)
-            if have is None:
-                state[name] = plan.state_like(p, group["state_dtype"]).zero_()
+            if not isinstance(have, Tensor):
+                state[name] = plan.state_like(p, declared).zero_()
             elif have.dtype is not elsewhere.dtype or have.device != p.device or not plan.same_layout(have, elsewhere):
-                state[name] = plan.state_like(p, group["state_dtype"]).copy_(have)
+                state[name] = plan.state_like(p, declared).copy_(have)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but the state keeps the dtype that was declared here, and no tensor is shared with ``state_dict``.
@@ -208,17 +293,22 @@ class FusedOptimizer(Optimizer):
         return [(key, group, p) for key, (group, p) in zip(keys, params, strict=False)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        own = getattr(self, "param_groups", [])
+        own, old = getattr(self, "param_groups", []), getattr(self, "state", {})
         super().__setstate__(state)
         self._drop_plans()  # they hold the old tensors
+        self._retire([part for *_, plans, _ in (self._alone or {}).values() for part in plans])
+        self._alone = {}
         for i, group in enumerate(self.param_groups):
-            group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
             for key, value in (own[i] if i < len(own) else self.defaults).items():
-                group.setdefault(key, value)
+                if key != "base_lr":
+                    group.setdefault(key, value)
+            if group.get("decouple_lr"):
+                group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
             if self._decoupled is not None:
-                group["decoupled_weight_decay"] = self._decoupled
+                self._set(group, "decoupled_weight_decay", self._decoupled)
             if i < len(own):  # how the state is kept is this optimizer's matter, not the checkpoint's
-                group["state_dtype"], group["capturable"] = own[i]["state_dtype"], own[i]["capturable"]
+                for key in ("state_dtype", "capturable"):
+                    self._set(group, key, own[i].get(key))
         if self._loading is not None:
             # torch has cast every state to its parameter's dtype (bf16 parameters: a loss); take the saved ones again.
             for key, group, p in self._loaded_params():
@@ -226,6 +316,22 @@ class FusedOptimizer(Optimizer):
                     loaded = self._loading["state"][key]
                     self.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in loaded.items()}
                     self.init_state_of(group, p)
+            self._load_into_captured(old)
+
+    def _set(self, group: dict[str, Any], key: str, value: Any) -> None:
+        group[key] = value
+        if not value and key in self._ours:
+            del group[key]
+
+    def _load_into_captured(self, old: dict[Tensor, dict[str, Any]]) -> None:
+        """Put what was loaded where captured graphs find it: into the tensors that they were captured with."""
+        for row in chain.from_iterable(part.rows for part in self._captured):
+            group = self.param_groups[row.group]
+            self.init_state_of(group, row.param)  # the checkpoint may have been made before the first step
+            own, was = self.state[row.param], old.get(row.param, {})
+            for name in ("step", *self.rule_of(group)[1]):
+                if isinstance(was.get(name), Tensor) and was[name].dtype is own[name].dtype:
+                    own[name] = was[name].copy_(own[name])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "requested": self.requested}
@@ -266,6 +372,7 @@ class Adam(FusedOptimizer):
     """
 
     _rule = "adam"
+    _ours = ("decouple_lr", "state_dtype")
 
     def __init__(
         self,
@@ -396,6 +503,7 @@ class SGD(FusedOptimizer):
 
     _rule = "sgd"
     _decoupled = False
+    _ours = ("decouple_lr", "state_dtype", "lr_in_momentum", "capturable", "decoupled_weight_decay")
 
     def __init__(
         self,

@@ -75,7 +75,7 @@ class Watch:
     def __init__(self, groups: list[dict], state: dict) -> None:
         self.groups, self.state = groups, state
         self.slots = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
-        counted = (p in state and p.grad is not None and not groups[i]["capturable"] for i, p in self.slots)
+        counted = (p in state and p.grad is not None and not groups[i].get("capturable") for i, p in self.slots)
         self.step = [state[p]["step"] if c else None for c, (_, p) in zip(counted, self.slots, strict=True)]
         self.index = [-1] * len(self.slots)
         self.seen = self._look()
@@ -150,30 +150,34 @@ class Watch:
         return self.index[slot]
 
 
-def build(optimizer: "FusedOptimizer") -> tuple[Any, list[Plan]]:
-    """Check every tensor, make the missing state, and lay out the launches.
+def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any, list[Plan], tuple[list, dict]]:
+    """Check every tensor, make the missing state, and lay out the launches, of all parameters or of ``only`` one.
 
-    Raises TypeError, ValueError or RuntimeError for the first tensor that cannot be stepped, naming its group, index
-    and shape; nothing has been written then.
+    Returns the watch, the plans, and what the watch is to be polled with. Raises TypeError, ValueError or RuntimeError
+    for the first tensor that cannot be stepped, naming its group, index and shape; nothing has been written then.
     """
-    live = _checked(optimizer)
-    chosen = {slot: _backend_of(at, group, p, optimizer.requested) for slot, (at, group, p) in live.items()}
-    for _, group, p in live.values():
+    live = checked(optimizer, lambda p: p.grad is not None and (only is None or p is only))
+    chosen = {slot: _backend_of(at, group, p, optimizer.requested) for slot, (at, _, group, p) in live.items()}
+    for *_, group, p in live.values():
         optimizer.init_state_of(group, p)
 
+    watched = optimizer.param_groups, optimizer.state
+    if only is not None:
+        ((slot, (_, _, group, _)),) = live.items()
+        live, chosen = {0: live[slot]}, {0: chosen[slot]}
+        watched = [{**group, "params": [only]}], {only: optimizer.state[only]}
     watch = backends.native().Watch if backends.native() else Watch
-    watch = watch(optimizer.param_groups, optimizer.state)
-    group_of = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-    later = _overlaps({slot: p for slot, (_, _, p) in live.items()})
+    watch = watch(*watched)
+    later = _overlaps({slot: p for slot, (*_, p) in live.items()})
     buckets: dict[Any, tuple[backends.Backend, list[Row]]] = {}
-    for slot, (_, group, p) in live.items():
+    for slot, (_, i, group, p) in live.items():
         rule, names = optimizer.rule_of(group)
         own = optimizer.state[p]
         states = tuple(real(own[name]) for name in names)
         dense = real(p) if same_layout(p, dense_like(p)) else real(torch.empty_like(p))
         plain = same_layout(p.grad, dense_like(p)) and not p.grad.is_conj() and not p.grad.is_neg()
         g = None if plain else torch.empty_like(dense, dtype=real(p.grad).dtype)
-        row = Row(slot, group_of[slot], group["capturable"], rule, p, dense, states, own["step"], g)
+        row = Row(slot, i, bool(group.get("capturable")), rule, p, dense, states, own["step"], g)
         backend = chosen[slot]
         key = later.get(slot, 0), p.device, backend.name, backend.bucket(row)
         buckets.setdefault(key, (backend, []))[1].append(row)
@@ -185,8 +189,8 @@ def build(optimizer: "FusedOptimizer") -> tuple[Any, list[Plan]]:
         except backends.CannotRun:
             if optimizer.requested:
                 raise
-            return build(optimizer)  # the backend is known to be broken now, and another is chosen
-    return watch, plans
+            return build(optimizer, only)  # the backend is known to be broken now, and another is chosen
+    return watch, plans, watched
 
 
 def _overlaps(params: dict[int, Tensor]) -> dict[int, int]:
@@ -209,38 +213,44 @@ def _overlaps(params: dict[int, Tensor]) -> dict[int, int]:
     return turns
 
 
-def _checked(optimizer: "FusedOptimizer") -> dict[int, tuple[str, dict, Tensor]]:
-    """For every slot with a gradient, now known to be good: its place in words, its group, and the parameter."""
-    live: dict[int, tuple[str, dict, Tensor]] = {}
-    seen: dict[int, str] = {}
+def checked(optimizer: "FusedOptimizer", wanted: Callable[[Tensor], bool]) -> dict[int, tuple[str, int, dict, Tensor]]:
+    """For every slot of a wanted parameter, now known to be good: its place in words, its group, and itself."""
+    live: dict[int, tuple[str, int, dict, Tensor]] = {}
+    seen: dict[int, tuple[int, int]] = {}
     for i, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names", ())
         for j, p in enumerate(group["params"]):
-            name = f"{names[j]!r}, " if len(names) == len(group["params"]) else ""
-            at = f"{type(optimizer).__name__}: group {i}, parameter {j} ({name}shape {list(p.shape)})"
-            if id(p) in seen:
+            slot = len(seen)
+            if seen.setdefault(id(p), (i, j)) != (i, j):
                 raise ValueError(
-                    f"{at} is {seen[id(p)]} as well, and would be stepped twice: give every parameter once"
+                    f"{_place(optimizer, i, j)} is {_place(optimizer, *seen[id(p)])} as well, and would be stepped "
+                    "twice: give every parameter once"
                 )
-            if p.grad is not None:
-                own = optimizer.state.get(p, {})
-                _check(at, p, group, {k: own[k] for k in optimizer.rule_of(group)[1] if own.get(k) is not None})
-                live[len(seen)] = at, group, p
-            seen[id(p)] = at
+            if wanted(p):
+                at, own = _place(optimizer, i, j), optimizer.state.get(p, {})
+                states = {k: own[k] for k in optimizer.rule_of(group)[1] if isinstance(own.get(k), Tensor)}
+                _check(at, p, group, states)
+                live[slot] = at, i, group, p
     return live
 
 
+def _place(optimizer: "FusedOptimizer", i: int, j: int) -> str:
+    group = optimizer.param_groups[i]
+    names, shape = group.get("param_names", ()), list(group["params"][j].shape)
+    name = f"{names[j]!r}, " if len(names) == len(group["params"]) else ""
+    return f"{type(optimizer).__name__}: group {i}, parameter {j} ({name}shape {shape})"
+
+
 def _backend_of(at: str, group: dict, p: Tensor, requested: str | None) -> "backends.Backend":
-    dtypes = {p.dtype.to_real(), p.grad.dtype.to_real(), state_dtype_of(p, group["state_dtype"]).to_real()}
+    dtypes = {p.dtype.to_real(), p.grad.dtype.to_real(), state_dtype_of(p, group.get("state_dtype")).to_real()}
     try:
-        return backends.pick(p.device, dtypes, group["capturable"], requested)
+        return backends.pick(p.device, dtypes, bool(group.get("capturable")), requested)
     except RuntimeError as error:
         raise RuntimeError(f"{at}: {error}") from None
 
 
 def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
-    g = p.grad
-    if g.layout is not torch.strided:
+    g = p if p.grad is None else p.grad  # without one, the state alone is to be made
+    if g is not p and g.layout is not torch.strided:
         raise RuntimeError(
             f"{at}: its gradient is sparse ({g.layout}), and a fused step needs dense ones: make the layer with "
             "sparse=False, or give this parameter to torch.optim.SparseAdam or torch.optim.SGD"
@@ -278,7 +288,7 @@ def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
                 f"{at}: its state {name!r} has shape {list(value.shape)}: it belongs to another parameter, or the "
                 "parameter was resized; load the right checkpoint or del optimizer.state[p]"
             )
-    if (p.is_complex() or p.dtype is torch.float64) and group["state_dtype"] in (torch.bfloat16, torch.float16):
+    if (p.is_complex() or p.dtype is torch.float64) and group.get("state_dtype") in (torch.bfloat16, torch.float16):
         raise TypeError(
             f"{at}: {p.dtype} with state_dtype={group['state_dtype']} is not supported: give this group "
             "state_dtype=torch.float32 or torch.float64"

@@ -61,7 +61,7 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     lr = float(group["lr"])
     momentum = group["momentum"]
     decay, l2, sign = _decay(group, lr)
-    into, out = (lr, 1.0) if group["lr_in_momentum"] else (1.0, lr)
+    into, out = (lr, 1.0) if group.get("lr_in_momentum") else (1.0, lr)
     if not momentum:
         take_g, take_b = into, 0.0
     elif group["nesterov"]:
@@ -87,16 +87,16 @@ def adam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
 
 def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     """What ``sgd`` depends on, in the order of the Triton kernel that computes its rows on the device."""
-    flags = bool(group["nesterov"]) + 2 * bool(group["lr_in_momentum"])
+    flags = bool(group["nesterov"]) + 2 * bool(group.get("lr_in_momentum"))
     return (*_decay_hyper(group), group["momentum"], group["dampening"], flags)
 
 
 def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     """lr (0 for a tensor: the device reads it), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
     lr = 0.0 if hasattr(group["lr"], "device") else group["lr"]
-    base_lr = group["base_lr"] if group["decouple_lr"] else 1.0
+    base_lr = _base_lr(group) if group.get("decouple_lr") else 1.0
     weight_decay = float(group["weight_decay"])
-    parts = (weight_decay, 0.0) if group["decoupled_weight_decay"] else (0.0, weight_decay)
+    parts = (weight_decay, 0.0) if group.get("decoupled_weight_decay") else (0.0, weight_decay)
     return (lr, base_lr, *parts, -1.0 if group["maximize"] else 1.0)
 
 
@@ -106,9 +106,16 @@ def _decay(group: Mapping[str, Any], lr: float) -> tuple[float, float, float]:
     weight_decay = float(group["weight_decay"])
     if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf):
         check(group)
-    if not group["decoupled_weight_decay"]:
+    if not group.get("decoupled_weight_decay"):
         return 0.0, weight_decay, sign
-    return (lr / group["base_lr"] if group["decouple_lr"] else lr) * weight_decay, 0.0, sign
+    return (lr / _base_lr(group) if group.get("decouple_lr") else lr) * weight_decay, 0.0, sign
+
+
+def _base_lr(group: Mapping[str, Any]) -> float:
+    try:
+        return group["base_lr"]
+    except KeyError:
+        raise ValueError("decouple_lr=True, set by hand, needs the group's 'base_lr' too: a positive float") from None
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -126,9 +133,9 @@ def check(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if group["decouple_lr"] and not group["decoupled_weight_decay"]:
+    if group.get("decouple_lr") and not group.get("decoupled_weight_decay"):
         raise ValueError("decouple_lr=True needs decoupled weight decay: use AdamW or SGDW, or drop it")
-    if group["decouple_lr"] and not group.get("base_lr", group["lr"]) > 0:
+    if group.get("decouple_lr") and not group.get("base_lr", group["lr"]) > 0:
         raise ValueError(
             "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
             f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ["test_plan.py", "test_optimizers.py", "test_errors.py"]
+FILES = ["test_plan.py", "test_optimizers.py", "test_errors.py", "test_checkpoints.py"]
 LEFT_OUT = "dtypes or bfloat16 or sentinels or 1000 or 465 or moments_keep or one_launch"
 
 

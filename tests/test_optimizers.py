@@ -1,9 +1,6 @@
 """The classes as a user of torch.optim meets them."""
 
-import copy
 import inspect
-import io
-import pickle
 
 import pytest
 import torch
@@ -163,116 +160,6 @@ def test_lr_as_a_tensor_and_back(target):
     torch.testing.assert_close(a, b)
 
 
-# ---- state
-
-
-@pytest.mark.parametrize(("name", "options"), [*cases.SHARED, *cases.OURS], ids=cases.name_of)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name_of)
-@pytest.mark.parametrize("way", ["state_dict", "torch.save", "deepcopy", "pickle"])
-def test_resume_is_exact(name, options, dtype, way, target):
-    """Save after 3 steps, go on for 3: the bits of 6 steps without a break, also with bf16 parameters."""
-    params = cases.parameters([(9,), (2, 3)], dtype, target.device)
-    optimizer = cases.make(name, params, options, backend=target.backend)
-
-    def steps(optimizer, times):
-        for t in times:
-            cases.set_gradients(optimizer.param_groups[0]["params"], t)
-            optimizer.step()
-
-    steps(optimizer, range(3))
-    if way in ("state_dict", "torch.save"):
-        saved = optimizer.state_dict()
-        if way == "torch.save":
-            file = io.BytesIO()
-            torch.save(saved, file)
-            file.seek(0)
-            saved = torch.load(file, weights_only=True)
-        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        resumed = cases.make(name, twins, options, backend=target.backend)
-        resumed.load_state_dict(saved)
-    else:
-        resumed = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
-    assert resumed.backend == optimizer.backend
-    steps(resumed, range(3, 6))
-    steps(optimizer, range(3, 6))
-    cases.assert_same_bits(cases.tensors_of(resumed), cases.tensors_of(optimizer))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("implementation", [{}, {"foreach": True}, {"fused": True}])
-def test_checkpoints_of_torch_load_and_ours_load_into_torch(name, implementation, target):
-    extra = {"momentum": 0.9} if name == "SGD" else {}
-    mine, theirs = (cases.parameters([(9,), (2, 3)], device=target.device) for _ in range(2))
-    a = cases.make(name, mine, extra, backend=target.backend)
-    b = getattr(torch.optim, name)(theirs, **extra, **implementation)
-
-    def steps(times):
-        for t in times:
-            cases.set_gradients(mine, t)
-            cases.set_gradients(theirs, t)
-            a.step()
-            b.step()
-
-    steps(range(3))
-    ours, torchs = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
-    a.load_state_dict(torchs)
-    b.load_state_dict(ours)
-    steps(range(3, 6))
-    for p, q in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(p, q)
-        if name != "SGD":  # torch's does not count; ours does, and ignores it beyond the first step
-            assert b.state[q]["step"].item() == a.state[p]["step"].item() == 6
-
-
-def test_loading_shares_nothing_and_keeps_the_declared_dtypes(target):
-    p = cases.parameters([(9,)], torch.bfloat16, target.device)[0]
-    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    saved = optimizer.state_dict()
-    twin = torch.nn.Parameter(p.detach().clone())
-    other = cases.make("AdamW", [twin], {}, backend=target.backend)
-    other.load_state_dict(saved)
-    assert other.state[twin]["exp_avg"].dtype is torch.float32
-    assert torch.equal(other.state[twin]["exp_avg"], optimizer.state[p]["exp_avg"])
-    for key in ("step", "exp_avg"):
-        assert other.state[twin][key].data_ptr() != optimizer.state[p][key].data_ptr()
-    narrow = cases.make("AdamW", [twin], {"state_dtype": torch.bfloat16}, backend=target.backend)
-    narrow.load_state_dict(saved)
-    assert narrow.state[twin]["exp_avg"].dtype is torch.bfloat16
-
-
-def test_loading_runs_the_users_hooks(target):
-    p = cases.parameters([(3,)], device=target.device)[0]
-    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    seen = []
-
-    def before(_, state_dict):
-        state_dict = copy.deepcopy(state_dict)
-        state_dict["state"][0]["exp_avg"].fill_(7.0)
-        return state_dict
-
-    optimizer.register_load_state_dict_pre_hook(before)
-    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.state[p]["exp_avg"].clone()))
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert (seen[0] == 7).all()
-
-
-def test_moments_keep_the_dtype_they_were_declared_with(target):
-    p = cases.parameters([(3,)], torch.float16, target.device)[0]
-    p.grad = torch.ones_like(p)
-    for declared, expected in ((None, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)):
-        optimizer = cases.make("AdamW", [p], {"state_dtype": declared}, backend=target.backend)
-        optimizer.step()
-        assert {k: v.dtype for k, v in optimizer.state[p].items()} == {
-            "step": torch.float32,
-            "exp_avg": expected,
-            "exp_avg_sq": expected,
-        }
-
-
 def test_repr_and_hooks(target):
     p = cases.parameters([(3,)], device=target.device)[0]
     optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
@@ -320,38 +207,6 @@ def test_hooks_and_profiles_are_torchs(overridden):
     assert seen[Own] == seen[torch.optim.AdamW]
     optimizer.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: 7), {}))
     assert optimizer.step() == 7
-
-
-def test_loading_a_state_of_another_shape_is_refused_and_changes_nothing(target):
-    p, q = cases.parameters([(3,), (1,)], device=target.device)
-    a, b = (cases.make("AdamW", [x], {}, backend=target.backend) for x in (p, q))
-    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
-    a.step()
-    b.step()
-    before = a.state[p]["exp_avg"]
-    with pytest.raises(
-        ValueError, match=r"'exp_avg' to be loaded for parameter 0 has shape \[1\], the parameter \[3\]"
-    ):
-        a.load_state_dict(b.state_dict())
-    assert a.state[p]["exp_avg"] is before
-    a.step()
-
-
-@pytest.mark.float64
-def test_a_checkpoint_of_torch_brings_its_learning_rate_as_the_base_of_the_decay(target):
-    """decouple_lr: a decay of 1 % stays one, whatever the learning rate in the checkpoint."""
-    p, q = cases.parameters([(1,), (1,)], torch.float64, target.device)
-    theirs = torch.optim.AdamW([q], lr=0.1, weight_decay=0.01)
-    q.grad = torch.ones_like(q)
-    theirs.step()
-    options = {"lr": 1e-3, "weight_decay": 0.01, "decouple_lr": True, "betas": (0.0, 0.9)}
-    ours = cases.make("AdamW", [p], options, backend=target.backend)
-    ours.load_state_dict(theirs.state_dict())
-    ours.param_groups[0]["betas"] = (0.0, 0.9)
-    before = p.item()
-    p.grad = torch.zeros_like(p)
-    ours.step()
-    assert p.item() == pytest.approx(0.99 * before)
 
 
 @pytest.mark.float64
