@@ -275,6 +275,49 @@ def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr, backen
 
 
 @gpu
+@pytest.mark.parametrize("name", ["AdamW", "SGDW"])
+@pytest.mark.parametrize("captured_lr", ["float", "tensor"])
+@pytest.mark.parametrize("loaded_lr", ["float", "tensor"])
+@pytest.mark.parametrize("started", [True, False])
+def test_captured_graph_goes_on_from_a_loaded_checkpoint(name, captured_lr, loaded_lr, started):
+    """load_state_dict puts moments and steps where the graph finds them, refresh_captured the loaded groups."""
+    ours, theirs = twins([(100,), (7, 9)])
+    kinds = {"float": float, "tensor": lambda lr: torch.tensor(lr, device="cuda", dtype=torch.float64)}
+    extra = {"momentum": 0.9} if name == "SGDW" else {}
+    a = cases.make(name, ours, {"lr": kinds[captured_lr](0.5), "weight_decay": 0.3, "capturable": True, **extra})
+    b = cases.make(name, theirs, {"lr": 1e-3, "weight_decay": 0.1, **extra})
+    for p in ours:
+        p.grad = torch.zeros_like(p)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        a.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        a.step()
+    graph.replay()
+    for t in range(3 * started):
+        cases.set_gradients(theirs, t)
+        b.step()
+    saved = b.state_dict()
+    saved["param_groups"][0]["lr"] = kinds[loaded_lr](saved["param_groups"][0]["lr"])
+    a.load_state_dict(saved)
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            p.copy_(q)
+    for t in range(3, 8):
+        cases.set_gradients(theirs, t)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad.copy_(q.grad)
+        b.param_groups[0]["weight_decay"] = a.param_groups[0]["weight_decay"] = 0.01 * t
+        a.refresh_captured()
+        graph.replay()
+        b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@gpu
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capture_without_capturable_is_refused(backend):
     p = torch.nn.Parameter(torch.ones(10, device="cuda"))
