@@ -395,7 +395,7 @@ class Adam(FusedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": tuple(float(beta) for beta in betas),
+            "betas": _floats(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -411,6 +411,15 @@ class Adam(FusedOptimizer):
         if group["amsgrad"]:
             return "adam_amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         return "adam", ("exp_avg", "exp_avg_sq")
+
+
+def _floats(betas: Sequence[float | Tensor]) -> tuple[float, ...]:
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{i}] must be 1-element")
+    return tuple(float(beta) for beta in betas)
 
 
 class AdamW(Adam):

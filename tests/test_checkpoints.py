@@ -65,10 +65,11 @@ def test_a_run_goes_on_from_the_others_checkpoint(name, options, implementation,
     first, second, whole = (cases.parameters(shapes, device=target.device) for _ in range(3))
     oracle = torch.optim.__dict__[name](cases.parameters(shapes, torch.float64), **options)
     uninterrupted = torch.optim.__dict__[name](whole, **options, **kind)
-    capturable = kind if target.backend == "triton" and implementation == "capturable" else {}
+    # What ours takes, its checkpoint tells; torch takes its choice of an implementation from there.
+    told = kind if implementation == "fused" or (implementation, target.backend) == ("capturable", "triton") else {}
 
     def ours(params):
-        return cases.make(name, params, options, backend=target.backend, **capturable)
+        return cases.make(name, params, options, backend=target.backend, **told)
 
     def torchs(params):
         return torch.optim.__dict__[name](params, **options, **kind)
@@ -79,7 +80,7 @@ def test_a_run_goes_on_from_the_others_checkpoint(name, options, implementation,
         for p, q in zip(first, second, strict=True):
             q.copy_(p)
     b.load_state_dict(through_a_file(a.state_dict()))
-    if not to_ours:  # torch takes its own choice of an implementation from the checkpoint, too
+    if not to_ours and not told:
         for group in b.param_groups:
             group.update(kind)
         if "capturable" in kind:
