@@ -89,7 +89,7 @@ def extensions() -> dict:
         flags = ["/O2", "/fp:precise"]
     arguments = {
         "name": "fused_adamw._C",
-        "sources": ["csrc/bindings.cpp", "csrc/step_cpu.cpp"],
+        "sources": ["csrc/bindings.cpp", "csrc/step_cpu.cpp", "csrc/norm_cpu.cpp"],
         "depends": ["csrc/rules.h", "csrc/formats.h", "csrc/step.h"],
         "extra_link_args": ["-fopenmp"] if "-fopenmp" in flags and sys.platform == "linux" else [],
     }

@@ -92,11 +92,13 @@ struct Seen {  // one entry of the optimizer's state, held so that its address s
 // What the plans of an optimizer were built from. plan.Watch is the same in Python.
 class Watch {
 public:
-  Watch(const py::list& groups, const py::dict& state) : groups_(groups), state_(state) {
+  // on_device: for each parameter, whether its steps are counted there.
+  Watch(const py::list& groups, const py::dict& state, const std::vector<bool>& on_device)
+      : groups_(groups), state_(state) {
     int g = 0;
     for (const py::handle& group : groups) {
       for (const py::handle& param : group["params"].cast<py::list>())
-        add(param, g, py::bool_(group.attr("get")("capturable", false)));
+        add(param, g, on_device.at(slots_.size()));
       ++g;
     }
     walk([this](PyObject* key, PyObject* value, const at::Tensor* t) {
@@ -230,8 +232,7 @@ private:
     return changed;
   }
 
-  // A capturable group's steps are counted on the device.
-  void add(py::handle param, int group, bool capturable) {
+  void add(py::handle param, int group, bool on_device) {
     const at::Tensor* p = tensor_of(param.ptr());
     if (!p) throw py::type_error("a parameter is no tensor");
     Slot s{py::reinterpret_borrow<py::object>(param), group, address_of(*p), layout_of(*p)};
@@ -245,7 +246,7 @@ private:
       s.g_layout = layout_of(grad);
       live.g = address_of(grad);
     }
-    if (grad.defined() && !capturable) {
+    if (grad.defined() && !on_device) {
       PyObject* own = PyDict_GetItem(state_.ptr(), param.ptr());
       PyObject* step = own ? PyDict_GetItemString(own, "step") : nullptr;
       const at::Tensor* t = step ? tensor_of(step) : nullptr;
@@ -340,11 +341,12 @@ public:
     }
   }
 
-  void run(const std::vector<std::vector<double>>& scalars) {
-    std::vector<double> flat;
+  // The scalars and the gradients of the step to come.
+  void bring(const std::vector<std::vector<double>>& scalars) {
+    scalars_.clear();
     for (const auto& row : scalars) {
       if (row.size() != kScalars) throw py::value_error("a row of scalars has 8 numbers");
-      flat.insert(flat.end(), row.begin(), row.end());
+      scalars_.insert(scalars_.end(), row.begin(), row.end());
     }
     for (size_t i = 0; i < rows_.size(); ++i) {
       const Live& live = watch_.live(slots_[i].slot);
@@ -353,8 +355,23 @@ public:
       rows_[i].scalars = live.scalars;
       if (slots_[i].own_gradient) rows_[i].g = live.g;
     }
+  }
+
+  // Gradients are multiplied by `factor`; where that is negative, nothing is done.
+  void run(double factor) {
+    if (factor < 0) return;
+    for (size_t i = kGradFactor; i < scalars_.size(); i += kScalars) scalars_[i] *= factor;
     py::gil_scoped_release release;
-    step_cpu(rows_.data(), int64_t(rows_.size()), flat.data(), isa);
+    step_cpu(rows_.data(), int64_t(rows_.size()), scalars_.data(), isa);
+  }
+
+  at::Tensor sum_squares() const {
+    double sum;
+    {
+      py::gil_scoped_release release;
+      sum = sum_squares_cpu(rows_.data(), int64_t(rows_.size()));
+    }
+    return at::scalar_tensor(sum, at::kDouble);
   }
 
 private:
@@ -364,6 +381,7 @@ private:
   };
   const Watch& watch_;
   std::vector<Row> rows_;
+  std::vector<double> scalars_;
   std::vector<Source> slots_;
   std::vector<at::Tensor> held_;  // what the addresses in the rows point into
 };
@@ -379,21 +397,29 @@ public:
     check(check_cuda(variant_));
   }
 
-  void step(const at::Tensor& rows, const at::Tensor& chunks, const at::Tensor& scalars,
-            int32_t chunk) const {
-    check(step_cuda(variant_, rows.const_data_ptr<int64_t>(), chunks.const_data_ptr<int32_t>(),
-                    chunks.size(0), scalars.const_data_ptr<float>(), chunk,
-                    c10::cuda::getCurrentCUDAStream().stream()));
+  void step(const at::Tensor& rows, const at::Tensor& chunks, int32_t chunk, const at::Tensor& scalars,
+            const at::Tensor& factor) const {
+    check(step_cuda(variant_, tables(rows, chunks, chunk), scalars.const_data_ptr<float>(),
+                    factor.const_data_ptr<float>(), stream()));
   }
 
-  void scalars(const at::Tensor& hyper, const at::Tensor& steps, const at::Tensor& scalars) const {
-    const bool adam = variant_.rule == Rule::adam || variant_.rule == Rule::adam_amsgrad;
-    check(scalars_cuda(adam, hyper.const_data_ptr<double>(), steps.const_data_ptr<int64_t>(),
-                       scalars.mutable_data_ptr<float>(), steps.size(0),
-                       c10::cuda::getCurrentCUDAStream().stream()));
+  void sum_squares(const at::Tensor& rows, const at::Tensor& chunks, int32_t chunk,
+                   const at::Tensor& sums) const {
+    check(sum_squares_cuda(variant_, tables(rows, chunks, chunk), sums.mutable_data_ptr<double>(), stream()));
+  }
+
+  void scalars(const at::Tensor& hyper, const at::Tensor& steps, const at::Tensor& factor,
+               const at::Tensor& scalars) const {
+    check(scalars_cuda(variant_, hyper.const_data_ptr<double>(), steps.const_data_ptr<int64_t>(),
+                       steps.size(0), factor.const_data_ptr<float>(), scalars.mutable_data_ptr<float>(),
+                       stream()));
   }
 
 private:
+  static Tables tables(const at::Tensor& rows, const at::Tensor& chunks, int32_t chunk) {
+    return {rows.const_data_ptr<int64_t>(), chunks.const_data_ptr<int32_t>(), chunks.size(0), chunk};
+  }
+  static void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
   static void check(const char* error) {
     if (error) throw std::runtime_error(std::string("CUDA error: ") + error);
   }
@@ -407,7 +433,7 @@ private:
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fused_adamw;
   py::class_<Watch>(m, "Watch")
-      .def(py::init<const py::list&, const py::dict&>())
+      .def(py::init<const py::list&, const py::dict&, const std::vector<bool>&>())
       .def("poll", &Watch::poll)
       .def("steps", &Watch::steps)
       .def("advance", &Watch::advance)
@@ -415,11 +441,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("scalars_of", &Watch::scalars_of);
   py::class_<CpuStep>(m, "CpuStep")
       .def(py::init<const Watch&, const py::list&>(), py::keep_alive<1, 2>())
-      .def("__call__", &CpuStep::run);
+      .def("bring", &CpuStep::bring)
+      .def("run", &CpuStep::run)
+      .def("sum_squares", &CpuStep::sum_squares);
 #if defined(FUSED_ADAMW_CUDA)
   py::class_<CudaKernels>(m, "CudaKernels")
       .def(py::init<at::Device, const std::string&, at::ScalarType, at::ScalarType, at::ScalarType>())
       .def("step", &CudaKernels::step)
+      .def("sum_squares", &CudaKernels::sum_squares)
       .def("scalars", &CudaKernels::scalars);
 #endif
   m.def("cpu_isas", [] {

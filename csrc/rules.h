@@ -18,8 +18,9 @@
 
 namespace fused_adamw {
 
-constexpr int kScalars = 8;    // width of a scalar row, the same for every rule
-constexpr int kMaxStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+constexpr int kScalars = 8;     // width of a scalar row, the same for every rule
+constexpr int kGradFactor = 2;  // the column in which every rule has it
+constexpr int kMaxStates = 3;   // exp_avg, exp_avg_sq, max_exp_avg_sq
 
 FUSED_HD float fma(float a, float b, float c) { return std::fma(a, b, c); }
 FUSED_HD double fma(double a, double b, double c) { return std::fma(a, b, c); }

@@ -25,6 +25,9 @@ struct Row {
 // index into cpu_isas(). The result has the same bits for any isa and any number of threads.
 void step_cpu(const Row* rows, int64_t n, const double* scalars, int isa);
 
+// The sum of the squares of all gradients; the same bits for any number of threads.
+double sum_squares_cpu(const Row* rows, int64_t n);
+
 // What a compiled CUDA kernel depends on.
 struct Variant {
   Rule rule;
@@ -33,12 +36,21 @@ struct Variant {
 
 // CUDA, over tables in device memory (fused_adamw/launch.py tells what is in them), on a stream of the
 // current device. They return cudaGetErrorString of what went wrong, or nullptr.
-// One step of `chunks` chunks of `chunk` elements, a multiple of 8.
-const char* step_cuda(const Variant& variant, const int64_t* rows, const int32_t* table, int64_t chunks,
-                      const float* scalars, int32_t chunk, void* stream);
-// Advance `n` counters at the addresses in `steps`, and compute their rows of scalars.
-const char* scalars_cuda(bool adam, const double* hyper, const int64_t* steps, float* scalars, int64_t n,
-                         void* stream);
+struct Tables {
+  const int64_t* rows;
+  const int32_t* chunks;
+  int64_t count;  // of chunks
+  int32_t chunk;  // elements of each, a multiple of 8
+};
+// One step of every element, with gradients multiplied by *factor; none if that is negative.
+const char* step_cuda(const Variant& variant, const Tables& tables, const float* scalars, const float* factor,
+                      void* stream);
+// The sums of the squares of the gradients of each chunk.
+const char* sum_squares_cuda(const Variant& variant, const Tables& tables, double* sums, void* stream);
+// Advance `n` counters at the addresses in `steps`, unless *factor is negative, and compute their rows of
+// scalars.
+const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* steps, int64_t n,
+                         const float* factor, float* scalars, void* stream);
 // Whether there is code for the current device.
 const char* check_cuda(const Variant& variant);
 

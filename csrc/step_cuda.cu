@@ -62,23 +62,70 @@ step_span(const typename R::template Scalars<float>& s, const Streams<P, G, S>& 
   }
 }
 
-// One block per chunk. Elements are counted with 64 bits up to the chunk, with 32 within it.
+// The chunk of a block. Elements are counted with 64 bits up to the chunk, with 32 within it.
+struct Chunk {
+  const int64_t* row;
+  int64_t base;
+  int n;
+
+  __device__ __forceinline__ Chunk(const int64_t* rows, const int32_t* chunks, int chunk) {
+    const int32_t* entry = chunks + int64_t(blockIdx.x) * 2;
+    row = rows + int64_t(entry[0]) * kColumns;
+    base = int64_t(entry[1]) * chunk;
+    n = int(min(row[5] - base, int64_t(chunk)));
+  }
+  // How many of its elements can be accessed by kWidth.
+  template <int kWidth> __device__ __forceinline__ int whole() const {
+    return row[7] & 1 ? n / kWidth * kWidth : 0;
+  }
+};
+
 template <class R, class P, class G, class S> __global__ void __launch_bounds__(kThreads, kBlocks)
-    step_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ table,
-                const float* __restrict__ scalars, int chunk) {
-  const int32_t* entry = table + int64_t(blockIdx.x) * 2;
-  const int64_t* row = rows + int64_t(entry[0]) * kColumns;
-  const int64_t base = int64_t(entry[1]) * chunk;
-  const int n = int(min(row[5] - base, int64_t(chunk)));
+    step_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
+                const float* __restrict__ scalars, const float* __restrict__ factor, int chunk) {
+  if (*factor < 0) return;
+  const Chunk c(rows, chunks, chunk);
   using Scalars = typename R::template Scalars<float>;
-  const Scalars s = *reinterpret_cast<const Scalars*>(scalars + row[6] * kScalars);
-  const Streams<P, G, S> to{stream<P>(row, 0, base), stream<G>(row, 1, base), stream<S>(row, 2, base),
-                            stream<S>(row, 3, base), stream<S>(row, 4, base)};
+  Scalars s = *reinterpret_cast<const Scalars*>(scalars + c.row[6] * kScalars);
+  s.grad_factor *= *factor;
+  const Streams<P, G, S> to{stream<P>(c.row, 0, c.base), stream<G>(c.row, 1, c.base),
+                            stream<S>(c.row, 2, c.base), stream<S>(c.row, 3, c.base),
+                            stream<S>(c.row, 4, c.base)};
   // 16 bytes of the widest stream; 8 elements of 4 bytes would be two accesses at a stride of 32 bytes.
   constexpr int kWidth = sizeof(P) == 2 && sizeof(G) == 2 && sizeof(S) == 2 ? 8 : 4;
-  const int whole = row[7] & 1 ? n / kWidth * kWidth : 0;
+  const int whole = c.whole<kWidth>();
   step_span<R, kWidth>(s, to, 0, whole);
-  step_span<R, 1>(s, to, whole, n);
+  step_span<R, 1>(s, to, whole, c.n);
+}
+
+// In double: a square of a float is exact, and neither overflows nor underflows.
+template <int kWidth, class G> __device__ __forceinline__ double square_span(G* g, int begin, int end) {
+  double sum = 0;
+  for (int i = begin + int(threadIdx.x) * kWidth; i < end; i += kThreads * kWidth) {
+    const Vector<G, kWidth> x = at<G, kWidth>(g, i);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      const double y = load(x.x[k]);
+      sum = fma(y, y, sum);
+    }
+  }
+  return sum;
+}
+
+template <class G> __global__ void __launch_bounds__(kThreads)
+    square_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
+                  double* __restrict__ sums, int chunk) {
+  __shared__ double parts[kThreads];
+  const Chunk c(rows, chunks, chunk);
+  G* const g = stream<G>(c.row, 1, c.base);
+  constexpr int kWidth = 16 / sizeof(G);
+  const int whole = c.whole<kWidth>();
+  parts[threadIdx.x] = square_span<kWidth>(g, 0, whole) + square_span<1>(g, whole, c.n);
+  for (unsigned width = kThreads / 2; width; width /= 2) {
+    __syncthreads();
+    if (threadIdx.x < width) parts[threadIdx.x] += parts[threadIdx.x + width];
+  }
+  if (threadIdx.x == 0) sums[blockIdx.x] = parts[0];
 }
 
 // x^n for n >= 0, as triton_kernels/multi_tensor.py has it, to the bit.
@@ -90,14 +137,15 @@ __device__ double power(double x, int n) {
 }
 
 // fused_adamw/scalars.py in CUDA; fused_adamw/launch.py tells what is in `hyper`.
-template <bool kAdam> __global__ void scalars_kernel(const double* __restrict__ hyper,
-                                                     const int64_t* __restrict__ steps,
-                                                     float* __restrict__ scalars, int64_t n) {
+template <bool kAdam>
+__global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* __restrict__ steps,
+                               const float* __restrict__ factor, float* __restrict__ scalars, int64_t n) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= n) return;
   const double* h = hyper + row * kColumns;
   float* to = scalars + row * kScalars;
   float* counter = stream<float>(steps + row, 0, 0);
+  if (*factor < 0) return;
   const float count = *counter + 1;
   *counter = count;
   const int step = int(count);
@@ -126,7 +174,7 @@ template <bool kAdam> __global__ void scalars_kernel(const double* __restrict__ 
   }
 }
 
-using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, int);
+using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, const float*, int);
 
 template <class R, class P, class G> StepKernel kernel_of(Format state) {
   if constexpr (R::kStates == 0) {
@@ -169,19 +217,30 @@ const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr :
 
 }  // namespace
 
-const char* step_cuda(const Variant& variant, const int64_t* rows, const int32_t* table, int64_t chunks,
-                      const float* scalars, int32_t chunk, void* stream) {
-  if (chunks == 0) return nullptr;
-  kernel_of(variant)<<<unsigned(chunks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(rows, table,
-                                                                                           scalars, chunk);
+const char* step_cuda(const Variant& variant, const Tables& t, const float* scalars, const float* factor,
+                      void* stream) {
+  if (t.count == 0) return nullptr;
+  kernel_of(variant)<<<unsigned(t.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      t.rows, t.chunks, scalars, factor, t.chunk);
   return text_of(cudaGetLastError());
 }
 
-const char* scalars_cuda(bool adam, const double* hyper, const int64_t* steps, float* scalars, int64_t n,
-                         void* stream) {
+const char* sum_squares_cuda(const Variant& variant, const Tables& t, double* sums, void* stream) {
+  if (t.count == 0) return nullptr;
+  const auto kernel = variant.g == Format::f32    ? square_kernel<float>
+                      : variant.g == Format::bf16 ? square_kernel<BFloat16>
+                                                  : square_kernel<Float16>;
+  kernel<<<unsigned(t.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(t.rows, t.chunks, sums,
+                                                                                t.chunk);
+  return text_of(cudaGetLastError());
+}
+
+const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* steps, int64_t n,
+                         const float* factor, float* scalars, void* stream) {
+  const bool adam = variant.rule == Rule::adam || variant.rule == Rule::adam_amsgrad;
   const auto kernel = adam ? scalars_kernel<true> : scalars_kernel<false>;
   kernel<<<unsigned((n + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      hyper, steps, scalars, n);
+      hyper, steps, factor, scalars, n);
   return text_of(cudaGetLastError());
 }
 

@@ -1,6 +1,6 @@
 """The registry of backends: which one steps a device's tensors, and why not another.
 
-A backend is one function, ``prepare(watch, rows) -> run(scalars)``, and one line of ``BACKENDS``.
+A backend is one function, ``prepare(watch, rows, groups) -> Launch``, and one line of ``BACKENDS``.
 """
 
 import functools
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -43,6 +43,19 @@ def native() -> ModuleType | None:
 Scalars = list[Adam] | list[Sgd]
 
 
+class Launch(Protocol):
+    """The rows of one launch, as a backend has prepared them."""
+
+    def bring(self, scalars: Scalars) -> None:
+        """Take the scalars and the gradients of the step to come."""
+
+    def sum_squares(self) -> torch.Tensor:
+        """The sum of the squares of the gradients, float64, 0-dim, on their device."""
+
+    def run(self, factor: float | torch.Tensor) -> None:
+        """Step, with gradients multiplied by ``factor``, 1.0 or a tensor; where that is negative nothing is done."""
+
+
 class CannotRun(RuntimeError):
     """A backend found, when it was to be prepared, that it cannot run here."""
 
@@ -51,13 +64,13 @@ class CannotRun(RuntimeError):
 class Backend:
     """A way to step a bucket of rows in one call.
 
-    ``prepare(watch, rows, groups)`` returns the call; ``missing()`` says why the backend cannot run here, or nothing;
+    ``prepare(watch, rows, groups)`` returns the launch; ``missing()`` says why the backend cannot run here, or nothing;
     ``bucket(row)`` tells rows apart that cannot share a launch; ``warmup`` compiles without a launch.
     """
 
     name: str
     devices: tuple[str, ...]  # device types, () for any
-    prepare: Callable[[Any, list["Row"], list[dict]], Callable[[Scalars], None]]
+    prepare: Callable[[Any, list["Row"], list[dict]], Launch]
     missing: Callable[[], str] = lambda: ""
     bucket: Callable[["Row"], Hashable] = lambda row: None
     warmup: Callable[[str, torch.Tensor, torch.dtype], None] = lambda rule, p, state_dtype: None
@@ -75,15 +88,32 @@ class Backend:
         return self.missing()
 
 
-def _prepare_cpu(watch: Any, rows: list["Row"], groups: list[dict]) -> Callable[[Scalars], None]:
+def _prepare_cpu(watch: Any, rows: list["Row"], groups: list[dict]) -> Launch:
     return native().CpuStep(watch, [(row.slot, row.rule, row.p, row.g, list(row.states)) for row in rows])
 
 
-def _prepare_reference(watch: Any, rows: list["Row"], groups: list[dict]) -> Callable[[Scalars], None]:
+class _Reference:
+    """A launch in plain PyTorch."""
+
+    def __init__(self, watch: Any, rows: list["Row"], groups: list[dict]) -> None:
+        self.watch, self.rows = watch, rows
+
+    def bring(self, scalars: Scalars) -> None:
+        self.scalars = scalars
+
+    def sum_squares(self) -> torch.Tensor:
+        norms = torch._foreach_norm([row.grad() for row in self.rows], dtype=torch.float64)
+        return torch.stack(norms).square().sum()
+
     @torch.no_grad()
-    def run(scalars: Scalars) -> None:
-        for row in rows:
-            values = scalars[watch.scalars_of(row.slot)]._asdict()
+    def run(self, factor: float | torch.Tensor) -> None:
+        if isinstance(factor, torch.Tensor):
+            factor = factor.item()
+        if factor < 0:
+            return
+        for row in self.rows:
+            values = self.scalars[self.watch.scalars_of(row.slot)]._asdict()
+            values["grad_factor"] *= factor
             compute = torch.float64 if row.p.dtype is torch.float64 else torch.float32
             stored = [row.p, *row.states]
             p, *states = [t.to(compute) for t in stored]
@@ -97,8 +127,6 @@ def _prepare_reference(watch: Any, rows: list["Row"], groups: list[dict]) -> Cal
                 if t is not new:
                     t.copy_(new)
 
-    return run
-
 
 _broken: dict[str, str] = {}  # backends that raised when they were prepared, and what
 
@@ -108,21 +136,21 @@ def _on_a_gpu(
 ) -> "Backend":
     """A backend that launches ``kernels(device, rule, p, g, state)``, compiled for these dtypes, over tables."""
 
-    def prepare(watch: Any, rows: list["Row"], groups: list[dict]) -> Callable[[Scalars], None]:
+    def prepare(watch: Any, rows: list["Row"], groups: list[dict]) -> Launch:
         row = rows[0]
         try:
             compiled = kernels(row.p.device, *bucket(row)[:4])
         except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
             _broken[name] = f"it failed: {type(error).__name__}: {error}"
             raise CannotRun(f"backend={name!r} cannot run: {_broken[name]}") from error
-        if not row.capturable:
+        if not row.on_device:
             return launch.Launch(watch, rows, compiled)
         hyper = HYPER["adam" if row.rule.startswith("adam") else "sgd"]
         return launch.CapturableLaunch(watch, rows, compiled, groups, hyper)
 
     def bucket(row: "Row") -> tuple:
         state = row.states[0] if row.states else row.p
-        return row.rule, row.p.dtype, row.grad().dtype, state.dtype, row.capturable
+        return row.rule, row.p.dtype, row.grad().dtype, state.dtype, row.on_device
 
     def warmup(rule: str, p: torch.Tensor, state_dtype: torch.dtype) -> None:
         kernels(p.device, rule, p.dtype, p.dtype, p.dtype if rule == "sgd" else state_dtype)
@@ -175,7 +203,7 @@ BACKENDS = (
     Backend("cpu", ("cpu",), _prepare_cpu, missing=lambda: _load_native()[1]),
     _on_a_gpu("triton", _triton_kernels, _triton_missing, ("cuda", "cpu") if INTERPRETED else ("cuda",)),
     _on_a_gpu("cuda", _cuda_kernels, _cuda_missing, ("cuda",)),
-    Backend("reference", (), _prepare_reference),
+    Backend("reference", (), _Reference),
 )
 
 

@@ -6,6 +6,7 @@ chunks   int32 [., 2]: row, index of the chunk in its tensor; one program (a blo
 scalars  float32 [., 8]: the launch scalars of the rule, in the order of scalars.py
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -19,15 +20,22 @@ SCALARS_BYTES = 4 * COLUMNS
 class Kernels(Protocol):
     """The compiled kernels of a bucket, launched on the current device and stream."""
 
-    def step(self, rows: Tensor, chunks: Tensor, scalars: Tensor, chunk: int) -> None:
-        """Step every element; ``chunk`` is the number of elements of a chunk, a multiple of 8."""
+    def step(self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor) -> None:
+        """Step every element; ``chunk`` is the number of elements of a chunk, a multiple of 8.
 
-    def scalars(self, hyper: Tensor, steps: Tensor, scalars: Tensor) -> None:
+        Gradients are multiplied by ``factor``, float32 of one element; where that is negative nothing is done.
+        """
+
+    def sum_squares(self, rows: Tensor, chunks: Tensor, chunk: int, sums: Tensor) -> None:
+        """Write the sums of the squares of the gradients of each chunk, float64."""
+
+    def scalars(self, hyper: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
         """Advance the float32 counters at the addresses ``steps``, and compute their rows of scalars.
 
         hyper   float64 [., 8]: lr, base_lr, decoupled decay, l2, grad_factor, then beta1, beta2, eps (Adam)
                 or momentum, dampening, flags (Sgd; bit 0: nesterov, bit 1: lr_in_momentum). The decay is
                 lr / base_lr * decoupled decay, so a base_lr of 1 makes it torch's.
+        factor  as for a step: a negative one leaves all as it is
         """
 
 
@@ -42,7 +50,7 @@ def chunk_size(numel: int) -> int:
 
 
 class Launch:
-    """The rows of one launch: called with the rows of scalars of a step, it steps them.
+    """The rows of one launch.
 
     The tables lie in one buffer on the device: rows, scalars, chunks. What changes from step to step (addresses of
     gradients that moved, scalars) goes up in one copy.
@@ -67,6 +75,7 @@ class Launch:
         self.rows = table.view(torch.int64).view(-1, COLUMNS)
         self.scalars = scalars.view(torch.float32).view(-1, COLUMNS)
         self.chunks = chunk_table.view(torch.int32).view(-1, 2)
+        self.ones = torch.ones((), device=self.device)
         self.uploaded = False
         self.stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
@@ -75,10 +84,10 @@ class Launch:
         states = [t.data_ptr() for t in row.states] + [0] * (3 - len(row.states))
         return [row.p.data_ptr(), 0 if row.g is None else row.g.data_ptr(), *states, row.p.numel(), 0, 0]
 
-    def __call__(self, scalars: list[tuple[float, ...]]) -> None:
+    def bring(self, scalars: list[tuple[float, ...]]) -> None:
+        """Bring the tables to the step to come, in the current stream."""
         if self.stream is None:  # Triton's interpreter, on CPU tensors
             self._upload(scalars)
-            self._launch()
             return
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
@@ -88,7 +97,21 @@ class Launch:
                 self._capture()
             else:
                 self._upload(scalars)
-            self._launch()
+
+    def sum_squares(self) -> Tensor:
+        """The sum of the squares of the gradients, float64, 0-dim, always added in the same order."""
+        sums = torch.empty(len(self.chunks), dtype=torch.float64, device=self.device)
+        with self._guard():
+            self.kernels.sum_squares(self.rows, self.chunks, self.chunk, sums)
+        return sums.sum()
+
+    def run(self, factor: float | Tensor) -> None:
+        """Step, with gradients multiplied by ``factor``; where that is negative nothing is done."""
+        with self._guard():
+            self._launch(factor.float() if isinstance(factor, Tensor) else self.ones)
+
+    def _guard(self) -> Any:
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.device(self.device)
 
     def _upload(self, scalars: list[tuple[float, ...]], staging: Tensor | None = None) -> None:
         self.watch.upload(self.host, self.slots, scalars, self.buffer, not self.uploaded, staging)
@@ -100,8 +123,8 @@ class Launch:
             "scalars come from the host: construct it with capturable=True"
         )
 
-    def _launch(self) -> None:
-        self.kernels.step(self.rows, self.chunks, self.scalars, self.chunk)
+    def _launch(self, factor: Tensor) -> None:
+        self.kernels.step(self.rows, self.chunks, self.chunk, self.scalars, factor)
 
 
 class CapturableLaunch(Launch):
@@ -171,7 +194,7 @@ class CapturableLaunch(Launch):
             if first < last and isinstance(group["lr"], Tensor):
                 self.table[first:last, 0].copy_(group["lr"], non_blocking=True)
 
-    def _launch(self) -> None:
+    def _launch(self, factor: Tensor) -> None:
         self._copy_lr()
-        self.kernels.scalars(self.table, self.steps, self.scalars)
-        super()._launch()
+        self.kernels.scalars(self.table, self.steps, factor, self.scalars)
+        super()._launch(factor)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_adamw import backends, plan, scalars
+from fused_adamw import backends, clipping, plan, scalars
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -31,6 +31,12 @@ class FusedOptimizer(Optimizer):
 
     # What unpickling, which knows nothing of us, leaves unset.
     requested: str | None = None
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    amp_scaling: bool = False
+    #: Norm of all gradients at the last step, float32, 0-dim, on the device of the first; with max_grad_norm or
+    #: skip_nonfinite. A new tensor at each step, but for the replays of a graph.
+    grad_norm: Tensor | None = None
     _watch: Any = None
     _plans: Sequence[plan.Plan] = ()
     _alone: dict[Tensor, tuple] | None = None  # what step_parameter has prepared
@@ -38,11 +44,23 @@ class FusedOptimizer(Optimizer):
     _captured: Sequence[plan.Plan] = ()
     _loading: dict[str, Any] | None = None
 
-    def __init__(self, params: Params, defaults: dict[str, Any], backend: str | None, **asked: bool | None) -> None:
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        backend: str | None,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        amp_scaling: bool,
+        **asked: bool | None,
+    ) -> None:
         for (name, value), remedy in _REFUSED.items():
             if asked.get(name) is value:
                 raise RuntimeError(f"{type(self).__name__}({name}={value}) is not supported: {remedy}")
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         self.requested, self._alone = backend, {}
+        self.max_grad_norm, self.skip_nonfinite, self.amp_scaling = max_grad_norm, skip_nonfinite, amp_scaling
         if backend is not None:
             backends.named(backend)
         # torch's keys, for code that reads them and for checkpoints that torch.optim loads.
@@ -126,7 +144,21 @@ class FusedOptimizer(Optimizer):
 
     def _kind_of(self, group: dict[str, Any]) -> tuple:
         """What, changed, makes plans stale."""
-        return self.rule_of(group), group.get("state_dtype"), group.get("capturable")
+        return self.rule_of(group), group.get("state_dtype"), group.get("capturable"), self._skips()
+
+    def _skips(self) -> bool:
+        return self.skip_nonfinite or self.amp_scaling
+
+    def _scales(self) -> bool:
+        return self.max_grad_norm is not None or self._skips()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # torch.amp.GradScaler asks
+        return self.amp_scaling
+
+    def counts_on_device(self, group: dict[str, Any], p: Tensor) -> bool:
+        """Whether p's steps are counted on its device: where only that knows whether a step is skipped, or replayed."""
+        return bool(group.get("capturable")) or (self._skips() and p.is_cuda)
 
     def _move(self, watch: Any, plans: Sequence[plan.Plan], groups: list[dict[str, Any]]) -> None:
         row_of = scalars.ROWS[self._rule]
@@ -137,8 +169,19 @@ class FusedOptimizer(Optimizer):
                 self._check(group, i)
             raise
         for part in plans:
-            part.step(rows)
-        watch.advance()
+            part.bring(rows)
+        factor, skipped = 1.0, False
+        if plans and self._scales():
+            scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            if not self.amp_scaling:
+                scale = found = None
+            factor, self.grad_norm = clipping.factor_of(plans, self.max_grad_norm, self.skip_nonfinite, scale, found)
+            # Steps that are counted on the host are those of tensors that lie there.
+            skipped = self._skips() and any(part.device.type == "cpu" for part in plans) and factor.item() < 0
+        for part in plans:
+            part.run(factor.to(part.device, non_blocking=True) if isinstance(factor, Tensor) else factor)
+        if not skipped:
+            watch.advance()
 
     def step_parameter(self, p: Tensor) -> None:
         """Update one parameter, to the same bits as :meth:`step` would, and nothing else.
@@ -161,6 +204,11 @@ class FusedOptimizer(Optimizer):
     def _step_parameter(self, p: Tensor) -> None:
         if p.grad is None:
             return
+        if self._scales():
+            raise RuntimeError(
+                f"{type(self).__name__}.step_parameter: one gradient does not tell the norm of all, nor whether a step "
+                "is to be skipped: leave out max_grad_norm, skip_nonfinite and amp_scaling"
+            )
         prepared = self._alone.get(p)
         if prepared is None or not self._still_holds(p, *prepared):
             if prepared is not None:
@@ -214,7 +262,9 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for p in filter(lambda p: p.requires_grad, group["params"]):
                 state_dtype = plan.state_dtype_of(p, group.get("state_dtype"))
-                backend = backends.pick(p.device, {p.dtype, state_dtype}, bool(group.get("capturable")), self.requested)
+                backend = backends.pick(
+                    p.device, {p.dtype, state_dtype}, self.counts_on_device(group, p), self.requested
+                )
                 backend.warmup(self.rule_of(group)[0], p, state_dtype)
 
     def _drop_plans(self) -> None:
@@ -223,7 +273,7 @@ class FusedOptimizer(Optimizer):
 
     def _retire(self, plans: Sequence[plan.Plan]) -> None:
         # A captured graph goes on using the tables of the plan that it was captured from.
-        self._captured = [*self._captured, *(p for p in plans if getattr(p.run, "captured", None))]
+        self._captured = [*self._captured, *(p for p in plans if getattr(p.launch, "captured", None))]
 
     def refresh_captured(self) -> None:
         """Bring hyperparameters that changed (lr, betas, weight decay, ...) to the device, for graphs to replay with.
@@ -234,7 +284,7 @@ class FusedOptimizer(Optimizer):
         """
         alone = chain.from_iterable(plans for *_, plans, _ in (self._alone or {}).values())
         for part in (*self._captured, *self._plans, *alone):
-            if refresh := getattr(part.run, "refresh", None):
+            if refresh := getattr(part.launch, "refresh", None):
                 refresh(self.param_groups)
 
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -250,7 +300,7 @@ class FusedOptimizer(Optimizer):
         step = state["step"] if step or isinstance(state.get("step"), (int, float)) else float(buffer)
         if "momentum_buffer" in names and not buffer:
             step = 0.0  # SGD counts the steps of the momentum, whose first is not dampened
-        device = p.device if group.get("capturable") else torch.device("cpu")
+        device = p.device if self.counts_on_device(group, p) else torch.device("cpu")
         if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.device != device or step.dim():
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
         declared = group.get("state_dtype")
@@ -334,7 +384,8 @@ class FusedOptimizer(Optimizer):
                     own[name] = was[name].copy_(own[name])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "requested": self.requested}
+        kept = ("requested", "max_grad_norm", "skip_nonfinite", "amp_scaling")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
 
 class Adam(FusedOptimizer):
@@ -356,12 +407,18 @@ class Adam(FusedOptimizer):
         foreach, differentiable, fused: torch's choice of an implementation. There is one here, and it is fused:
             ``fused=True`` and the defaults are accepted.
         capturable: keep steps and scalars on the device, so that a CUDA graph of the step replays correctly; see
-            :meth:`refresh_captured`. On the "triton" backend only.
+            :meth:`refresh_captured`. On the "triton" and "cuda" backends.
         maximize: ascend.
         decoupled_weight_decay: decay as AdamW does.
         decouple_lr: decoupled decay as in the paper: see AdamW.
         state_dtype: storage of the moments; by default float32, or float64 for float64 parameters.
-        backend: "cpu", "triton" or "reference"; by default the best that runs on the device of a tensor.
+        backend: "cpu", "triton", "cuda" or "reference"; by default the best that runs on the device of a tensor.
+        max_grad_norm: clip by the global norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the
+            step: gradients are read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device.
+        skip_nonfinite: a step whose gradients' norm is not finite changes nothing and is not counted.
+        amp_scaling: let ``torch.amp.GradScaler`` hand its scale and its finding of infinities to the step, which then
+            divides and skips by itself, without a synchronisation. By default the scaler does both before the step, so
+            that the gradients can be clipped in between, and that Accelerate sees which steps were skipped.
 
     Parameters and gradients are float32, bfloat16, float16, float64, or complex of these, in any mix. Arithmetic is in
     float32 (float64 for float64 parameters), with one rounding to the storage type.
@@ -392,6 +449,9 @@ class Adam(FusedOptimizer):
         decouple_lr: bool = False,
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -405,7 +465,17 @@ class Adam(FusedOptimizer):
             "decouple_lr": decouple_lr,
             "state_dtype": state_dtype,
         }
-        super().__init__(params, defaults, backend, foreach=foreach, differentiable=differentiable, fused=fused)
+        super().__init__(
+            params,
+            defaults,
+            backend,
+            max_grad_norm,
+            skip_nonfinite,
+            amp_scaling,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         if group["amsgrad"]:
@@ -463,6 +533,9 @@ class AdamW(Adam):
         decouple_lr: bool = False,
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -480,6 +553,9 @@ class AdamW(Adam):
             decouple_lr=decouple_lr,
             state_dtype=state_dtype,
             backend=backend,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
         )
 
 
@@ -505,7 +581,7 @@ class SGD(FusedOptimizer):
         maximize: ascend.
         foreach, differentiable, fused, capturable: as in :class:`Adam`.
         lr_in_momentum: the paper's momentum, in which a change of the learning rate acts on new gradients only.
-        state_dtype, backend: as in :class:`Adam`.
+        state_dtype, backend, max_grad_norm, skip_nonfinite, amp_scaling: as in :class:`Adam`.
 
     Raises: as :class:`Adam`.
     """
@@ -532,6 +608,9 @@ class SGD(FusedOptimizer):
         lr_in_momentum: bool = False,
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -546,7 +625,17 @@ class SGD(FusedOptimizer):
             "lr_in_momentum": lr_in_momentum,
             "state_dtype": state_dtype,
         }
-        super().__init__(params, defaults, backend, foreach=foreach, differentiable=differentiable, fused=fused)
+        super().__init__(
+            params,
+            defaults,
+            backend,
+            max_grad_norm,
+            skip_nonfinite,
+            amp_scaling,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return ("sgd_momentum", ("momentum_buffer",)) if group["momentum"] else ("sgd", ())

@@ -25,7 +25,7 @@ class Row:
 
     slot: int  # position among all parameters of all groups
     group: int
-    capturable: bool
+    on_device: bool  # its steps are counted there
     rule: str  # "adam", "adam_amsgrad", "sgd", "sgd_momentum"
     param: Tensor  # as the user gave it
     p: Tensor  # what is stepped: the parameter, or a dense copy of one that is not
@@ -36,12 +36,14 @@ class Row:
     def grad(self) -> Tensor:
         return self.g if self.g is not None else real(self.param.grad)
 
-    def before(self) -> None:
-        """Fill the copies."""
-        if self.p.data_ptr() != self.param.data_ptr():
-            self.p.copy_(real(self.param))
+    def copy_gradient(self) -> None:
         if self.g is not None:
             self.g.copy_(real(self.param.grad))
+
+    def before(self) -> None:
+        """Fill the copy of the parameter, which a launch before this one may have changed."""
+        if self.p.data_ptr() != self.param.data_ptr():
+            self.p.copy_(real(self.param))
 
     def after(self) -> None:
         """Bring the parameter back from its copy."""
@@ -51,20 +53,33 @@ class Row:
 
 @dataclass(slots=True)
 class Plan:
-    """The rows of one launch, and the backend's function that steps them: ``run(scalars)``."""
+    """The rows of one launch."""
 
     rows: list[Row]
     copied: list[Row]  # those with copies to fill before, and to bring back after
-    run: Callable[["backends.Scalars"], None]
+    launch: "backends.Launch"
 
-    def step(self, scalars: "backends.Scalars") -> None:
+    @property
+    def device(self) -> torch.device:
+        return self.rows[0].p.device
+
+    def bring(self, scalars: "backends.Scalars") -> None:
+        """Make the launch ready for a step."""
+        if self.copied:
+            with torch.no_grad():
+                for row in self.copied:
+                    row.copy_gradient()
+        self.launch.bring(scalars)
+
+    def run(self, factor: "float | Tensor") -> None:
+        """Step, with gradients multiplied by ``factor``; where that is negative nothing is done."""
         if not self.copied:
-            self.run(scalars)
+            self.launch.run(factor)
             return
         with torch.no_grad():
             for row in self.copied:
                 row.before()
-            self.run(scalars)
+            self.launch.run(factor)
             for row in self.copied:
                 row.after()
 
@@ -72,11 +87,13 @@ class Plan:
 class Watch:
     """What plans were built from, compared anew at each step: ``_C.Watch`` in Python, for when that is not built."""
 
-    def __init__(self, groups: list[dict], state: dict) -> None:
+    def __init__(self, groups: list[dict], state: dict, on_device: list[bool]) -> None:
         self.groups, self.state = groups, state
         self.slots = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
-        counted = (p in state and p.grad is not None and not groups[i].get("capturable") for i, p in self.slots)
-        self.step = [state[p]["step"] if c else None for c, (_, p) in zip(counted, self.slots, strict=True)]
+        self.step = [
+            None if there or p.grad is None or p not in state else state[p]["step"]
+            for there, (_, p) in zip(on_device, self.slots, strict=True)
+        ]
         self.index = [-1] * len(self.slots)
         self.seen = self._look()
         self.held = [list(own.items()) for own in state.values()]  # an id is good while its object lives
@@ -157,7 +174,7 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
     for the first tensor that cannot be stepped, naming its group, index and shape; nothing has been written then.
     """
     live = checked(optimizer, lambda p: p.grad is not None and (only is None or p is only))
-    chosen = {slot: _backend_of(at, group, p, optimizer.requested) for slot, (at, _, group, p) in live.items()}
+    chosen = {slot: _backend_of(optimizer, at, group, p) for slot, (at, _, group, p) in live.items()}
     for *_, group, p in live.values():
         optimizer.init_state_of(group, p)
 
@@ -167,7 +184,7 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
         live, chosen = {0: live[slot]}, {0: chosen[slot]}
         watched = [{**group, "params": [only]}], {only: optimizer.state[only]}
     watch = backends.native().Watch if backends.native() else Watch
-    watch = watch(*watched)
+    watch = watch(*watched, [optimizer.counts_on_device(group, p) for group in watched[0] for p in group["params"]])
     later = _overlaps({slot: p for slot, (*_, p) in live.items()})
     buckets: dict[Any, tuple[backends.Backend, list[Row]]] = {}
     for slot, (_, i, group, p) in live.items():
@@ -177,7 +194,7 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
         dense = real(p) if same_layout(p, dense_like(p)) else real(torch.empty_like(p))
         plain = same_layout(p.grad, dense_like(p)) and not p.grad.is_conj() and not p.grad.is_neg()
         g = None if plain else torch.empty_like(dense, dtype=real(p.grad).dtype)
-        row = Row(slot, i, bool(group.get("capturable")), rule, p, dense, states, own["step"], g)
+        row = Row(slot, i, optimizer.counts_on_device(group, p), rule, p, dense, states, own["step"], g)
         backend = chosen[slot]
         key = later.get(slot, 0), p.device, backend.name, backend.bucket(row)
         buckets.setdefault(key, (backend, []))[1].append(row)
@@ -240,10 +257,10 @@ def _place(optimizer: "FusedOptimizer", i: int, j: int) -> str:
     return f"{type(optimizer).__name__}: group {i}, parameter {j} ({name}shape {shape})"
 
 
-def _backend_of(at: str, group: dict, p: Tensor, requested: str | None) -> "backends.Backend":
+def _backend_of(optimizer: "FusedOptimizer", at: str, group: dict, p: Tensor) -> "backends.Backend":
     dtypes = {p.dtype.to_real(), p.grad.dtype.to_real(), state_dtype_of(p, group.get("state_dtype")).to_real()}
     try:
-        return backends.pick(p.device, dtypes, bool(group.get("capturable")), requested)
+        return backends.pick(p.device, dtypes, optimizer.counts_on_device(group, p), optimizer.requested)
     except RuntimeError as error:
         raise RuntimeError(f"{at}: {error}") from None
 

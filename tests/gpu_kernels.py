@@ -16,7 +16,7 @@ import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -92,6 +92,7 @@ class Compiled:
     shared: int
 
     def launch(self, mem, blocks: int, args: list, **options):
+        options.setdefault("shared", self.shared)
         return ptxsim.Module(self.ptx).launch(self.entry, blocks, self.threads, args, mem, **options)
 
 
@@ -106,17 +107,23 @@ class Triton:
         package.__path__ = [str(folder)]
         self.kernels = importlib.import_module(f"{name}.multi_tensor")
 
-    def variant(self, variant: Variant):
+    @staticmethod
+    def _dtype(dtype: torch.dtype):
         import triton.language as tl
 
-        dtypes = {F32: tl.float32, BF16: tl.bfloat16, F16: tl.float16}
-        return self.kernels.Variant(variant.rule, *(dtypes[d] for d in variant[1:]))
+        return {F32: tl.float32, BF16: tl.bfloat16, F16: tl.float16}[dtype]
+
+    def variant(self, variant: Variant):
+        return self.kernels.Variant(variant.rule, *map(self._dtype, variant[1:]))
 
     def step(self, sm: int, variant: Variant) -> Compiled:
         return self._compiled(self.kernels.compile_for(self._target(sm), self.variant(variant)))
 
     def scalars(self, sm: int, adam: bool) -> Compiled:
         return self._compiled(self.kernels.compile_scalars_for(self._target(sm), adam))
+
+    def squares(self, sm: int, g: torch.dtype) -> Compiled:
+        return self._compiled(self.kernels.compile_squares_for(self._target(sm), self._dtype(g)))
 
     @staticmethod
     def blocks(rows: int) -> int:
@@ -157,9 +164,13 @@ class Cuda:
     def __init__(self, folder: Path = folder) -> None:
         self.folder = folder
 
+    TYPES: ClassVar = {F32: "float", BF16: "fused_adamw::BFloat16", F16: "fused_adamw::Float16"}
+
+    def squares(self, sm: int, g: torch.dtype) -> Compiled:
+        return self.module(sm)[f"square_kernel<{self.TYPES[g]}>"]
+
     def step(self, sm: int, variant: Variant) -> Compiled:
-        types_ = {F32: "float", BF16: "fused_adamw::BFloat16", F16: "fused_adamw::Float16"}
-        dtypes = ", ".join(types_[d] for d in variant[1:])
+        dtypes = ", ".join(self.TYPES[d] for d in variant[1:])
         return self.module(sm)[f"step_kernel<fused_adamw::{self._rule(variant.rule)}, {dtypes}>"]
 
     def scalars(self, sm: int, adam: bool) -> Compiled:
@@ -186,11 +197,14 @@ class Cuda:
                 args = ", ".join(names[d] for d in v[1:])
                 source += (
                     f"template __global__ void step_kernel<{self._rule(v.rule)}, {args}>"
-                    "(const int64_t*, const int32_t*, const float*, int);\n"
+                    "(const int64_t*, const int32_t*, const float*, const float*, int);\n"
                 )
             for adam in ("true", "false"):
-                args = "const double*, const int64_t*, float*, int64_t"
+                args = "const double*, const int64_t*, const float*, float*, int64_t"
                 source += f"template __global__ void scalars_kernel<{adam}>({args});\n"
+            for g in names.values():
+                args = "const int64_t*, const int32_t*, double*, int"
+                source += f"template __global__ void square_kernel<{g}>({args});\n"
             source += "}\n}\n"
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "kernels.cu").write_text(source)
@@ -203,7 +217,7 @@ class Cuda:
         for entry, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", run.stderr, re.S):
             number = functools.partial(lambda what, text: int((re.search(what, text) or [0, "0"])[1]), text=text)
             name = subprocess.run(["c++filt", entry], capture_output=True, text=True, check=True).stdout
-            name = re.search(r"(?:step|scalars)_kernel<.*?>(?=\()", name)[0]
+            name = re.search(r"(?:step|scalars|square)_kernel<.*?>(?=\()", name)[0]
             found[name] = Compiled(
                 ptx=one_entry(ptx, entry),
                 entry=entry,
@@ -232,7 +246,7 @@ def forbidden(ptx: str) -> list[str]:
 
 def vectors(ptx: str, kind: str) -> list[int]:
     """Bytes of each vector access ("ld" or "st")."""
-    return [int(n) * int(bits) // 8 for n, bits in re.findall(rf"{kind}\.global\.v(\d)\.[bfu](\d+)", ptx)]
+    return [int(n) * int(bits) // 8 for n, bits in re.findall(rf"{kind}\.global(?:\.nc)?\.v(\d)\.[bfu](\d+)", ptx)]
 
 
 def changed(compiler, file: str, right: str, wrong: str, folder: Path):
@@ -338,7 +352,7 @@ def cpu_step(tmp_path_factory):
     return step
 
 
-def simulate(compiled, variant, given, rows, chunk, bias=0, **options):
+def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, **options):
     """(stepped p and states of each, ptxsim's result); a ``bias`` moves all tensors up by as many elements."""
     mem = ptxsim.GlobalMemory(1 << 26)
     buffers, table, chunks = [], [], []
@@ -359,6 +373,7 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, **options):
             (table, np.int64, "rows"),
             (chunks, np.int32, "chunks"),
             (rows, np.float32, "scalars"),
+            ([factor], np.float32, "factor"),
         )
     ]
     result = compiled.launch(mem, len(chunks), [*tables, chunk], **options)
@@ -382,3 +397,22 @@ def same_bits(got: list[list[torch.Tensor]], expected: list[list[torch.Tensor]])
         if not ((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all():
             return False
     return True
+
+
+def sums_of_squares(compiled, given, chunk) -> np.ndarray:
+    """What the kernel of the norm writes for each chunk."""
+    mem = ptxsim.GlobalMemory(1 << 26)
+    table, chunks, buffers = [], [], []
+    for i, t in enumerate(given):
+        g = mem.upload(t.data[1], f"{i}", offset=t.offsets[1], readonly=True)
+        n = t.data[1].numel()
+        table.append([0, g.addr, 0, 0, 0, n, 0, int(g.addr % 16 == 0)])
+        chunks += [[i, c] for c in range(max(1, -(-n // chunk)))]
+        buffers.append(g)
+    tables = [mem.upload(np.array(x, dtype), readonly=True) for x, dtype in ((table, np.int64), (chunks, np.int32))]
+    sums = mem.alloc(8 * len(chunks), "sums", np.float64)
+    result = compiled.launch(mem, len(chunks), [*tables, sums, chunk])
+    assert sums.written().all()
+    for g in buffers:
+        assert result.s.per_buffer.get(g.name, (0, 0)) == (g.nbytes, 0), "every gradient is read once"
+    return sums.get()

@@ -4,6 +4,7 @@ import ctypes
 import shutil
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 from fractions import Fraction
 from pathlib import Path
 
@@ -75,8 +76,8 @@ def mutate(monkeypatch, rows=lambda rows: rows, scalars=lambda scalars: scalars)
     cpu = backends.BACKENDS[0]
 
     def prepare(watch, true_rows, groups):
-        run = cpu.prepare(watch, rows(true_rows), groups)
-        return lambda true_scalars: run(scalars(true_scalars))
+        launch = cpu.prepare(watch, rows(true_rows), groups)
+        return SimpleNamespace(bring=lambda true: launch.bring(scalars(true)), run=launch.run)
 
     wrong = backends.Backend(cpu.name, cpu.devices, prepare)
     monkeypatch.setattr(backends, "BACKENDS", (wrong, *backends.BACKENDS[1:]))

@@ -83,8 +83,9 @@ def test_every_cuda_kernel():
     every = type(compiler_of("cuda"))()
     every.variants = []
     compiled = every.module(90)
-    assert len(compiled) == 3 * 27 + 9 + 2
-    for kernel in compiled.values():
+    steps = [kernel for name, kernel in compiled.items() if name.startswith("step_kernel")]
+    assert len(steps) == 3 * 27 + 9
+    for kernel in steps:
         check_resources(kernel)
 
 
@@ -204,10 +205,46 @@ def test_scalars_on_the_device(compiler, sm, adam):
         mem.upload(counters.addr + 4 * np.arange(len(cases_of)), readonly=True),
     ]
     count = [] if compiler.name == "triton" else [len(cases_of)]
-    compiler.scalars(sm, adam).launch(mem, compiler.blocks(len(cases_of)), [*tables, out, *count])
+    launched = [mem.upload(np.array([factor], np.float32), readonly=True) for factor in (1.0, -1.0)]
+    for factor in launched:  # the second leaves all as it is
+        args = [*tables, factor, out, *count]
+        compiler.scalars(sm, adam).launch(mem, compiler.blocks(len(cases_of)), args)
     expected = [list(scalars.ROWS[rule](group, step)) for group, step in cases_of]
     np.testing.assert_array_equal(out.get().reshape(-1, 8), np.array(expected, np.float32))
     np.testing.assert_array_equal(counters.get(), np.array([step for _, step in cases_of], np.float32))
+
+
+@needs_ptxsim
+@pytest.mark.parametrize("variant", [ADAM, ADAM_ALL_BF16, MOMENTUM], ids=str)
+@pytest.mark.parametrize("factor", [0.37, 0.0, -1.0])
+def test_factor(compiler, factor, variant, cpu_step):
+    """The kernel multiplies as the host does for the CPU; a negative factor leaves every byte as it is."""
+    rows = scalar_rows(variant.rule)
+    given = tensors(variant, [9, CHUNK + 700], rows)
+    if factor < 0:
+        with pytest.raises(AssertionError, match="every byte is read once"):
+            simulate(compiler.step(90, variant), variant, given, rows, CHUNK, factor=factor)
+        return
+    got, _ = simulate(compiler.step(90, variant), variant, given, rows, CHUNK, factor=factor)
+    scaled = [(*row[:2], float(np.float32(row[2]) * np.float32(factor)), *row[3:]) for row in rows]
+    assert same_bits(got, cpu_step(variant, given, scaled))
+
+
+@needs_ptxsim
+@pytest.mark.parametrize("variant", [ADAM, ADAM_ALL_BF16, VARIANTS[3]], ids=str)
+@pytest.mark.parametrize("sm", EXECUTED)
+def test_sums_of_squares(compiler, sm, variant):
+    """Of each chunk, within the roundings of a sum in double; every gradient is read once, 16 bytes at a time."""
+    compiled = compiler.squares(sm, variant.g)
+    assert max(gpu_kernels.vectors(compiled.ptx, "ld")) == 16
+    rows = scalar_rows(variant.rule)
+    given = tensors(variant, SIZES, rows) + tensors(variant, [1, 7, 600, CHUNK + 1], rows, seed=1, unaligned=True)
+    for t in given:
+        t.data[1] = t.data[1].nan_to_num(0.5, 60000.0, -3e-7)
+    sums = gpu_kernels.sums_of_squares(compiled, given, CHUNK)
+    chunks = [c.double() for t in given for c in (t.data[1].split(CHUNK) if len(t.data[1]) else [t.data[1]])]
+    expected = [(c * c).sum().item() for c in chunks]
+    np.testing.assert_allclose(sums, expected, rtol=1e-13)
 
 
 # ---- The tests see a wrong kernel.
@@ -241,7 +278,13 @@ def test_shared_memory_is_seen(tmp_path):
 
 WRONG = [
     ("triton", "multi_tensor.py", "mask = None if ALIGNED else i < end", "mask = None", "oob"),
-    ("triton", "multi_tensor.py", "if tl.load(row + 7) & 1 != 0:", "if chunk > 0:", "misaligned"),
+    (
+        "triton",
+        "multi_tensor.py",
+        "if tl.load(row + 7) & 1 != 0:\n        whole = n // BLOCK * BLOCK\n    # In",
+        "if chunk > 0:\n        whole = n // BLOCK * BLOCK\n    # In",
+        "misaligned",
+    ),
     ("triton", "multi_tensor.py", "if whole < n:", "if whole == 0:", "once"),
     ("triton", "multi_tensor.py", "n = tl.minimum(tl.load(row + 5) - base, chunk)", "n = chunk + 0 * base", "oob"),
     ("triton", "multi_tensor.py", "scalars + tl.load(row + 6) * 8", "scalars + tl.load(row + 6) * 0", "bits"),
@@ -252,14 +295,22 @@ WRONG = [
         "base = tl.load(entry + 1) * chunk",
         "oob",
     ),
+    ("triton", "multi_tensor.py", "f * tl.load(at + 2)", "tl.load(at + 2)", "bits"),
+    ("cuda", "step_cuda.cu", "s.grad_factor *= *factor;", "", "bits"),
     ("triton", "rules.py", "tl.fma(-s[4], v, v)", "v - s[4] * v", "bits"),
     ("triton", "rules.py", "p = tl.fma(-s[0], p, p)", "p = p - s[0] * p", "bits"),
     ("triton", "rules.py", "propagate_nan=tl.PropagateNan.ALL", "propagate_nan=tl.PropagateNan.NONE", "bits"),
-    ("cuda", "step_cuda.cu", "step_span<R, 1>(s, to, whole, n);", "", "once"),
-    ("cuda", "step_cuda.cu", "n / kWidth * kWidth", "(n + kWidth - 1) / kWidth * kWidth", "oob"),
+    ("cuda", "step_cuda.cu", "step_span<R, 1>(s, to, whole, c.n);", "", "once"),
+    (
+        "cuda",
+        "step_cuda.cu",
+        "row[7] & 1 ? n / kWidth * kWidth",
+        "row[7] & 1 ? (n + kWidth - 1) / kWidth * kWidth",
+        "oob",
+    ),
     ("cuda", "step_cuda.cu", "row[7] & 1 ?", "true ?", "misaligned"),
     ("cuda", "step_cuda.cu", "int(min(row[5] - base, int64_t(chunk)))", "chunk", "oob"),
-    ("cuda", "step_cuda.cu", "scalars + row[6] * kScalars", "scalars", "bits"),
+    ("cuda", "step_cuda.cu", "scalars + c.row[6] * kScalars", "scalars", "bits"),
     ("cuda", "step_cuda.cu", "int64_t(entry[1]) * chunk", "entry[1] * chunk", "oob"),
     ("cuda", "rules.h", "fma(-s.w2, v, v)", "v - s.w2 * v", "bits"),
     ("cuda", "rules.h", "p(fma(-decay, p0, p0))", "p(p0 - decay * p0)", "bits"),
@@ -276,7 +327,8 @@ def test_wrong_kernel_is_seen(name, file, right, wrong, seen, tmp_path, cpu_step
     given = tensors(AMSGRAD, [CHUNK + 700, 9, 300, 701], rows) + tensors(AMSGRAD, [600], rows, unaligned=True)
     bias = 1 << 40 if "* chunk" in right else 0
     try:
-        got, _ = simulate(own.step(90, AMSGRAD), AMSGRAD, given, rows, CHUNK, bias)
+        got, _ = simulate(own.step(90, AMSGRAD), AMSGRAD, given, rows, CHUNK, bias, factor=0.5)
+        rows = [(*row[:2], 0.5 * row[2], *row[3:]) for row in rows]
         outcome = "right" if same_bits(got, cpu_step(AMSGRAD, given, rows)) else "bits"
     except (gpu_kernels.ptxsim.PtxFault, AssertionError) as error:
         outcome = str(error)

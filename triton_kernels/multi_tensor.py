@@ -35,6 +35,16 @@ def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.con
 
 
 @triton.jit
+def place(rows, chunks, chunk):
+    """A program's row, its first element, and the number of its elements."""
+    entry = chunks + tl.program_id(0).to(tl.int64) * 2
+    row = rows + tl.load(entry).to(tl.int64) * 8
+    base = tl.load(entry + 1).to(tl.int64) * chunk
+    n = tl.minimum(tl.load(row + 5) - base, chunk).to(tl.int32)
+    return row, base, n
+
+
+@triton.jit
 def step_span(
     row, base, begin, end, s,
     ALIGNED: tl.constexpr, RULE: tl.constexpr,
@@ -77,18 +87,21 @@ def step_span(
 
 @triton.jit(do_not_specialize=["chunk"])
 def step_kernel(
-    rows, chunks, scalars, chunk,
+    rows, chunks, scalars, factor, chunk,
     RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program per entry of ``chunks``; ``chunk`` is the number of elements of each, a multiple of 8."""
-    entry = chunks + tl.program_id(0).to(tl.int64) * 2
-    row = rows + tl.load(entry).to(tl.int64) * 8
-    base = tl.load(entry + 1).to(tl.int64) * chunk
-    n = tl.minimum(tl.load(row + 5) - base, chunk).to(tl.int32)
+    """One program per entry of ``chunks``; ``chunk`` is the number of elements of each, a multiple of 8.
+
+    Gradients are multiplied by ``factor``; where that is negative nothing is done.
+    """
+    f = tl.load(factor)
+    if f < 0:
+        return
+    row, base, n = place(rows, chunks, chunk)
     at = scalars + tl.load(row + 6) * 8
-    s = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
+    s = (tl.load(at), tl.load(at + 1), f * tl.load(at + 2), tl.load(at + 3),
          tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7))  # fmt: skip
     whole = 0
     if tl.load(row + 7) & 1 != 0:
@@ -99,6 +112,34 @@ def step_kernel(
         step_span(row, base, 0, whole, s, True, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE, BLOCK)
     if whole < n:
         step_span(row, base, whole, n, s, False, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE, TAIL)
+
+
+@triton.jit
+def add_squares(
+    sums, row, base, begin, end, ALIGNED: tl.constexpr, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """In double: a square of a float is exact, and neither overflows nor underflows."""
+    g_at = stream(row, 1, base, G_DTYPE, ALIGNED)
+    for start in range(begin, end, BLOCK):
+        if ALIGNED:
+            start = tl.multiple_of(start, BLOCK)
+        i = start + tl.arange(0, BLOCK)
+        g = load(g_at + i, None) if ALIGNED else tl.where(i < end, load(g_at + i, i < end), 0.0)
+        g = g.to(tl.float64)
+        sums += g * g
+    return sums
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """The sums of the squares of the gradients of each chunk, float64 [.]."""
+    row, base, n = place(rows, chunks, chunk)
+    whole = 0
+    if tl.load(row + 7) & 1 != 0:
+        whole = n // BLOCK * BLOCK
+    total = tl.sum(add_squares(tl.zeros([BLOCK], tl.float64), row, base, 0, whole, True, G_DTYPE, BLOCK))
+    total += tl.sum(add_squares(tl.zeros([TAIL], tl.float64), row, base, whole, n, False, G_DTYPE, TAIL))
+    tl.store(sums + tl.program_id(0), total)
 
 
 @triton.jit
@@ -114,8 +155,10 @@ def power(x, n):
 
 
 @triton.jit
-def scalars_kernel(hyper, steps, scalars, ADAM: tl.constexpr):
+def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
     """Compute the scalar rows on the device: ``fused_adamw/scalars.py`` in Triton, for ``launch.Kernels.scalars``."""
+    if tl.load(factor) < 0:
+        return
     row = tl.program_id(0).to(tl.int64)
     h = hyper + row * 8
     counter = tl.load(steps + row).to(tl.pointer_type(tl.float32))
@@ -174,20 +217,33 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     return constexprs, OPTIONS
 
 
+def square_constexprs(g_dtype: tl.dtype, warp_size: int) -> dict:
+    """Those of ``square_kernel``: 16 bytes per thread."""
+    threads = NUM_WARPS * warp_size
+    return {"G_DTYPE": g_dtype, "BLOCK": 128 // g_dtype.primitive_bitwidth * threads, "TAIL": 2 * threads}
+
+
 def compile_for(target: GPUTarget, variant: Variant) -> CompiledKernel:
     """Compile ``step_kernel`` ahead of time; needs no GPU."""
     constexprs, options = config(variant, target.warp_size)
-    signature = {"rows": "*i64", "chunks": "*i32", "scalars": "*fp32", "chunk": "i32"}
+    signature = {"rows": "*i64", "chunks": "*i32", "scalars": "*fp32", "factor": "*fp32", "chunk": "i32"}
     return _compile(step_kernel, target, signature, constexprs, options)
+
+
+def compile_squares_for(target: GPUTarget, g_dtype: tl.dtype) -> CompiledKernel:
+    """Compile ``square_kernel`` ahead of time."""
+    constexprs = square_constexprs(g_dtype, target.warp_size)
+    signature = {"rows": "*i64", "chunks": "*i32", "sums": "*fp64", "chunk": "i32"}
+    return _compile(square_kernel, target, signature, constexprs, OPTIONS)
 
 
 def compile_scalars_for(target: GPUTarget, adam: bool) -> CompiledKernel:
     """Compile ``scalars_kernel`` ahead of time."""
-    signature = {"hyper": "*fp64", "steps": "*i64", "scalars": "*fp32"}
+    signature = {"hyper": "*fp64", "steps": "*i64", "factor": "*fp32", "scalars": "*fp32"}
     return _compile(scalars_kernel, target, signature, {"ADAM": adam}, SCALARS_OPTIONS)
 
 
 def _compile(kernel, target, signature, constexprs, options):
     signature = signature | dict.fromkeys(constexprs, "constexpr")
-    tables = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    tables = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
     return triton.compile(ASTSource(kernel, signature, constexprs, tables), target=target, options=options)

@@ -1,0 +1,75 @@
+// The sum of the squares of all gradients, for clipping by their global norm.
+#include <algorithm>
+#include <vector>
+
+#include "step.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__GLIBC__)  // ifunc
+#define FUSED_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define FUSED_CLONES
+#endif
+
+namespace fused_adamw {
+namespace {
+
+// The unit of a partial sum: whatever the number of threads, the same partial sums are added in the same
+// order.
+constexpr int64_t kUnit = 8192;
+// Independent sums, which hide the latency of an addition: element i goes to the sum i % kLanes.
+constexpr int kLanes = 32;
+
+// In double: a square of a float is exact, and neither overflows nor underflows. So contraction changes
+// nothing, and the result has the same bits for any instruction set.
+template <class G> FUSED_HD double sum_squares(const void* from, int64_t n) {
+  const G* g = static_cast<const G*>(from);
+  double sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) {
+      const double x = load(g[i + k]);
+      sums[k] += x * x;
+    }
+  }
+  for (int k = 0; i + k < n; ++k) {
+    const double x = load(g[i + k]);
+    sums[k] += x * x;
+  }
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int k = 0; k < width; ++k) sums[k] += sums[k + width];
+  return sums[0];
+}
+
+FUSED_CLONES double sum_f32(const void* g, int64_t n) { return sum_squares<float>(g, n); }
+FUSED_CLONES double sum_f64(const void* g, int64_t n) { return sum_squares<double>(g, n); }
+FUSED_CLONES double sum_bf16(const void* g, int64_t n) { return sum_squares<BFloat16>(g, n); }
+FUSED_CLONES double sum_f16(const void* g, int64_t n) { return sum_squares<Float16>(g, n); }
+
+constexpr double (*kSums[])(const void*, int64_t) = {sum_f32, sum_f64, sum_bf16, sum_f16};  // by Format
+constexpr int64_t kItemsize[] = {4, 8, 2, 2};
+
+}  // namespace
+
+double sum_squares_cpu(const Row* rows, int64_t n) {
+  struct Part {
+    const Row* row;
+    int64_t begin;
+  };
+  std::vector<Part> parts;
+  for (const Row* row = rows; row != rows + n; ++row)
+    for (int64_t begin = 0; begin < row->numel; begin += kUnit) parts.push_back({row, begin});
+  const int64_t count = int64_t(parts.size());
+  std::vector<double> sums(count);
+#pragma omp parallel for if (count > 4)
+  for (int64_t i = 0; i < count; ++i) {
+    const Part& part = parts[i];
+    const int format = int(part.row->g_format);
+    sums[i] = kSums[format](static_cast<const char*>(part.row->g) + part.begin * kItemsize[format],
+                            std::min(kUnit, part.row->numel - part.begin));
+  }
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+}  // namespace fused_adamw

@@ -1,0 +1,45 @@
+"""What the gradients of a step are multiplied by: clipping by the global norm, and what a GradScaler asks for.
+
+Nothing is written to the gradients, and nothing waits for a device.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fused_adamw.plan import Plan
+
+
+def factor_of(
+    plans: Sequence["Plan"],
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The factor of all gradients, float64, negative where the step is to be skipped; and their norm, float32.
+
+    As ``torch.nn.utils.clip_grad_norm_`` has it: ``min(1, max_grad_norm / (norm + 1e-6))``, over the gradients divided
+    by ``grad_scale``. The sum of squares is taken in double, always in the same order.
+    """
+    home = plans[0].device
+    unscale = torch.ones((), dtype=torch.float64, device=home)
+    if grad_scale is not None:
+        unscale = grad_scale.to(home, torch.float64, non_blocking=True).reciprocal()
+    factor, norm, skip = unscale, None, None
+    if max_grad_norm is not None or skip_nonfinite:
+        sums = [part.launch.sum_squares() for part in plans]
+        norm = sum(s.to(home, non_blocking=True) for s in sums).sqrt() * unscale
+    if max_grad_norm is not None:
+        factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    if skip_nonfinite:
+        skip = ~norm.isfinite()
+    if found_inf is not None:
+        found = found_inf.to(home, non_blocking=True) != 0
+        skip = found if skip is None else skip | found
+    if skip is not None:
+        factor = factor.masked_fill(skip.view(()), -1.0)
+    return factor.view(()), None if norm is None else norm.float()
