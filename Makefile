@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make lint: each sets up .venv first, once.
+# make demo · make test · make test-integrations · make bench · make lint: each sets up .venv first, once.
 # A torch of your own:  make test VENV=/path/to/env CONSTRAINTS=/dev/null
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,13 +11,17 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 CUDA_BIN = $(abspath $(CUDA_VENV))/bin
 
-.PHONY: demo test bench lint format clean cuda-check
+.PHONY: demo test test-integrations bench lint format clean cuda-check
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# What the frameworks themselves warn of is not an error of ours.
+test-integrations: $(VENV)/.integrations
+	$(BIN)/python -m pytest -W default tests/integrations
 
 bench: $(READY)
 	$(BIN)/python -m bench step
@@ -54,3 +58,7 @@ $(READY): setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch numpy setuptools wheel ninja
 	FUSED_ADAMW_CPU=1 $(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	touch $(READY)
+
+$(VENV)/.integrations: $(READY)
+	FUSED_ADAMW_CPU=1 $(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[integrations]'
+	touch $@

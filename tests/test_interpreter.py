@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = ["test_plan.py", "test_optimizers.py", "test_errors.py", "test_checkpoints.py"]
-LEFT_OUT = "dtypes or bfloat16 or sentinels or 1000 or 465 or moments_keep or one_launch"
+LEFT_OUT = "dtypes or bfloat16 or sentinels or 1000 or 465 or moments_keep or one_launch or goes_on_from or dcp"
 
 
 @pytest.mark.slow

@@ -1,15 +1,13 @@
-"""Accelerate: its wrapper of an optimizer, accumulation, clipping, bf16, saved states, and how it sees a skipped step."""
+"""Accelerate: its wrapper of an optimizer, accumulation, clipping, bf16, saved states, skipped steps."""
 
 import math
 
+import accelerate
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
-accelerate = pytest.importorskip("accelerate")
-
-from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
-
-import fused_adamw  # noqa: E402
+import fused_adamw
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-import fused_adamw  # noqa: E402
+import fused_adamw
 
 STEPS = 8
 
