@@ -185,6 +185,7 @@ def test_refused_with_a_remedy(option):
         ("AdamW", {"betas": (0.9,)}, r"there must be two \(group 1\)"),
         ("AdamW", {"lr": float("nan")}, r"Invalid learning rate: nan \(group 1\)"),
         ("SGD", {"lr": -1.0}, r"Invalid learning rate: -1.0 \(group 1\)"),
+        ("AdamW", {"decouple_lr": True}, "set by hand, needs the group's 'base_lr' too"),
     ],
 )
 def test_bad_option_set_by_hand(name, option, text):

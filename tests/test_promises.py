@@ -6,7 +6,7 @@ import pytest
 
 PROMISES = {
     "test_optimizers": {
-        "the constructor has torch's signature, and our own arguments after it": "test_signature_is_torchs_and_ours_after_it",
+        "the constructor has torch's signature, ours after it": "test_signature_is_torchs_and_ours_after_it",
     },
     "test_torch_inputs": {
         "what is accepted is honoured, as torch honours it": "test_input",
@@ -48,7 +48,7 @@ PROMISES = {
         "so they do through torch.distributed.checkpoint": "test_distributed_checkpoints_of_torch",
         "resuming is exact, by whichever way the state was kept": "test_resume_is_exact",
         "a checkpoint moves between CPU and GPU": "test_from_the_cpu_to_a_gpu_and_back",
-        "loading shares no tensor, and keeps the declared dtypes": "test_loading_shares_nothing_and_keeps_the_declared_dtypes",
+        "loading shares no tensor, keeps declared dtypes": "test_loading_shares_nothing_and_keeps_the_declared_dtypes",
         "loading keeps what is not ours, integers too": "test_loading_keeps_state_that_is_not_ours",
         "state can be made before the first step": "test_init_state_makes_what_the_first_step_would",
         "lr=0 changes no weight": "test_the_dummy_step_of_distributed_checkpoint_changes_no_weight",

@@ -9,6 +9,7 @@ import torch
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fused_adamw import backends, plan
 from tests import cases
 
 SHAPES = [(9,), (2, 3)]
@@ -421,8 +422,6 @@ def test_gradient_release(target):
 
 
 def test_step_parameter_and_step_can_be_mixed(monkeypatch, target):
-    from fused_adamw import plan
-
     a, b = ours_twice(target)
     built, true = [], plan.build
     monkeypatch.setattr(plan, "build", lambda o, only=None: built.append((o, only)) or true(o, only))
@@ -476,6 +475,12 @@ def test_step_parameter_follows_changes(target):
         b.step()
         for p, q in zip(ours, torchs, strict=True):
             torch.testing.assert_close(p, q)
+
+
+def test_step_parameter_without_the_extension(monkeypatch):
+    """The watch in Python sees the same changes."""
+    monkeypatch.setattr(backends, "native", lambda: None)
+    test_step_parameter_follows_changes(cases.Target("cpu", "reference"))
 
 
 def test_step_parameter_names_what_it_refuses():
