@@ -279,7 +279,8 @@ def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr, backen
 @pytest.mark.parametrize("captured_lr", ["float", "tensor"])
 @pytest.mark.parametrize("loaded_lr", ["float", "tensor"])
 @pytest.mark.parametrize("started", [True, False])
-def test_captured_graph_goes_on_from_a_loaded_checkpoint(name, captured_lr, loaded_lr, started):
+@pytest.mark.parametrize("way", ["step", "step_parameter"])
+def test_captured_graph_goes_on_from_a_loaded_checkpoint(name, captured_lr, loaded_lr, started, way):
     """load_state_dict puts moments and steps where the graph finds them, refresh_captured the loaded groups."""
     ours, theirs = twins([(100,), (7, 9)])
     kinds = {"float": float, "tensor": lambda lr: torch.tensor(lr, device="cuda", dtype=torch.float64)}
@@ -288,14 +289,22 @@ def test_captured_graph_goes_on_from_a_loaded_checkpoint(name, captured_lr, load
     b = cases.make(name, theirs, {"lr": 1e-3, "weight_decay": 0.1, **extra})
     for p in ours:
         p.grad = torch.zeros_like(p)
+
+    def step():
+        if way == "step":
+            a.step()
+        else:
+            for p in ours:
+                a.step_parameter(p)
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        a.step()
+        step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        a.step()
+        step()
     graph.replay()
     for t in range(3 * started):
         cases.set_gradients(theirs, t)

@@ -477,6 +477,20 @@ def test_step_parameter_follows_changes(target):
             torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("option", [{"amsgrad": True}, {"state_dtype": torch.float16}])
+def test_step_parameter_follows_a_change_of_the_rule_or_of_the_storage(option, target):
+    a, b = ours_twice(target)
+    for t in range(4):
+        for o in (a, b):
+            cases.set_gradients(params_of(o), t)
+            if t == 2:
+                o.param_groups[0].update(option)
+        for p in params_of(a):
+            a.step_parameter(p)
+        b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
 def test_step_parameter_without_the_extension(monkeypatch):
     """The watch in Python sees the same changes."""
     monkeypatch.setattr(backends, "native", lambda: None)
