@@ -304,13 +304,14 @@ class FusedOptimizer(Optimizer):
         if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.device != device or step.dim():
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
         declared = group.get("state_dtype")
-        elsewhere = plan.state_like(p, declared, device="meta")
+        elsewhere = plan.state_like(plan.local(p), declared, device="meta")
         for name in names:
-            have = state.get(name)
-            if not isinstance(have, Tensor):
+            have = plan.local(state[name]) if isinstance(state.get(name), Tensor) else None
+            if have is None:
                 state[name] = plan.state_like(p, declared).zero_()
             elif have.dtype is not elsewhere.dtype or have.device != p.device or not plan.same_layout(have, elsewhere):
-                state[name] = plan.state_like(p, declared).copy_(have)
+                state[name] = plan.state_like(p, declared)
+                plan.local(state[name]).copy_(have)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but the state keeps the dtype that was declared here, and no tensor is shared with ``state_dict``.
@@ -330,7 +331,11 @@ class FusedOptimizer(Optimizer):
         for key, group, p in self._loaded_params():
             for name in self.rule_of(group)[1]:
                 value = loaded["state"].get(key, {}).get(name)
-                if isinstance(value, Tensor) and value.shape != p.shape:
+                if not isinstance(value, Tensor):
+                    continue
+                at = f"{type(self).__name__}: loading parameter {key} (shape {list(p.shape)})"
+                plan.check_sharding(at, p, {f"its state {name!r}": value})
+                if value.shape != p.shape:
                     raise ValueError(
                         f"{type(self).__name__}: the state {name!r} to be loaded for parameter {key} has shape "
                         f"{list(value.shape)}, the parameter {list(p.shape)}: it is another model's"

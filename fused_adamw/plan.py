@@ -4,7 +4,8 @@ A plan is a list of rows, one per tensor, that one backend steps in one launch. 
 ``Watch`` sees that a tensor, a layout or a state is not what it was built from; a gradient that only moved is followed.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,34 +22,41 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(slots=True)
 class Row:
-    """One tensor of a launch. ``p`` and ``states`` are real, dense and laid out alike; so is ``grad()``."""
+    """One tensor of a launch. ``p`` and ``states`` are real, dense and laid out alike; so is ``grad()``.
+
+    Of a DTensor, ``p``, ``states`` and ``grad()`` are the shards of this rank.
+    """
 
     slot: int  # position among all parameters of all groups
     group: int
     on_device: bool  # its steps are counted there
     rule: str  # "adam", "adam_amsgrad", "sgd", "sgd_momentum"
     param: Tensor  # as the user gave it
-    p: Tensor  # what is stepped: the parameter, or a dense copy of one that is not
+    p: Tensor  # what is stepped: the parameter's memory, or a dense copy of what is not dense
     states: tuple[Tensor, ...]
     step: Tensor
     g: Tensor | None  # a copy of the gradient in p's layout, where its own differs
 
     def grad(self) -> Tensor:
-        return self.g if self.g is not None else real(self.param.grad)
+        return self.g if self.g is not None else real(local(self.param.grad))
 
     def copy_gradient(self) -> None:
         if self.g is not None:
-            self.g.copy_(real(self.param.grad))
+            self.g.copy_(real(local(self.param.grad)))
 
     def before(self) -> None:
         """Fill the copy of the parameter, which a launch before this one may have changed."""
-        if self.p.data_ptr() != self.param.data_ptr():
-            self.p.copy_(real(self.param))
+        if self.is_copy():
+            self.p.copy_(real(local(self.param)))
 
     def after(self) -> None:
         """Bring the parameter back from its copy."""
-        if self.p.data_ptr() != self.param.data_ptr():
-            real(self.param).copy_(self.p)
+        if self.is_copy():
+            real(local(self.param)).copy_(self.p)
+
+    def is_copy(self) -> bool:
+        """Whether the parameter itself is not dense."""
+        return self.p.data_ptr() != local(self.param).data_ptr()
 
 
 @dataclass(slots=True)
@@ -100,16 +108,25 @@ class Watch:
 
     def _look(self) -> list:
         def tensor(t: Tensor | None) -> tuple:
-            return () if t is None else (t.dtype, t.device, t.layout, t.shape, t.stride(), t.is_conj(), t.is_neg())
+            if t is None:
+                return ()
+            sharding = (t.device_mesh, t.placements) if is_dtensor(t) else ()
+            t = local(t)
+            return (t.dtype, t.device, t.layout, t.shape, t.stride(), t.is_conj(), t.is_neg(), *sharding)
 
         params = [
-            (i, id(p), p.data_ptr(), tensor(p), tensor(p.grad)) for i, g in enumerate(self.groups) for p in g["params"]
+            (i, id(p), local(p).data_ptr(), tensor(p), tensor(p.grad))
+            for i, g in enumerate(self.groups)
+            for p in g["params"]
         ]
         states = [
             (
                 id(p),
                 id(own),
-                [(k, id(t), *((t.data_ptr(), tensor(t)) if isinstance(t, Tensor) else ())) for k, t in own.items()],
+                [
+                    (k, id(t), *((local(t).data_ptr(), tensor(t)) if isinstance(t, Tensor) else ()))
+                    for k, t in own.items()
+                ],
             )
             for p, own in self.state.items()
         ]
@@ -129,7 +146,8 @@ class Watch:
 
     def advance(self) -> None:
         """Count the step, and tell autograd that the parameters have changed."""
-        torch.autograd.graph.increment_version([p for _, p in self.slots if p.grad is not None])
+        stepped = [p for _, p in self.slots if p.grad is not None]
+        torch.autograd.graph.increment_version([*stepped, *(local(p) for p in stepped if is_dtensor(p))])
         for step in self.step:
             if step is not None:
                 step += 1
@@ -147,7 +165,7 @@ class Watch:
         before = rows.clone()
         for row, slot in zip(rows, slots.tolist(), strict=True):
             if slot >= 0:
-                row[1] = self.slots[slot][1].grad.data_ptr()
+                row[1] = local(self.slots[slot][1].grad).data_ptr()
             slot = max(slot, -1 - slot)
             if self.step[slot] is not None:
                 row[6] = self.index[slot]
@@ -185,22 +203,24 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
         watched = [{**group, "params": [only]}], {only: optimizer.state[only]}
     watch = backends.native().Watch if backends.native() else Watch
     watch = watch(*watched, [optimizer.counts_on_device(group, p) for group in watched[0] for p in group["params"]])
-    later = _overlaps({slot: p for slot, (*_, p) in live.items()})
+    later = _overlaps({slot: local(p) for slot, (*_, p) in live.items()})
     buckets: dict[Any, tuple[backends.Backend, list[Row]]] = {}
-    for slot, (_, i, group, p) in live.items():
+    for slot, (_, i, group, param) in live.items():
         rule, names = optimizer.rule_of(group)
-        own = optimizer.state[p]
-        states = tuple(real(own[name]) for name in names)
+        own = optimizer.state[param]
+        states = tuple(real(local(own[name])) for name in names)
+        p, grad = local(param), local(param.grad)
         dense = real(p) if same_layout(p, dense_like(p)) else real(torch.empty_like(p))
-        plain = same_layout(p.grad, dense_like(p)) and not p.grad.is_conj() and not p.grad.is_neg()
-        g = None if plain else torch.empty_like(dense, dtype=real(p.grad).dtype)
-        row = Row(slot, i, optimizer.counts_on_device(group, p), rule, p, dense, states, own["step"], g)
+        plain = same_layout(grad, dense_like(p)) and not grad.is_conj() and not grad.is_neg()
+        plain = plain and not _pending(param.grad)  # its memory is out of the watch's sight, at every step anew
+        g = None if plain else torch.empty_like(dense, dtype=real(grad).dtype)
+        row = Row(slot, i, optimizer.counts_on_device(group, p), rule, param, dense, states, own["step"], g)
         backend = chosen[slot]
         key = later.get(slot, 0), p.device, backend.name, backend.bucket(row)
         buckets.setdefault(key, (backend, []))[1].append(row)
     plans = []
     for _, (backend, rows) in sorted(buckets.items(), key=lambda item: item[0][0]):
-        copied = [row for row in rows if row.g is not None or row.p.data_ptr() != row.param.data_ptr()]
+        copied = [row for row in rows if row.g is not None or row.is_copy()]
         try:
             plans.append(Plan(rows, copied, backend.prepare(watch, rows, optimizer.param_groups)))
         except backends.CannotRun:
@@ -266,7 +286,16 @@ def _backend_of(optimizer: "FusedOptimizer", at: str, group: dict, p: Tensor) ->
 
 
 def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
-    g = p if p.grad is None else p.grad  # without one, the state alone is to be made
+    others = {f"its state {name!r}": value for name, value in state.items()}
+    check_sharding(at, p, others if p.grad is None else {"its gradient": p.grad, **others})
+    p, g, state = local(p), p.grad, {name: local(value) for name, value in state.items()}
+    g = p if g is None else local(g)  # without one, the state alone is to be made
+    for name, t in (("the parameter", p), ("its gradient", g), *((f"its state {k!r}", t) for k, t in state.items())):
+        if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise TypeError(
+                f"{at}: {name} is a {type(t).__name__}, a subclass of Tensor whose memory only its own operators "
+                "understand: give the optimizer plain tensors or DTensors of plain tensors"
+            )
     if g is not p and g.layout is not torch.strided:
         raise RuntimeError(
             f"{at}: its gradient is sparse ({g.layout}), and a fused step needs dense ones: make the layer with "
@@ -283,7 +312,7 @@ def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
         if t.numel() and not _has_memory(t):
             raise TypeError(
                 f"{at}: {name} is a {type(t).__name__} on {t.device} without memory of its own (a null data pointer), "
-                "so there is nothing to step: give the optimizer the plain tensors inside it, on a real device"
+                "so there is nothing to step: move it to a real device"
             )
     if g.shape != p.shape:
         raise ValueError(f"{at}: its gradient has shape {list(g.shape)}: set p.grad = None and run backward again")
@@ -310,6 +339,66 @@ def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
             f"{at}: {p.dtype} with state_dtype={group['state_dtype']} is not supported: give this group "
             "state_dtype=torch.float32 or torch.float64"
         )
+
+
+def check_sharding(at: str, p: Tensor, others: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError where one of the others, by name, is not sharded as p is."""
+    kinds = {name: "DTensor" if is_dtensor(t) else type(t).__name__ for name, t in others.items()}
+    if is_dtensor(p):
+        where = f"it is placed {p.placements} on {p.device_mesh}"
+        if any(placement.is_partial() for placement in p.placements):
+            raise ValueError(f"{at}: {where}, and a sum cannot be stepped by its terms: use p.redistribute(...)")
+    for name, t in others.items():
+        remedy = (
+            "del optimizer.state[p], or load with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, "
+            "which shards a state as its parameter"
+        )
+        if is_dtensor(p) != is_dtensor(t):
+            if name == "its gradient":
+                remedy = "set p.grad = None and run backward again"
+            kind = "DTensor" if is_dtensor(p) else type(p).__name__
+            raise TypeError(f"{at}: the parameter is a {kind}, {name} a {kinds[name]}: {remedy}")
+        if is_dtensor(p) and (t.device_mesh != p.device_mesh or t.placements != p.placements):
+            if name == "its gradient":
+                remedy = "p.grad = p.grad.redistribute(p.device_mesh, p.placements) before the step"
+                if t.device_mesh != p.device_mesh:
+                    remedy = "make the gradient on the parameter's mesh"
+            raise ValueError(f"{at}: {where}, {name} {t.placements} on {t.device_mesh}: {remedy}")
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Whether t is a DTensor; without importing what that takes."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """What this rank holds of a DTensor, not copied; any other tensor itself."""
+    if not is_dtensor(t):
+        return t
+    t = _shard(t)
+    return t.wait() if hasattr(t, "wait") else t
+
+
+def _shard(t: Any) -> Tensor:
+    with torch.no_grad():  # or it would be a view with a history
+        return t.to_local()
+
+
+def _pending(t: Tensor) -> bool:
+    """Whether the shard is the result of a collective that may still run, and a wrapper of what will hold it."""
+    return is_dtensor(t) and hasattr(_shard(t), "wait")
+
+
+def sharded_over(p: Tensor) -> tuple[Any, ...]:
+    """The process groups whose ranks hold different elements of p: one for each dimension of the mesh that shards it.
+
+    A sum over the elements on this rank is that over all of p once it is summed over each of these groups in turn; a
+    plain or replicated parameter has none.
+    """
+    if not is_dtensor(p):
+        return ()
+    return tuple(p.device_mesh.get_group(i) for i, q in enumerate(p.placements) if not q.is_replicate())
 
 
 def _has_memory(t: Tensor) -> bool:

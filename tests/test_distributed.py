@@ -1,0 +1,544 @@
+"""Several ranks: DTensor parameters, FSDP2, DDP, ZeRO, distributed checkpoints. Each test is one set of processes."""
+
+import copy
+import gc
+import os
+import resource
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_adamw
+from fused_adamw import backends, plan
+from tests import cases, ranks
+
+RULES = [
+    ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}),
+    ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "decouple_lr": True}),
+    ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
+]
+
+
+class Net(nn.Module):
+    """Shapes that 2, 3 and 4 ranks share unevenly or not at all, a frozen and a late parameter."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 3), nn.Linear(3, 7)
+        self.scale, self.late = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(4, 2))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))) * self.scale + self.late.sum() * 1e-3
+
+
+def shard(model, mesh=None, **options):
+    """FSDP2 over all ranks; the scale stays a plain parameter."""
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.first, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, ignored_params={model.scale}, **options)
+
+
+def placed_like(t, p):
+    """The shard of this rank of a whole tensor, in a DTensor of p's placement; no communication."""
+    if not isinstance(p, DTensor):
+        return t.clone()
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def inject(model, twin, step):
+    """The same whole gradients for the twin and, sharded, for the model."""
+    params = [p for p in twin.parameters() if p.requires_grad]
+    for p in model.parameters():
+        p.grad = None
+    cases.set_gradients(params, step)
+    if step == 0:
+        twin.late.grad = None
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        if q.grad is not None:
+            p.grad = placed_like(q.grad, p)
+
+
+def locals_of(optimizer, twin_optimizer):
+    """What each of the two optimizers holds of what this rank holds: everything a step writes."""
+    ours, theirs = {}, {}
+    params = [[p for g in o.param_groups for p in g["params"]] for o in (optimizer, twin_optimizer)]
+    for i, (p, q) in enumerate(zip(*params, strict=True)):
+        states = {"p": (p, q)} | {k: (v, twin_optimizer.state[q][k]) for k, v in optimizer.state[p].items()}
+        for name, (mine, whole) in states.items():
+            assert isinstance(mine, DTensor) == (isinstance(p, DTensor) and name != "step")
+            ours[f"{i}.{name}"] = plan.local(mine.detach())
+            theirs[f"{i}.{name}"] = plan.local(placed_like(whole.detach(), mine))
+    return ours, theirs
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ---- the step of DTensors
+
+
+def check_same_bits(backend, native):
+    if not native:
+        backends.native = lambda: None
+    build, built = plan.build, []
+    plan.build = lambda optimizer: built.append(optimizer) or build(optimizer)
+    for (name, options), dtype in zip(RULES, [torch.float32, torch.bfloat16, torch.float32], strict=True):
+        model, optimizer = check_rule(name, options, dtype, backend)
+        assert built.count(optimizer) == 2  # at the first step, and when the late gradient came
+    return [plan.local(p).numel() for p in trainable(model)]
+
+
+def check_rule(name, options, dtype, backend):
+    twin, model = Net(dtype), shard(Net(dtype))
+    # Groups, so that DTensors and plain parameters share one launch of several rows of scalars.
+    a, b = (
+        cases.make(name, [{"params": ps[::2]}, {"params": ps[1::2], "lr": 0.02}], options, backend=backend)
+        for ps in (trainable(model), trainable(twin))
+    )
+    kept = []
+    for t in range(6):
+        inject(model, twin, t)
+        kept.append([p.grad for p in model.parameters()])  # so that the next gradients lie elsewhere
+        a.step()
+        b.step()
+        cases.assert_same_bits(*locals_of(a, b))
+    return model, a
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("backend", "native"), [("cpu", True), ("reference", True), ("reference", False)])
+def test_same_bits_as_one_process(world, backend, native):
+    """FSDP2 with the gradients of one process, uneven and empty shards and a plain parameter among them."""
+    sizes = ranks.run(world, check_same_bits, backend, native)
+    assert len(set(map(tuple, sizes))) > 1
+    assert world < 3 or any(0 in own for own in sizes)
+
+
+def check_meshes():
+    """Replicas of shards, two shards of one tensor, fewer elements than ranks, dense and strided shards."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    outer, inner = (mesh.get_group(name) for name in ("outer", "inner"))
+    placements = {
+        (Replicate(), Shard(0)): [inner],
+        (Shard(0), Replicate()): [outer],
+        (Shard(0), Shard(0)): [outer, inner],
+        (Shard(1), Shard(0)): [outer, inner],
+        (Replicate(), Replicate()): [],
+    }
+    ours, whole = [], []
+    for own, groups in placements.items():
+        for shape in ((1, 1), (3, 5), (6, 4)):
+            t = torch.randn(shape, generator=torch.Generator().manual_seed(len(ours)))
+            ours.append(nn.Parameter(distribute_tensor(t, mesh, own, src_data_rank=None)))
+            whole.append(nn.Parameter(t))
+            assert plan.sharded_over(ours[-1]) == tuple(groups)
+            total = plan.local(ours[-1]).detach().double().square().sum()
+            for group in plan.sharded_over(ours[-1]):
+                dist.all_reduce(total, group=group)
+            torch.testing.assert_close(total, t.double().square().sum())
+    assert plan.sharded_over(whole[0]) == ()
+    gaps = torch.randn(8, 6)  # a shard that is not dense, and a gradient laid out otherwise
+    ours.append(nn.Parameter(DTensor.from_local(gaps[:, 1:4], mesh, [Replicate(), Replicate()])))
+    whole.append(nn.Parameter(gaps[:, 1:4].clone()))
+    a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", whole, {})
+    for t in range(3):
+        cases.set_gradients(whole, t)
+        for p, q in zip(ours, whole, strict=True):
+            p.grad = placed_like(q.grad.t().contiguous().t() if q.shape[0] == 6 else q.grad, p)
+        a.step()
+        b.step()
+        cases.assert_same_bits(*locals_of(a, b))
+
+
+def test_other_placements_than_fsdps():
+    ranks.run(4, check_meshes)
+
+
+def check_host():
+    """The wait for a collective, autograd's versions, an exchanged shard; then 500 steps that leave nothing behind."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+    mesh = init_device_mesh("cpu", (1,))
+    params = [nn.Parameter(distribute_tensor(torch.ones(64), mesh, [Shard(0)])) for _ in range(500)]
+    optimizer = cases.make("SGD", params, {"lr": 1.0})
+    p = params[0]
+    for _ in range(3):
+        g = all_reduce(torch.ones(64), "sum", mesh)
+        assert isinstance(g, AsyncCollectiveTensor)
+        before = p.detach().to_local().clone()
+        p.grad = DTensor.from_local(g, mesh, [Shard(0)])
+        assert isinstance(p.grad._local_tensor, AsyncCollectiveTensor)
+        optimizer.step()
+        assert torch.equal(p.detach().to_local(), before - 1)
+
+    loss, version = p.square().sum(), plan.local(p)._version
+    optimizer.step()
+    assert plan.local(p)._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+    p.grad = distribute_tensor(torch.ones(64), mesh, [Shard(0)])
+    optimizer.step()
+    p._local_tensor = torch.full((64,), 8.0)  # as FSDP2 does when the model is moved
+    optimizer.step()
+    assert (p.detach().to_local() == 7).all()
+
+    def specs():
+        gc.collect()
+        return sum(type(o) is DTensorSpec for o in gc.get_objects())
+
+    optimizer = cases.make("AdamW", params, {})
+    sizes = []
+    for t in range(520):
+        for q in params:
+            q.grad = DTensor.from_local(torch.ones(64), mesh, [Shard(0)], run_check=False) if t % 20 == 0 else q.grad
+        optimizer.step()
+        if t in (19, 519):
+            sizes.append((specs(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[1][1] - sizes[0][1] < 4096  # KiB; 16 bytes a parameter and step would be 4000
+
+
+def test_nothing_is_left_behind_and_nothing_goes_unseen():
+    ranks.run(1, check_host)
+
+
+# ---- refused
+
+
+def check_refused():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
+    other = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return Wrapper(args[0])
+
+    def parameter(placement):
+        return nn.Parameter(distribute_tensor(torch.ones(5, 2), mesh, [placement], src_data_rank=None))
+
+    ones = torch.ones(5, 2)
+    at = r"AdamW: group 0, parameter 1 \(shape \[5, 2\]\): "
+    good, replicated = nn.Parameter(torch.ones(3)), parameter(Replicate())
+    good.grad = torch.ones(3)
+    partial = DTensor.from_local(ones, mesh, [Partial()])
+    bad = [
+        (replicated, partial, r"placed \(Replicate.*its gradient \(Partial\(sum\),\).*p.grad.redistribute"),
+        (parameter(Shard(0)), distribute_tensor(ones, mesh, [Replicate()]), "its gradient .Replicate.*redistribute"),
+        (
+            parameter(Shard(0)),
+            distribute_tensor(ones, other, [Replicate(), Shard(0)]),
+            "make the gradient on",
+        ),
+        (nn.Parameter(partial.detach()), partial, "a sum cannot be stepped by its terms"),
+    ]
+    for p, g, text in bad:
+        p.grad = g
+        optimizer = cases.make("AdamW", [good, p], {})
+        for _ in range(2):
+            with pytest.raises(ValueError, match=at + ".*" + text):
+                optimizer.step()
+        assert not optimizer.state
+        assert (good == 1).all()
+    replicated.grad = replicated.grad.redistribute(replicated.device_mesh, replicated.placements)  # the remedy
+    cases.make("AdamW", [good, replicated], {}).step()
+    good.data.fill_(1)
+
+    mixed = parameter(Shard(0))
+    mixed.grad = distribute_tensor(ones, mesh, [Shard(0)])
+    optimizer = cases.make("AdamW", [good, mixed], {})
+    optimizer.step()
+    own = optimizer.state[mixed]
+    mean = own["exp_avg"]
+    for value, error, text in (
+        (mean.full_tensor(), TypeError, "the parameter is a DTensor, its state 'exp_avg' a Tensor: .*set_optimizer"),
+        (mean.redistribute(mesh, [Replicate()]), ValueError, r"its state 'exp_avg' \(Replicate\(\),\)"),
+    ):
+        own["exp_avg"] = value
+        with pytest.raises(error, match=at + ".*" + text):
+            optimizer.step()
+    own["exp_avg"] = mean
+    assert own["step"] == 1
+    whole = copy.deepcopy(optimizer.state_dict())
+    for name in ("exp_avg", "exp_avg_sq"):
+        whole["state"][1][name] = own[name].full_tensor()
+    with pytest.raises(TypeError, match=r"loading parameter 1 \(shape \[5, 2\]\): .*set_optimizer_state_dict"):
+        optimizer.load_state_dict(whole)
+    assert own["exp_avg"] is mean
+
+    mixed.grad = None  # a gradient of another kind, without torch's own check of it
+    p = nn.Parameter(DTensor.from_local(Wrapper(torch.ones(2, 2)), mesh, [Shard(0)], run_check=False))
+    p.grad = DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)], run_check=False)
+    with pytest.raises(TypeError, match="the parameter is a Wrapper, a subclass of Tensor"):
+        cases.make("AdamW", [good, p], {}).step()
+
+
+def test_refused():
+    ranks.run(2, check_refused)
+
+
+def check_gradient_that_changes_its_placement(native):
+    """Between two steps, with nothing else changed; equal placements in another object change nothing."""
+    if not native:
+        backends.native = lambda: None
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()], src_data_rank=None))
+    optimizer = cases.make("SGD", [p], {"lr": 1.0}, backend="cpu" if native else "reference")
+    plans = set()
+    for _ in range(3):
+        p.grad = DTensor.from_local(torch.ones(4), mesh, [Replicate()], run_check=False)
+        optimizer.step()
+        plans.add(id(optimizer._watch))
+    assert len(plans) == 1
+    p.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False)
+    with pytest.raises(ValueError, match="Partial"):
+        optimizer.step()
+    assert (plan.local(p) == -2).all()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_gradient_that_changes_its_placement(native):
+    ranks.run(2, check_gradient_that_changes_its_placement, native)
+
+
+# ---- in training: FSDP2, DDP, ZeRO, optimizers inside backward
+
+
+def batch(step, device="cpu"):
+    return torch.randn(12, 5, generator=torch.Generator().manual_seed(step)).to(device)
+
+
+def train(model, optimizer, steps, share=slice(None)):
+    for t in steps:
+        x = batch(t)
+        loss = (model(x[share]) - x[share].sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def check_training():
+    """Every way to share the batch of one process ends at its parameters, up to the order of the sums."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = slice(rank * 12 // world, (rank + 1) * 12 // world)
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    twin = Net()
+    train(twin, fused_adamw.AdamW(twin.parameters(), **options), range(8))
+
+    def compare(model):
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            torch.testing.assert_close(whole, q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+    mesh = init_device_mesh("cpu", (world,))
+    for extra in ({}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {"reshard_after_forward": False}):
+        model = Net()
+        fully_shard(model.first, mesh=mesh, **extra)
+        fully_shard(model, mesh=mesh, **extra)
+        train(model, fused_adamw.AdamW(model.parameters(), **options), range(8), share)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        compare(model)
+
+    model = DistributedDataParallel(Net())
+    train(model, fused_adamw.AdamW(model.parameters(), **options), range(8), share)
+    compare(model.module)
+
+    model = DistributedDataParallel(Net(), gradient_as_bucket_view=True)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=fused_adamw.AdamW, **options)
+    train(model, optimizer, range(4), share)
+    optimizer.consolidate_state_dict(0)
+    saved = [optimizer.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(saved)
+    resumed = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=fused_adamw.AdamW, lr=0.5)
+    resumed.load_state_dict(saved[0])
+    train(model, resumed, range(4, 8), share)
+    compare(model.module)
+
+    model = Net()  # released as soon as it is stepped, by one optimizer for each parameter
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(model, mesh=mesh)
+    own = {p: fused_adamw.AdamW([p], **options) for p in trainable(model)}
+    for t in range(8):
+        train(model, None, [t], share)
+        for p, optimizer in own.items():
+            optimizer.step()
+            p.grad = None
+    compare(model)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_training(world):
+    ranks.run(world, check_training)
+
+
+def check_zero_bits():
+    """ZeRO given one process's gradients: its bits, on every rank, also through a consolidated checkpoint."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model, twin = Net(), Net()
+    a = ZeroRedundancyOptimizer(trainable(model), optimizer_class=fused_adamw.AdamW, lr=1e-2)
+    b = fused_adamw.AdamW(trainable(twin), lr=1e-2)
+    for t in range(6):
+        if t == 3:
+            a.consolidate_state_dict(0)
+            saved = [a.state_dict() if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(saved)
+            a = ZeroRedundancyOptimizer(trainable(model), optimizer_class=fused_adamw.AdamW, lr=0.5)
+            a.load_state_dict(saved[0])
+        inject(model, twin, t + 1)
+        a.step()
+        b.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_zero_has_the_bits_of_one_process():
+    ranks.run(2, check_zero_bits)
+
+
+# ---- distributed checkpoints
+
+
+def check_save(folder, name, options, dtype, flat):
+    twin, model = Net(dtype), shard(Net(dtype))
+    optimizer = cases.make(name, trainable(model), options)
+    for t in range(3):
+        inject(model, twin, t)
+        optimizer.step()
+    save(folder, model, optimizer, flat)
+
+
+def save(folder, model, optimizer, flat):
+    own = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=flat))
+    dcp.save({"model": model.state_dict(), "optimizer": own}, checkpoint_id=folder)
+
+
+def load(folder, model, optimizer, flat, planner=None):
+    how = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=how)}
+    dcp.load(state, checkpoint_id=folder, planner=planner)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=how)
+
+
+def check_load(folder, name, options, dtype, flat, init, plain):
+    """Resume on this many ranks, from random weights, and go on beside one process that was not interrupted."""
+    twin = Net(dtype)
+    b = cases.make(name, trainable(twin), options)
+    for t in range(3):
+        inject(twin, twin, t)
+        b.step()
+    model = Net(dtype)
+    with torch.no_grad():
+        for p in trainable(model):
+            p.normal_()
+    model = model if plain else shard(model)
+    a = cases.make(name, trainable(model), {**options, "lr": 0.7})
+    if init:
+        a.init_state()
+        assert not any(own["step"] for own in a.state.values())
+    load(folder, model, a, flat)
+    cases.assert_same_bits(*locals_of(a, b))
+    assert {k: v for k, v in a.param_groups[0].items() if k != "params"} == {
+        k: v for k, v in b.param_groups[0].items() if k != "params"
+    }
+    for t in range(3, 6):
+        inject(model, twin, t)
+        a.step()
+        b.step()
+        cases.assert_same_bits(*locals_of(a, b))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize(("name", "options"), RULES[1:], ids=cases.name_of)
+def test_saved_on_2_ranks_loaded_on_1_2_and_3(name, options, flat, tmp_path):
+    """bfloat16 parameters, whose moments stay float32."""
+    ranks.run(2, check_save, str(tmp_path), name, options, torch.bfloat16, flat)
+    for world, init, plain in ((1, True, True), (1, False, False), (2, False, False), (3, True, False)):
+        ranks.run(world, check_load, str(tmp_path), name, options, torch.bfloat16, flat, init, plain)
+
+
+def check_full_state(folder):
+    """A state dict of one process, whole, is sharded by torch's function; and one of torch.optim, flat."""
+    twin, model = Net(), shard(Net())
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    b = torch.optim.AdamW(trainable(twin), **options)
+    a = fused_adamw.AdamW(trainable(model), lr=0.5)
+    a.init_state()
+    inject(twin, twin, 1)
+    b.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        plan.local(p).data.copy_(plan.local(placed_like(q.detach(), p)))
+    whole = get_optimizer_state_dict(twin, b)
+    set_optimizer_state_dict(model, a, copy.deepcopy(whole), options=StateDictOptions(full_state_dict=True))
+    cases.assert_same_bits(*locals_of(a, b))
+    assert a.param_groups[0]["lr"] == 1e-2
+    assert all(own["step"] == 1 for own in a.state.values())
+
+    save(folder, twin, b, True)
+    again = fused_adamw.AdamW(trainable(model), lr=0.5)
+    again.init_state()
+    load(folder, model, again, True, dcp.DefaultLoadPlanner(allow_partial_load=True))
+    cases.assert_same_bits(*locals_of(again, b))
+    assert again.param_groups[0]["lr"] == 1e-2
+
+
+def test_whole_state_and_that_of_torch_are_sharded(tmp_path):
+    ranks.run(2, check_full_state, str(tmp_path))
+
+
+def check_killed(folder, when):
+    """Save, step, and die: in the middle of the next step, or of the next checkpoint."""
+    twin, model = Net(), shard(Net())
+    optimizer = cases.make("AdamW", trainable(model), {})
+    for t in range(3):
+        inject(model, twin, t)
+        optimizer.step()
+    save(f"{folder}/3", model, optimizer, True)
+    if dist.get_rank() == 1:
+        if when == "step":
+            plan.Plan.step = lambda self, scalars: os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            dcp.FileSystemWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    inject(model, twin, 3)
+    optimizer.step()
+    try:
+        save(f"{folder}/4", model, optimizer, True)
+    except RuntimeError as error:  # the other rank is gone
+        assert "Connection" in str(error) or "peer" in str(error) or "gloo" in str(error)
+        os._exit(0)
+
+
+@pytest.mark.parametrize("when", ["step", "checkpoint"])
+def test_killed_rank_leaves_the_checkpoint_before_it(when, tmp_path):
+    assert ranks.run(2, check_killed, str(tmp_path), when) == [ranks.KILLED] * 2
+    assert not (tmp_path / "4" / ".metadata").exists()  # which makes it one that loads
+    ranks.run(2, check_load, str(tmp_path / "3"), "AdamW", {}, torch.float32, True, True, False)
+    with pytest.raises(AssertionError, match=r"\.metadata|CheckpointException"):
+        ranks.run(2, check_load, str(tmp_path / "4"), "AdamW", {}, torch.float32, True, True, False)
