@@ -22,6 +22,7 @@ PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.optim",
     "torch.distributed.tensor.parallel",
+    "examples.train_fsdp",
     "tests.cases",
 ]
 KILLED = "killed"

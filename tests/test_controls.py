@@ -4,9 +4,9 @@ import ctypes
 import shutil
 import subprocess
 from dataclasses import replace
-from types import SimpleNamespace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest

@@ -1,10 +1,15 @@
 """Several ranks: DTensor parameters, FSDP2, DDP, ZeRO, distributed checkpoints. Each test is one set of processes."""
 
+import contextlib
 import copy
 import gc
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 import fused_adamw
 from fused_adamw import backends, plan
 from tests import cases, ranks
+
+ROOT = Path(__file__).parents[1]
 
 RULES = [
     ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}),
@@ -542,3 +549,109 @@ def test_killed_rank_leaves_the_checkpoint_before_it(when, tmp_path):
     ranks.run(2, check_load, str(tmp_path / "3"), "AdamW", {}, torch.float32, True, True, False)
     with pytest.raises(AssertionError, match=r"\.metadata|CheckpointException"):
         ranks.run(2, check_load, str(tmp_path / "4"), "AdamW", {}, torch.float32, True, True, False)
+
+
+# ---- examples/train_fsdp.py
+
+
+def check_example(folder, steps, every):
+    from argparse import Namespace
+
+    from bench import demo
+    from examples import train_fsdp
+
+    demo.CHARACTERS = 100_000
+    own = Namespace(steps=steps, every=every, checkpoints=Path(folder), seed=0)
+    return train_fsdp.train(own, torch.device("cpu"))
+
+
+def test_example_resumes_to_the_bit(tmp_path):
+    """On as many ranks; on another number up to the order of the sums. A checkpoint half written is passed over."""
+    whole, parts = str(tmp_path / "whole"), tmp_path / "parts"
+    losses = ranks.run(2, check_example, whole, 5, 5)[0]
+    assert losses[-1] < losses[0]
+    assert ranks.run(2, check_example, str(parts), 3, 3)[0] == losses[:3]
+    (parts / "00000004.part").mkdir()
+    shutil.copytree(parts, tmp_path / "one")
+    assert ranks.run(2, check_example, str(parts), 5, 1)[0] == losses[3:]
+    assert sorted(path.name for path in parts.iterdir()) == ["00000003", "00000004", "00000005"]
+    assert ranks.run(1, check_example, str(tmp_path / "one"), 5, 5)[0] == pytest.approx(losses[3:], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_example_under_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "examples" / "train_fsdp.py"), "--steps", "1", "--checkpoints", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        out, _ = process.communicate(timeout=180)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers too
+    assert process.returncode == 0, out
+    assert "2 processes on cpu, 460,416 of 920,832 parameters" in out
+    assert "step     1  loss" in out
+    assert (tmp_path / "00000001" / ".metadata").exists()
+
+
+# ---- on GPUs
+
+
+def check_gpus():
+    """The gradients of backward, handed to a twin on the CPU that holds what this rank holds: the same bits."""
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    mesh = init_device_mesh("cuda", (world,))
+    share = slice(rank * 12 // world, (rank + 1) * 12 // world)
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    whole = Net()
+    train(whole, fused_adamw.AdamW(trainable(whole), **options), range(3))
+
+    def compare(model):
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            p = p.detach().full_tensor() if isinstance(p, DTensor) else p
+            torch.testing.assert_close(p.cpu(), q, rtol=1e-4, atol=1e-5)
+
+    ways = {
+        "fsdp": lambda net: fully_shard(net, mesh=mesh),
+        "offload": lambda net: fully_shard(net, mesh=mesh, offload_policy=CPUOffloadPolicy()),
+        "ddp": lambda net: DistributedDataParallel(net, device_ids=[device.index]),
+    }
+    for way, wrap in ways.items():
+        model = wrap(Net() if way == "offload" else Net().to(device))
+        params = trainable(model)
+        twins = [nn.Parameter(plan.local(p.detach()).cpu().clone()) for p in params]
+        a, b = fused_adamw.AdamW(params, **options), fused_adamw.AdamW(twins, **options)
+        assert list(a.backend.values()) == ["cpu" if way == "offload" else "triton"]
+        for t in range(3):
+            x = batch(t, device)[share]
+            (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            for p, q in zip(params, twins, strict=True):
+                q.grad = plan.local(p.grad).cpu().clone()
+            a.step()
+            b.step()
+            for p, q in zip(params, twins, strict=True):
+                ours = {"p": p.detach(), **a.state[p]}
+                theirs = {"p": q.detach(), **b.state[q]}
+                cases.assert_same_bits({name: plan.local(t) for name, t in ours.items()}, theirs)
+            a.zero_grad()
+        compare(model)
+
+    inner = Net().to(device)
+    _apply_optimizer_in_backward(fused_adamw.AdamW, trainable(inner), options)
+    model = DistributedDataParallel(inner, device_ids=[device.index])
+    for t in range(3):
+        x = batch(t, device)[share]
+        (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+    compare(inner)
+
+
+@pytest.mark.gpu
+def test_gpus_have_the_bits_of_the_cpu():
+    ranks.run(2, check_gpus, limit=300, fork=False)
