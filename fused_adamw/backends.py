@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from fused_adamw import launch, reference
-from fused_adamw.scalars import HYPER, Adam, Sgd
+from fused_adamw.scalars import HYPER, ROWS, Adam, Sgd
 
 if TYPE_CHECKING:
     from fused_adamw.plan import Row
@@ -96,10 +96,16 @@ class _Reference:
     """A launch in plain PyTorch."""
 
     def __init__(self, watch: Any, rows: list["Row"], groups: list[dict]) -> None:
-        self.watch, self.rows = watch, rows
+        self.watch, self.rows, self.groups = watch, rows, groups
 
     def bring(self, scalars: Scalars) -> None:
         self.scalars = scalars
+
+    def _scalars_of(self, row: "Row") -> Adam | Sgd:
+        if not row.on_device:
+            return self.scalars[self.watch.scalars_of(row.slot)]
+        row.step += 1
+        return ROWS["adam" if row.rule.startswith("adam") else "sgd"](self.groups[row.group], row.step.item())
 
     def sum_squares(self) -> torch.Tensor:
         norms = torch._foreach_norm([row.grad() for row in self.rows], dtype=torch.float64)
@@ -112,7 +118,7 @@ class _Reference:
         if factor < 0:
             return
         for row in self.rows:
-            values = self.scalars[self.watch.scalars_of(row.slot)]._asdict()
+            values = self._scalars_of(row)._asdict()
             values["grad_factor"] *= factor
             compute = torch.float64 if row.p.dtype is torch.float64 else torch.float32
             stored = [row.p, *row.states]
@@ -144,7 +150,7 @@ def _on_a_gpu(
             _broken[name] = f"it failed: {type(error).__name__}: {error}"
             raise CannotRun(f"backend={name!r} cannot run: {_broken[name]}") from error
         if not row.on_device:
-            return launch.Launch(watch, rows, compiled)
+            return launch.Launch(watch, rows, compiled, groups)
         hyper = HYPER["adam" if row.rule.startswith("adam") else "sgd"]
         return launch.CapturableLaunch(watch, rows, compiled, groups, hyper)
 

@@ -3,6 +3,7 @@
 Nothing is written to the gradients, and nothing waits for a device.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def factor_of(
     if max_grad_norm is not None:
         factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     if skip_nonfinite:
-        skip = ~norm.isfinite()
+        skip = ~(norm < math.inf)
     if found_inf is not None:
         found = found_inf.to(home, non_blocking=True) != 0
         skip = found if skip is None else skip | found

@@ -56,7 +56,7 @@ class Launch:
     gradients that moved, scalars) goes up in one copy.
     """
 
-    def __init__(self, watch: Any, rows: list[Any], kernels: Kernels) -> None:
+    def __init__(self, watch: Any, rows: list[Any], kernels: Kernels, groups: list[dict]) -> None:
         self.watch, self.kernels, self.device = watch, kernels, rows[0].p.device
         self.chunk = chunk_size(sum(row.p.numel() for row in rows))
         # -1 - slot: the gradient is a copy of ours, which stays where it is
@@ -68,7 +68,9 @@ class Launch:
         index = torch.arange(len(row_of_chunk), device="cpu") - first_chunk
         chunks = torch.stack([row_of_chunk, index], dim=1).int()
 
-        sizes = [self.host.nbytes, len(rows) * SCALARS_BYTES, chunks.nbytes]
+        # The scalars of a step are those of all launches: one row at most for each parameter.
+        count = sum(len(group["params"]) for group in groups)
+        sizes = [self.host.nbytes, count * SCALARS_BYTES, chunks.nbytes]
         self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
         table, scalars, chunk_table = self.buffer.split(sizes)
         chunk_table.copy_(chunks.view(-1).view(torch.uint8))
@@ -142,7 +144,7 @@ class CapturableLaunch(Launch):
         groups: list[dict],
         hyper: Callable[[dict], Sequence[float]],
     ) -> None:
-        super().__init__(watch, rows, kernels)
+        super().__init__(watch, rows, kernels, groups)
         self.groups, self.hyper = groups, hyper
         self.group_of = torch.tensor([row.group for row in rows], device="cpu")
         ends = torch.bincount(self.group_of, minlength=len(groups)).cumsum(0).tolist()

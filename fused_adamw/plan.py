@@ -280,7 +280,7 @@ def _place(optimizer: "FusedOptimizer", i: int, j: int) -> str:
 def _backend_of(optimizer: "FusedOptimizer", at: str, group: dict, p: Tensor) -> "backends.Backend":
     dtypes = {p.dtype.to_real(), p.grad.dtype.to_real(), state_dtype_of(p, group.get("state_dtype")).to_real()}
     try:
-        return backends.pick(p.device, dtypes, optimizer.counts_on_device(group, p), optimizer.requested)
+        return backends.pick(p.device, dtypes, bool(group.get("capturable")), optimizer.requested)
     except RuntimeError as error:
         raise RuntimeError(f"{at}: {error}") from None
 

@@ -116,7 +116,7 @@ def test_a_norm_that_is_not_finite_poisons_as_in_torch(value, target):
 @pytest.mark.parametrize("in_step", [False, True])
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_grad_scaler(in_step, unscaled, target):
-    """Both ways of a GradScaler give the same bits: its scale is divided out once, and a skipped step does not count."""
+    """Both ways of a GradScaler give the same bits: the scale is divided out once, a skipped step does not count."""
     ours, theirs = (cases.parameters(SHAPES, device=target.device) for _ in range(2))
     a = cases.make("AdamW", ours, {}, backend=target.backend, amp_scaling=in_step)
     b = cases.make("AdamW", theirs, {}, backend=target.backend)

@@ -83,7 +83,10 @@ def mutant(tmp_path, old, new):
     [
         ("mask = None if ALIGNED else i < end", "mask = None"),
         ("if whole < n:", "if whole + 1 < n:"),
-        ("tl.load(row + 7) & 1 != 0", "tl.load(row + 5) > 0"),
+        (
+            "if tl.load(row + 7) & 1 != 0:\n        whole = n // BLOCK * BLOCK\n    # In",
+            "if n > 0:\n        whole = n // BLOCK * BLOCK\n    # In",
+        ),
     ],
     ids=["a dropped tail mask", "a skipped tail", "alignment taken for granted"],
 )

@@ -165,6 +165,27 @@ def test_465_groups(target):
     check_list([(1 + i % 37,) for i in range(930)], target, groups=465)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_groups_of_different_dtypes(moved, target):
+    """More rows of scalars than a launch has tensors: none of them may run into another's table."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    ours = [cases.parameters([(20_000,)], dtypes[i % 3], target.device, seed=i)[0] for i in range(7)]
+    theirs = [cases.parameters([(20_000,)], dtypes[i % 3], target.device, seed=i)[0] for i in range(7)]
+    together = cases.make(
+        "AdamW", [{"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate(ours)], {}, backend=target.backend
+    )
+    alone = [cases.make("AdamW", [q], {"lr": 1e-3 * (i + 1)}, backend=target.backend) for i, q in enumerate(theirs)]
+    for t in range(3):
+        if t == 0 or moved:
+            for p, q in zip(ours, theirs, strict=True):
+                p.grad, q.grad = torch.full_like(p, 0.1 * (t + 1)), torch.full_like(q, 0.1 * (t + 1))
+        together.step()
+        for optimizer in alone:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
 def test_one_launch_for_a_device(target):
     """Of all dtypes and rules on the CPU; on a GPU one per compiled kernel: two dtypes, with amsgrad and without."""
     params = cases.parameters(cases.SHAPES, device=target.device)
