@@ -132,6 +132,32 @@ def test_every_value_is_stored_with_one_rounding(dtype, isa):
     torch.testing.assert_close(p.detach(), values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("name", "options"), [("AdamW", {}), ("AdamW", {"amsgrad": True}), ("SGD", {"momentum": 0.9})])
+def test_every_nan_is_stored_as_the_same_pattern(name, options, isa):
+    """Whatever its sign and payload, and wherever it came from; and its neighbours are what they are without it."""
+    nans = PATTERNS[PATTERNS.view(torch.bfloat16).isnan()].view(torch.bfloat16)
+    n = 8 * len(nans) + 1
+    for where in ("p", "g", "state"):
+        stepped = []
+        for poison in (False, True):
+            p = cases.parameters([(n,)], torch.bfloat16)
+            cases.set_gradients(p, 0)
+            optimizer = cases.make(name, p, {"lr": 0.1, **options}, state_dtype=torch.bfloat16)
+            optimizer.step()
+            states = [t for key, t in optimizer.state[p[0]].items() if key != "step"]
+            for t in {"p": [p[0].detach()], "g": [p[0].grad], "state": states}[where] if poison else []:
+                t[:-1:8] = nans
+            optimizer.step()
+            stepped.append([p[0].detach(), *states])
+        for clean, poisoned in zip(*stepped, strict=True):
+            found = poisoned.view(torch.int16)
+            assert (found[poisoned.isnan()] == 0x7FC0).all()
+            touched = torch.zeros(n, dtype=torch.bool)
+            touched[:-1:8] = True
+            assert torch.equal(found[~touched], clean.view(torch.int16)[~touched])
+        assert stepped[1][0].isnan().sum() == len(nans)
+
+
 @pytest.mark.parametrize("flush", [False, True])
 def test_half_subnormals_survive_flushing(flush):
     """A caller's set_flush_denormal must not turn float16 subnormals, which float32 holds as normals, into 0."""
