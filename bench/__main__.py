@@ -30,6 +30,14 @@ def target_file(text: str) -> Path:
     return path
 
 
+def readable_file(text: str) -> Path:
+    """A file that is there."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a file")
+    return path
+
+
 def target_directory(text: str) -> Path:
     """A directory that exists or can be made."""
     path = Path(text)
@@ -40,6 +48,9 @@ def target_directory(text: str) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     """The subcommands and their arguments."""
+    from bench.arms import ALGORITHMS, DTYPES, NAMES
+    from tests.cases import WORKLOADS
+
     top = argparse.ArgumentParser(prog="python -m bench", description=importlib.import_module("bench").__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -49,20 +60,45 @@ def parser() -> argparse.ArgumentParser:
     out = Path("bench/out")
     demo.add_argument("--out", type=target_directory, default=out, help="for demo.png (default: %(default)s)")
 
-    step = commands.add_parser("step", help="time optimizer.step() against torch's, and check what it computes")
-    of = "of tests/cases.py (default: all but 1x16M)"
+    step = commands.add_parser("step", help="time optimizer.step() against the peers', and check what it computes")
+    of = f"of tests/cases.py: {', '.join(WORKLOADS)} (default: those that take a minute together)"
     step.add_argument("--workload", type=workload, nargs="+", metavar="NAME", help=of)
-    step.add_argument("--rounds", type=positive, default=21, help="timings of each arm (default: %(default)s)")
-    step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and gradients")
-    step.add_argument("--all", action="store_true", help="time torch's for-loop and foreach too, which are slow")
-    step.add_argument("--json", type=target_file, metavar="FILE", help="write every number to FILE")
+    step.add_argument("--algorithm", choices=ALGORITHMS, nargs="+", default=["adamw"], help="(default: adamw)")
+    of = "of parameters and gradients, + of the state where it is another (default: fp32)"
+    step.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"], help=of)
+    of = "to compare with (default: fused; those that are not installed are skipped)"
+    step.add_argument("--against", choices=NAMES, nargs="+", default=["fused"], help=of)
+    step.add_argument("--all", action="store_true", help="compare with all of them, slow ones too")
+    step.add_argument("--warm", action="store_true", help="one set of buffers, which the caches may hold")
 
     host = commands.add_parser("host", help="time what a step costs on the host, with the kernels left out")
     of = "lengths of the lists (default: 148 1000)"
     host.add_argument("--tensors", type=positive, nargs="+", default=[148, 1000], metavar="N", help=of)
-    host.add_argument("--rounds", type=positive, default=21, help="timings of each arm (default: %(default)s)")
 
-    for command in (demo, step):
+    limit = commands.add_parser("limit", help="measure the memory's speed, and a step of one tensor beside it")
+    limit.add_argument("--algorithm", choices=ALGORITHMS, default="adamw", help="(default: %(default)s)")
+    limit.add_argument("--dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
+    of = "elements of the longest tensor (default: %(default)s)"
+    limit.add_argument("--largest", type=positive, default=1 << 26, metavar="N", help=of)
+
+    report = commands.add_parser("report", help="the table of README, as Markdown, from several runs of step")
+    of = "written by step --json; without any, step is run"
+    report.add_argument("files", nargs="*", type=readable_file, metavar="FILE", help=of)
+    report.add_argument(
+        "--runs", type=positive, default=3, help="processes, one after the other (default: %(default)s)"
+    )
+    report.add_argument("--workload", type=workload, nargs="+", metavar="NAME", help="only these (default: all)")
+    report.add_argument("--out", type=target_file, metavar="FILE", help="write the Markdown to FILE")
+
+    for command in (step, limit):
+        command.add_argument("--json", type=target_file, metavar="FILE", help="write every number to FILE")
+        command.add_argument("--csv", type=target_file, metavar="FILE", help="write the tables to FILE")
+    for command in (step, limit, report):
+        command.add_argument("--plot", type=target_file, metavar="FILE", help="draw a picture (PNG)")
+        command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    for command in (step, host, limit, report):
+        command.add_argument("--rounds", type=positive, default=21, help="timings of each arm (default: %(default)s)")
+    for command in (demo, step, limit, report):
         command.add_argument("--threads", type=positive, help="of torch (default: 2, or fewer where there are fewer)")
     return top
 

@@ -1,188 +1,417 @@
-"""Full optimizer.step() calls on the workloads of tests/cases.py, ours against torch's."""
+"""Full optimizer.step() calls on the workloads of tests/cases.py, ours against the peers' and the memory's speed."""
 
 import argparse
+import csv
+import gc
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import track
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-import fused_adamw
-from bench.timing import bytes_of_step, console, environment, interleave, print_head
+from bench import measures, stream
+from bench.arms import ALGORITHMS, DTYPES, FUSED, NAMES, SHORT, Arm, Missing, arms_of, step_of
+from bench.timing import (
+    available_memory,
+    bytes_of_step,
+    console,
+    cpu_clock,
+    cuda_clock,
+    environment,
+    interleave,
+    last_level_cache,
+    print_head,
+)
 from tests import cases
 
-DEFAULT = [name for name in cases.WORKLOADS if name != "1x16M"]
-OURS, FUSED, LOOP, FOREACH = "fused_adamw", "torch fused", "torch for-loop", "torch foreach"
-CHECKED_STEPS = 3
+DEFAULT = ["gpt2", "1000x1k", "148x64", "10000x64", "465-groups", "1x131k"]
+OBJECTS = 3 << 10  # bytes of Python and C++ objects of a parameter, its gradient, its state and their dicts
 NOTES = f"""\
-GB/s = bytes / median ms, bytes = 2·parameter + gradient + 2·(first + second moment): 28 per float32 parameter;
-lists of a few MB stay in the caches.
-ratio = ms of torch fused / ms of the arm, round by round: above 1, the arm is faster.
-match = after {CHECKED_STEPS} steps of the timed list, parameters and moments of up to 32 of its tensors are as near to
-the float64 result as those of torch's for-loop, within 1 ulp; beside it the largest error of a parameter."""
+GB/s = bytes / median ms; the formula of the bytes stands above each table. % of ceiling = GB/s of the arm / GB/s of the
+stream, which reads and writes arrays of the same dtypes once, in the same rounds; copy is torch's copy_.
+ratio = ms of torch fused / ms of the arm: above 1, the arm is faster. Both are medians of what each round gave.
+cold: the calls go round so many sets of buffers that the caches would have to be twice as large to hold them.
+first ms: the first step, with what it compiles and allocates. host µs: {{host}}.
+launches: {{launches}}.
+extra MB: the most that torch's allocator handed out during a step.
+match: after {measures.CHECKED_STEPS} steps of the timed list, parameters and moments of up to 32 of its tensors are as
+near to the float64 result as those of torch's for-loop, within 1 ulp; beside it the largest error of a parameter."""
+HOST = {
+    "cpu": "a step of the same list with tensors of one element",
+    "cuda": "until the call returns",
+}
+LAUNCHES = {
+    "cpu": "kernels called, one for each tensor where torch goes through a list; ours, one parallel region",
+    "cuda": "kernels and copies",
+}
+
+Result = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """One table: a list of tensors, an algorithm, dtypes."""
+
+    workload: str
+    algorithm: str
+    dtypes: str
+
+    def __str__(self) -> str:
+        return f"{self.workload}, {self.algorithm}, {self.dtypes}"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, and write the JSON file; after Ctrl-C with what there is."""
-    head = environment(args.threads)
-    print_head("optimizer.step() of AdamW", head)
-    workloads = args.workload or DEFAULT
-    dtype = getattr(torch, args.dtype)
-    report: dict[str, Any] = {"environment": head, "dtype": args.dtype, "copy_gb_per_s": None, "results": []}
+    """Measure, print the tables, and write the files; after Ctrl-C with what there is."""
+    device = device_of(args.device)
+    head = environment(args.threads, device)
+    print_head("optimizer.step()", head)
+    report: dict[str, Any] = {"environment": head, "results": [], "skipped": []}
+    against = NAMES if args.all else args.against
     interrupted = False
     try:
-        report["copy_gb_per_s"] = copy_bandwidth()
-        for name in workloads:
-            measure(name, dtype, args.rounds, args.all, report["results"])
+        for name in args.workload or DEFAULT:
+            for algorithm in args.algorithm:
+                for dtypes in args.dtype:
+                    case = Case(name, algorithm, dtypes)
+                    arms = arms_of(algorithm, DTYPES[dtypes][1], device, against, args.all)
+                    measure(case, arms, device, args.rounds, args.warm, report)
     except KeyboardInterrupt:
         interrupted = True
-    results = report["results"] = [{**r, **summary(r, report["results"])} for r in report["results"] if r["seconds"]]
+    results = report["results"] = [r for r in report["results"] if "ms_median" in r]
     if results:
-        console.print(table(results))
-        console.print(NOTES)
-    if report["copy_gb_per_s"]:
-        rate = report["copy_gb_per_s"]
-        console.print(f"For orientation: copy_ of a 268 MB array moves {rate:.1f} GB/s, read and written.")
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-        console.print(f"wrote {args.json}")
+        console.print(NOTES.format(host=HOST[device.type], launches=LAUNCHES[device.type]))
+    for name, why in dict.fromkeys((s["arm"], s["reason"]) for s in report["skipped"]):
+        console.print(f"skipped: {name}: {why}", style="yellow", markup=False)
+    save(report, args.json, args.csv, args.plot)
     if interrupted:
         console.print("interrupted: " + ("above is what was measured so far" if results else "nothing was measured"))
         return 130
-    return 0 if all(r["match"] for r in results) else 1
+    ours = [r for r in results if r["arm"].startswith("fused_adamw")]
+    return 0 if ours and all(r["match"] for r in ours) else 1
 
 
-def copy_bandwidth() -> float:
-    """GB/s, the median of ten, of a copy that no cache holds."""
-    source, target = torch.ones(1 << 26), torch.zeros(1 << 26)
-    times: dict[str, list[float]] = {"copy": []}
-    interleave({"copy": lambda: target.copy_(source)}, range(10), times)
-    return 2 * source.nbytes / np.median(times["copy"]) / 1e9
+def device_of(name: str | None) -> torch.device:
+    """The device to measure; by default the GPU where there is one."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here; see python -c 'import torch; torch.cuda.init()'")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
-def arms_of(dtype: torch.dtype, slow: bool) -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """What is compared: makers of optimizers by name."""
-    arms: dict[str, Callable[..., torch.optim.Optimizer]] = {OURS: fused_adamw.AdamW}
-    if dtype is not torch.float32:
-        # torch keeps its state in the parameters' dtype: the like-for-like arm.
-        arms[f"{OURS}, state too"] = lambda p: fused_adamw.AdamW(p, state_dtype=dtype)
-    arms[FUSED] = lambda p: torch.optim.AdamW(p, fused=True)
-    if slow:
-        arms[LOOP] = lambda p: torch.optim.AdamW(p, foreach=False)
-        arms[FOREACH] = lambda p: torch.optim.AdamW(p, foreach=True)
-    return arms
+# ---- one case
 
 
-def measure(name: str, dtype: torch.dtype, rounds: int, slow: bool, results: list[dict[str, Any]]) -> None:
-    """Check and time every arm on one workload; its result is in ``results`` from the first round on."""
-    start = cases.parameters(cases.WORKLOADS[name](), dtype)
-    cases.set_gradients(start, 0)
-    oracle = stepped_sample(start, torch.float64)
-    bounds = {d: stepped_sample(start, d) for d in (dtype, torch.float32)}
-    optimizers, found = {}, []
-    for arm, make in arms_of(dtype, slow).items():
-        params = [torch.nn.Parameter(p.detach().clone()) for p in start]
-        for p, q in zip(params, start, strict=True):
-            p.grad = q.grad
-        optimizers[arm] = make(params)
-        for _ in checked_steps(params):
-            optimizers[arm].step()
-        got = {key: sample(t) for key, t in cases.tensors_of(optimizers[arm]).items() if key in oracle}
-        found.append(
-            {
-                "workload": name,
-                "arm": arm,
-                "tensors": len(params),
-                "parameters": sum(p.numel() for p in params),
-                "bytes": bytes_of_step(optimizers[arm]),
-                "max_ulp": max(cases.ulps(t, oracle[key]).max().item() for key, t in got.items() if key.endswith(".p")),
-                "match": matches(f"{name}, {arm}", got, {k: bounds[t.dtype][k] for k, t in got.items()}, oracle),
-                "seconds": [],
-            }
-        )
-    results += found
-    ticks = track(range(rounds), name, console=console, transient=True, disable=not console.is_terminal)
-    interleave({a: o.step for a, o in optimizers.items()}, ticks, {r["arm"]: r["seconds"] for r in found})
+def measure(case: Case, arms: list[Arm], device: torch.device, rounds: int, warm: bool, report: dict[str, Any]) -> None:
+    """Check and time every arm of a case; what each gave is in ``report`` from the first round on."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task(str(case), total=2 * len(arms) + rounds)
+
+        def advance(what: str) -> None:
+            progress.update(task, advance=1, description=f"{case}: {what}")
+
+        runnable, host = [], {}
+        for arm in arms:
+            advance(arm.name)
+            try:
+                host[arm.name] = probe(arm, case, device)
+                runnable.append(arm)
+            except Exception as error:
+                if arm.name.startswith("fused_adamw") and not isinstance(error, Missing):
+                    raise
+                why = str(error) if isinstance(error, Missing) else measures.first_line(error)
+                report["skipped"].append({"case": str(case), "arm": arm.name, "reason": why})
+        bench = Bench(case, runnable, device, warm)
+        if bench.refusal:
+            report["skipped"].append({"case": str(case), "arm": str(case), "reason": bench.refusal})
+            return
+        try:
+            for arm in runnable:
+                advance(arm.name)
+                bench.prepare(arm, host[arm.name])
+            bench.add_ceilings()
+            progress.update(task, total=2 * len(runnable) + rounds, completed=2 * len(runnable))
+            bench.time(progress_range(rounds, advance))
+        finally:
+            done = bench.finish()
+            report["results"] += done
+    if done:
+        console.print(bench.title())
+        console.print(table(done))
 
 
-def checked_steps(params: list[torch.nn.Parameter]) -> Iterator[int]:
-    """The steps of the check: the gradient, which all arms share, changes after each, and is as it was at the end."""
-    for i in range(CHECKED_STEPS):
+def progress_range(rounds: int, advance: Callable[[str], None]) -> Any:
+    """``range(rounds)``, seen by the progress bar."""
+    for i in range(rounds):
+        advance("timing")
         yield i
-        for p in params:
-            p.grad.mul_(-0.5 if i + 1 < CHECKED_STEPS else (-2.0) ** (CHECKED_STEPS - 1))
 
 
-def sample(t: Tensor) -> Tensor:
-    """The beginning and the end of a tensor, where it is long: the oracle of GPT-2 in whole would take 4 GB."""
-    t = t.detach().flatten()
-    return t if t.numel() <= 8192 else torch.cat([t[:4096], t[-4096:]])
+def probe(arm: Arm, case: Case, device: torch.device) -> float | None:
+    """Microseconds of host time on the CPU; raises what the arm lacks, before anything large is allocated."""
+    workload = cases.WORKLOADS[case.workload]
+    like = workload.groups(1) if device.type == "cuda" or arm.compiled else workload.groups(workload.layers)
+    count = sum(len(shapes) for shapes, _ in like)
+    params = cases.parameters([(1,)] * count, DTYPES[case.dtypes][0], str(device))
+    cases.set_gradients(params, 0)
+    optimizer = arm.make(measures.grouped(params, like))
+    if arm.compiled:
+        return None
+    optimizer.step()
+    return measures.host_microseconds(optimizer.step, device) if device.type == "cpu" else None
 
 
-def stepped_sample(start: list[torch.nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The samples of up to 32 of the tensors, named by their places, as torch's for-loop steps them in ``dtype``."""
-    chosen = np.unique(np.linspace(0, len(start) - 1, 32).astype(int)).tolist()
-    params = [torch.nn.Parameter(sample(start[i]).to(dtype, copy=True)) for i in chosen]
-    for p, i in zip(params, chosen, strict=True):
-        p.grad = sample(start[i].grad).to(dtype, copy=True)
-    optimizer = torch.optim.AdamW(params, foreach=False)
-    for _ in checked_steps(params):
-        optimizer.step()
-    stepped = cases.tensors_of(optimizer)
-    places = {str(j): str(i) for j, i in enumerate(chosen)}
-    return {f"{places[key.split('.')[0]]}.{key.split('.')[1]}": t for key, t in stepped.items()}
+class Bench:
+    """The buffers of a case and the optimizers on them. All arms share parameters and gradients, not their state."""
+
+    def __init__(self, case: Case, arms: list[Arm], device: torch.device, warm: bool) -> None:
+        self.case, self.device, self.warm = case, device, warm
+        self.algorithm = ALGORITHMS[case.algorithm]
+        self.dtype, self.state_dtype = DTYPES[case.dtypes]
+        self.results: list[Result] = []
+        self.calls: dict[str, Callable[[], object]] = {}
+        self.refusal = self._fit(arms)
+        if self.refusal:
+            return
+        shapes = [shape for shapes, _ in self.groups for shape in shapes]
+        self.start = cases.parameters(shapes, self.dtype, str(device))
+        cases.set_gradients(self.start, 0)
+        self.oracle = measures.Oracle(self.start, self.groups, self.algorithm)
+        self.sets = [self._copy_of_start() for _ in range(self.count)]
+
+    def _fit(self, arms: list[Arm]) -> str:
+        """Choose the layers and the number of buffer sets; return why not even one layer fits."""
+        workload = cases.WORKLOADS[self.case.workload]
+        states = 3 if self.case.algorithm == "amsgrad" else 2
+        temporary = 8 if any(not a.name.startswith(("fused_adamw", FUSED)) for a in arms) else 0
+        own = states * self.state_dtype.itemsize
+        free = 0.8 * available_memory(self.device)
+        for layers in range(workload.layers, 0, -1):
+            self.groups, self.layers = workload.groups(layers), layers
+            self.elements = sum(math.prod(shape) for shapes, _ in self.groups for shape in shapes)
+            self.tensors = sum(len(shapes) for shapes, _ in self.groups)
+            one = self.elements * (2 * self.dtype.itemsize + own) + self.tensors * OBJECTS
+            ceiling = min(max(self.elements, 4 * last_level_cache(self.device) // 20), stream.LARGEST) * 24
+            self.count = 1 if self.warm else max(1, math.ceil(2 * last_level_cache(self.device) / one))
+            need = self.elements * (self.dtype.itemsize + temporary) + ceiling
+            need += self.count * (self.elements * 2 * self.dtype.itemsize + len(arms) * self.elements * own)
+            if need <= free:
+                return ""
+        return f"needs {need / 1e9:.1f} GB for {layers} of its layers, and {free / 1e9:.1f} GB may be used here"
+
+    def _copy_of_start(self) -> list[Tensor]:
+        params = [torch.nn.Parameter(p.detach().clone()) for p in self.start]
+        for p, q in zip(params, self.start, strict=True):
+            p.grad = q.grad.clone()
+        return params
+
+    def title(self) -> str:
+        """What is common to the rows of the table."""
+        workload = cases.WORKLOADS[self.case.workload]
+        layers = "" if self.layers == workload.layers else f" ({self.layers} of {workload.layers} layers)"
+        groups = f"{len(self.groups)} group{'s' if len(self.groups) > 1 else ''}"
+        cache = "warm" if self.warm else f"cold: {self.count} set{'s' if self.count > 1 else ''} of buffers"
+        return (
+            f"\n[bold]{self.case.workload}{layers}[/bold]: {self.tensors:,} tensors in {groups}, {self.elements:,} "
+            f"parameters; [bold]{self.case.algorithm}[/bold], {self.case.dtypes}; {cache}\n"
+            f"{next((r['formula'] for r in self.results if r['formula']), '')}"
+        )
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def prepare(self, arm: Arm, host: float | None) -> None:
+        """Make the arm's optimizers, check what they compute, and measure all but the time of a step."""
+        params = self.sets[0]
+        with torch.no_grad():  # the arms before have stepped them
+            torch._foreach_copy_(params, self.start)
+        first = arm.make(measures.grouped(params, self.groups))
+        call = step_of(arm._replace(graph=False), [first])
+        for i in measures.checked_steps(params):
+            self._synchronize()
+            begun = time.perf_counter()
+            call()
+            self._synchronize()
+            if i == 0:
+                first_ms = (time.perf_counter() - begun) * 1e3
+        match, worst = self.oracle.judge(f"{self.case}, {arm.name}", first) if arm.same_rule else (None, None)
+        optimizers = [first]
+        # A compiled step is compiled anew for each optimizer: it stays with one set of buffers, and so warm.
+        for params in [] if arm.compiled else self.sets[1:]:
+            optimizers.append(arm.make(measures.grouped(params, self.groups)))
+            optimizers[-1].step()
+        if not arm.compiled or arm.graph:
+            call = step_of(arm, optimizers)
+        call()
+        if self.device.type == "cuda":
+            host = measures.host_microseconds(call, self.device)
+        shape = stream.shape_of(first)
+        self.calls[arm.name] = call
+        self.results.append(
+            self._result(
+                arm.name,
+                bytes_of_step(first),
+                storage=self._storage(first),
+                formula=str(shape) if shape else "",
+                shape=shape,
+                sets=len(optimizers),
+                first_ms=first_ms,
+                host_us=host,
+                launches=None
+                if arm.compiled
+                else measures.quietly(lambda: measures.launches(first, call, self.device)),
+                extra_bytes=measures.quietly(lambda: measures.extra_bytes(call, self.device)),
+                match=match,
+                max_ulp=worst,
+            )
+        )
+
+    def _result(self, name: str, moved: int, **more: Any) -> Result:
+        case = {"workload": self.case.workload, "layers": self.layers, "algorithm": self.case.algorithm}
+        size = {"tensors": self.tensors, "groups": len(self.groups), "parameters": self.elements}
+        return {**case, "dtypes": self.case.dtypes, **size, "arm": name, "bytes": moved, **more, "seconds": []}
+
+    def _storage(self, optimizer: torch.optim.Optimizer) -> str:
+        """Dtypes of the parameter, its gradient and its state, as found."""
+        p = max((p for group in optimizer.param_groups for p in group["params"]), key=Tensor.numel)
+        state = [t for key, t in optimizer.state[p].items() if isinstance(t, Tensor) and key != "step" and t.dim()]
+        dtypes = dict.fromkeys((p.dtype, p.grad.dtype, *(t.dtype for t in state)))
+        return "+".join(SHORT.get(d, str(d).removeprefix("torch.")) for d in dtypes)
+
+    def add_ceilings(self) -> None:
+        """The streams of the shapes that the arms have, and a copy, as arms of their own."""
+        shapes = list(dict.fromkeys(r["shape"] for r in self.results if r["shape"]))
+        found = {
+            shape: stream.stream(shape, self.elements, self.device, not self.warm)
+            for shape in shapes
+            if self._can_stream(shape)
+        }
+        for i, (shape, each) in enumerate(found.items()):
+            name = "ceiling: stream" + (f" {i + 1}" if i else "")
+            self.calls[name] = each.call
+            empty = dict.fromkeys(("first_ms", "host_us", "launches", "extra_bytes", "match", "max_ulp"))
+            storage = "+".join(SHORT[d] for d in dict.fromkeys((*shape.written, *shape.read)))
+            self.results.append(
+                self._result(name, each.bytes, storage=storage, formula=str(shape), shape=shape, sets=1, **empty)
+            )
+        if found:
+            each = stream.copy(self.elements, self.device)
+            self.calls["ceiling: copy"] = each.call
+            self.results.append(
+                self._result("ceiling: copy", each.bytes, storage="fp32", formula="", shape=None, sets=1, **empty)
+            )
+
+    def _can_stream(self, shape: stream.Shape) -> bool:
+        try:
+            stream.stream(shape, stream.LENGTH, self.device, cold=False).call()
+        except Exception as error:  # no extension, no Triton
+            console.print(f"no ceiling: {measures.first_line(error)}", style="yellow", markup=False)
+            return False
+        return True
+
+    def time(self, rounds: Any) -> None:
+        """The rounds."""
+        clock = cpu_clock if self.device.type == "cpu" else cuda_clock
+        times = {r["arm"]: r["seconds"] for r in self.results}
+        interleave(self.calls, rounds, times, clock, {r["arm"]: r["sets"] for r in self.results})
+
+    def finish(self) -> list[Result]:
+        """The results of the arms that were timed, with what follows from their times; the buffers are let go."""
+        done = [r for r in self.results if r["seconds"]]
+        rates = {r["arm"]: r["bytes"] / np.array(r["seconds"]) / 1e9 for r in done}
+        streams = {r["shape"]: rates[r["arm"]] for r in done if r["arm"].startswith("ceiling: stream")}
+        main = next(iter(streams.values()), None)
+        fused = next((np.array(r["seconds"]) for r in done if r["arm"] == FUSED), None)
+        for r in done:
+            seconds, ceiling = np.array(r["seconds"]), streams.get(r["shape"], main)
+            median, low, high = np.quantile(seconds, [0.5, 0.2, 0.8])
+            is_arm = not r["arm"].startswith("ceiling")
+            ratio = fused / seconds if fused is not None and is_arm else None
+            r |= {
+                "ms_median": median * 1e3,
+                "ms_p20": low * 1e3,
+                "ms_p80": high * 1e3,
+                "gb_per_s": r["bytes"] / median / 1e9,
+                "of_ceiling": None if ceiling is None else float(np.median(rates[r["arm"]] / ceiling)),
+                "ratio_median": None if ratio is None else float(np.median(ratio)),
+                "ratio_min": None if ratio is None else float(ratio.min()),
+            }
+        for r in self.results:
+            r.pop("shape")
+        self.calls.clear()
+        self.sets = self.start = self.oracle = None
+        gc.collect()
+        return done
 
 
-def matches(title: str, got: dict[str, Tensor], bound: dict[str, Tensor], oracle: dict[str, Tensor]) -> bool:
-    """The tests' tolerance, as a boolean; ``bound`` has the dtypes of ``got``, in whose ulps it counts."""
-    try:
-        cases.assert_no_worse(got, bound, oracle)
-    except AssertionError as error:
-        console.print(f"[red]no match[/red] of {title}: {error}")
-        return False
-    return True
+# ---- what is shown and written
 
 
-def summary(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, float]:
-    """Quantiles of an arm's time, its bandwidth, and its ratios to torch fused on the same workload."""
-    fused = next(r for r in results if r["workload"] == result["workload"] and r["arm"] == FUSED)
-    seconds = np.array(result["seconds"])
-    ratios = np.array(fused["seconds"]) / seconds
-    median, low, high = np.quantile(seconds, [0.5, 0.2, 0.8])
-    return {
-        "ms_median": median * 1e3,
-        "ms_p20": low * 1e3,
-        "ms_p80": high * 1e3,
-        "gb_per_s": result["bytes"] / median / 1e9,
-        "ratio_median": float(np.median(ratios)),
-        "ratio_min": float(ratios.min()),
-    }
-
-
-def table(results: list[dict[str, Any]]) -> Table:
-    """One line per workload and arm."""
-    columns = ["workload", "tensors", "parameters", "arm", "ms (p20–p80)", "GB/s", "ratio (min)", "match"]
-    shown = Table(*columns)
+def table(results: list[Result]) -> Table:
+    """A line for each arm of a case, and for the ceilings."""
+    columns = ["arm", "dtypes", "ms (p20–p80)", "first\nms", "GB/s", "% of\nceiling", "ratio\n(min)", "host\nµs"]
+    shown = Table(*columns, "launches", "extra\nMB", "match", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in shown.columns:
         column.no_wrap = True
-        column.justify = "left" if column.header in ("workload", "arm") else "right"
-    last = None
+        column.justify = "left" if column.header in ("arm", "dtypes") else "right"
     for r in results:
-        if last not in (None, r["workload"]):
+        if r["arm"] == "ceiling: stream":
             shown.add_section()
-        new, last = r["workload"] != last, r["workload"]
+        cold = "" if r["sets"] == max(x["sets"] for x in results) or r["arm"].startswith("ceiling") else " (warm)"
+        match = "" if r["match"] is None else f"{'✓' if r['match'] else '✗'} {r['max_ulp']:.2f} ulp"
+        if r["match"] is None and not r["arm"].startswith("ceiling"):
+            match = "other rule"
         shown.add_row(
-            r["workload"] if new else "",
-            f"{r['tensors']:,}" if new else "",
-            f"{r['parameters']:,}" if new else "",
-            r["arm"],
+            r["arm"] + cold,
+            r["storage"],
             f"{r['ms_median']:.3g} ({r['ms_p20']:.3g}–{r['ms_p80']:.3g})",
+            number(r["first_ms"], ".3g"),
             f"{r['gb_per_s']:.1f}",
-            f"{r['ratio_median']:.2f} ({r['ratio_min']:.2f})",
-            f"{'✓' if r['match'] else '✗'} {r['max_ulp']:.2f} ulp",
+            number(r["of_ceiling"], ".0%").rstrip("%"),
+            "" if r["ratio_median"] is None else f"{r['ratio_median']:.2f} ({r['ratio_min']:.2f})",
+            number(r["host_us"], ".0f"),
+            number(r["launches"], ","),
+            "" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 1e6:.1f}",
+            match,
         )
     return shown
+
+
+def number(value: float | None, form: str) -> str:
+    """A cell; empty for what could not be measured."""
+    return "" if value is None else format(value, form)
+
+
+def save(report: dict[str, Any], as_json: Path | None, as_csv: Path | None, as_plot: Path | None) -> None:
+    """The files that were asked for."""
+    if as_json:
+        as_json.write_text(json.dumps(report, indent=1) + "\n")
+    rows = [{k: v for k, v in r.items() if k != "seconds"} | report["environment"] for r in report["results"]]
+    if as_csv:
+        with as_csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rows)
+    if as_plot and rows:
+        from bench.plot import bars
+
+        bars(report, as_plot)
+    for path in filter(None, (as_json, as_csv, as_plot if rows else None)):
+        console.print(f"wrote {path}")

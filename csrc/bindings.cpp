@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "step.h"
+#include "stream.h"
 
 #if defined(FUSED_ADAMW_CUDA)
 #include <c10/cuda/CUDAStream.h>
@@ -508,6 +509,20 @@ private:
 };
 #endif
 
+// stream_cpu of the bench's arrays.
+void stream(const std::vector<at::Tensor>& tensors, size_t written) {
+  std::vector<Array> arrays;
+  for (const at::Tensor& t : tensors) {
+    TORCH_CHECK_VALUE(t.is_cpu() && t.is_contiguous() && t.numel() == tensors[0].numel() &&
+                          t.numel() % kStreamBlock == 0,
+                      "stream takes contiguous CPU tensors of one length, a multiple of ", kStreamBlock);
+    arrays.push_back({static_cast<uint64_t*>(t.data_ptr()), t.element_size()});
+  }
+  TORCH_CHECK_VALUE(0 < written && written <= arrays.size(), "stream writes 1 to ", arrays.size(), " tensors");
+  py::gil_scoped_release release;
+  stream_cpu(arrays.data(), int(arrays.size()), int(written), tensors[0].numel() / kStreamBlock);
+}
+
 }  // namespace
 }  // namespace fused_adamw
 
@@ -532,6 +547,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("sum_squares", &CudaKernels::sum_squares)
       .def("scalars", &CudaKernels::scalars);
 #endif
+  m.def("stream", &stream);
   m.def("cpu_isas", [] {
     std::vector<std::string> names;
     for (const char* const* name = cpu_isas(); *name; ++name) names.emplace_back(*name);

@@ -39,21 +39,82 @@ if INTERPRETED:
 SHAPES: Shapes = [(), (0,), (3, 0), (1,), (7,), (8,), (9,), (63,), (64,), (65,), (17, 31), (8, 3, 3, 3), (2500,)]
 
 
-def gpt2_small() -> Shapes:
-    """The 148 parameters of GPT-2 small, 124.4 M elements."""
+# What one parameter group holds: its shapes, and the options in which it differs from the others.
+Groups = list[tuple[Shapes, dict[str, Any]]]
+
+
+def one_group(*parts: Shapes) -> Groups:
+    """All of these in a single group."""
+    return [(list(itertools.chain(*parts)), {})]
+
+
+def gpt2_small(layers: int) -> Groups:
+    """GPT-2 small: 148 parameters, 124.4 M elements."""
     block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,)]
     block += [(768, 3072), (3072,), (3072, 768), (768,)]
-    return [(50257, 768), (1024, 768), *itertools.chain(*[block] * 12), (768,), (768,)]
+    return one_group([(50257, 768), (1024, 768)], block * layers, [(768,), (768,)])
 
 
-# The lists that the bench times, and the tests step.
-WORKLOADS: dict[str, Callable[[], Shapes]] = {
-    "gpt2": gpt2_small,
-    "1000x1k": lambda: [(1000,)] * 1000,
-    "148x64": lambda: [(64,)] * 148,
-    "10000x64": lambda: [(64,)] * 10000,
-    "1x131k": lambda: [(131072,)],
-    "1x16M": lambda: [(1 << 24,)],
+def resnet50(layers: int) -> Groups:
+    """ResNet-50 (arXiv 1512.03385) with batch norms: 161 parameters, 25.6 M elements."""
+
+    def conv(out: int, into: int, size: int) -> Shapes:
+        return [(out, into, size, size), (out,), (out,)]
+
+    shapes, into = conv(64, 3, 7), 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(blocks):
+            shapes += conv(width, into, 1) + conv(width, width, 3) + conv(4 * width, width, 1)
+            shapes += conv(4 * width, into, 1) if i == 0 else []
+            into = 4 * width
+    return one_group(shapes, [(1000, 2048), (1000,)])
+
+
+def vit_b(layers: int) -> Groups:
+    """ViT-B/16 (arXiv 2010.11929) at 224 pixels: 152 parameters, 86.6 M elements."""
+    d = 768
+    block = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return one_group([(1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d)], block * layers, [(d,), (d,), (1000, d), (1000,)])
+
+
+def llama_7b(layers: int) -> Groups:
+    """Llama 7B (arXiv 2302.13971): 291 parameters, 6.74 G elements, of which 202 M in each of the 32 layers."""
+    d, hidden = 4096, 11008
+    layer = [(d, d)] * 4 + [(hidden, d), (hidden, d), (d, hidden), (d,), (d,)]
+    return one_group([(32000, d)], layer * layers, [(d,), (32000, d)])
+
+
+def mixture_of_experts(layers: int) -> Groups:
+    """OLMoE-1B-7B (arXiv 2409.02060), 64 experts a layer, with its widths divided by 8: 3219 parameters, 131 M."""
+    d, hidden, experts = 2048 // 8, 1024 // 8, 64
+    layer = [(d, d)] * 4 + [(d,)] * 4 + [(experts, d)] + [(hidden, d), (hidden, d), (d, hidden)] * experts
+    return one_group([(50304, d)], layer * layers, [(d,), (50304, d)])
+
+
+def one_group_each(layers: int) -> Groups:
+    """465 parameters, each in a group of its own with one of 28 settings: layer-wise rates, no decay of vectors."""
+    return [([(64,)], {"lr": 1e-3 * 0.8 ** (i % 14), "weight_decay": 0.1 * (i // 14 % 2)}) for i in range(465)]
+
+
+class Workload(NamedTuple):
+    """A list of parameters that the bench times, and the tests step."""
+
+    groups: Callable[[int], Groups]  # of so many of the layers
+    layers: int = 1
+
+
+WORKLOADS: dict[str, Workload] = {
+    "gpt2": Workload(gpt2_small, 12),
+    "resnet50": Workload(resnet50),
+    "vit-b": Workload(vit_b, 12),
+    "llama-7b": Workload(llama_7b, 32),
+    "moe": Workload(mixture_of_experts, 16),
+    "1000x1k": Workload(lambda layers: one_group([(1000,)] * 1000)),
+    "148x64": Workload(lambda layers: one_group([(64,)] * 148)),
+    "10000x64": Workload(lambda layers: one_group([(64,)] * 10000)),
+    "465-groups": Workload(one_group_each),
+    "1x131k": Workload(lambda layers: one_group([(131072,)])),
+    "1x16M": Workload(lambda layers: one_group([(1 << 24,)])),
 }
 
 # Options that torch.optim's class of the same name has too.

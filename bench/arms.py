@@ -1,0 +1,204 @@
+"""What is compared: the algorithms, our backends, and the peers, by name."""
+
+import importlib
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import fused_adamw
+from fused_adamw import backends
+
+ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-2}
+
+
+class Algorithm(NamedTuple):
+    """A class of fused_adamw, its options, and the class of torch.optim that moves the same bytes."""
+
+    ours: str
+    options: dict[str, Any]
+    torchs: str
+
+
+ALGORITHMS = {
+    "adamw": Algorithm("AdamW", ADAM, "AdamW"),
+    "amsgrad": Algorithm("AdamW", {**ADAM, "amsgrad": True}, "AdamW"),
+    "adam": Algorithm("Adam", ADAM, "Adam"),
+    "sgdw": Algorithm("SGDW", SGD, "SGD"),  # torch has no SGDW
+    "sgd": Algorithm("SGD", SGD, "SGD"),
+}
+# Dtypes of parameters (and gradients), and of the state; torch keeps the state in the parameters' dtype.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+    "fp16+fp32": (torch.float16, torch.float32),
+}
+SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FUSED = "torch fused"
+MOST_GRAPHS = 8  # groups that torch.compile is given: the compilation of 465 takes longer than all the rest
+
+Groups = list[dict[str, Any]]
+
+
+class Arm(NamedTuple):
+    """A way to step groups of parameters: ``make`` gives the optimizer, or raises what it lacks."""
+
+    name: str
+    make: Callable[[Groups], torch.optim.Optimizer]
+    graph: bool = False  # captured once as a CUDA graph, then replayed
+    compiled: bool = False  # step() goes through torch.compile
+    same_rule: bool = True  # else what it computes is not compared with the oracle
+
+
+class Missing(Exception):
+    """Why an arm cannot run here."""
+
+
+def ours(algorithm: Algorithm, state_dtype: torch.dtype, device: torch.device, everything: bool) -> list[Arm]:
+    """Our backends that step this device; PyTorch operators ("reference") only where everything is asked for."""
+    arms = []
+    for backend in backends.BACKENDS:
+        if (backend.devices and device.type not in backend.devices) or (backend.name == "reference" and not everything):
+            continue
+
+        def make(groups: Groups, capturable: bool, backend: str = backend.name) -> torch.optim.Optimizer:
+            dtypes = {p.dtype for group in groups for p in group["params"]} | {state_dtype}
+            if why := backends.named(backend).refuses(device, dtypes, capturable):
+                raise Missing(why)
+            more = {"capturable": True} if capturable else {}
+            cls = getattr(fused_adamw, algorithm.ours)
+            return cls(groups, **algorithm.options, state_dtype=state_dtype, backend=backend, **more)
+
+        arms += _with_graph(f"fused_adamw {backend.name}", make, device, backend.capturable)
+    return arms
+
+
+def _with_graph(name: str, make: Callable, device: torch.device, capturable: bool, **more: Any) -> list[Arm]:
+    arms = [Arm(name, lambda groups: make(groups, False), **more)]
+    if capturable and device.type == "cuda":
+        arms.append(Arm(f"{name}, graph", lambda groups: make(groups, True), graph=True, **more))
+    return arms
+
+
+TORCH = {
+    "fused": {"fused": True},
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "compiled": {"foreach": True},
+}
+
+
+def torchs(name: str, algorithm: Algorithm, device: torch.device) -> list[Arm]:
+    """One of torch.optim's implementations."""
+    cls = getattr(torch.optim, algorithm.torchs)
+    takes_capturable = algorithm.torchs != "SGD"
+
+    def make(groups: Groups, capturable: bool) -> torch.optim.Optimizer:
+        if name == "compiled" and len(groups) > MOST_GRAPHS:
+            raise Missing(f"it compiles every group apart, and here are {len(groups)}")
+        more = {"capturable": True} if capturable and takes_capturable else {}
+        return cls(groups, **algorithm.options, **TORCH[name], **more)
+
+    more = {"compiled": name == "compiled", "same_rule": algorithm.ours == algorithm.torchs}
+    return _with_graph(f"torch {name}", make, device, name == "fused", **more)
+
+
+class Peer(NamedTuple):
+    """Another project's optimizer: where it is, and its arguments, from ours, for the algorithms that it has."""
+
+    module: str
+    cls: str
+    devices: tuple[str, ...]
+    arguments: Callable[[dict[str, Any], torch.dtype], dict[str, Any]]
+    algorithms: tuple[str, ...] = ("adamw",)
+
+
+PEERS = {
+    "deepspeed-cpu": Peer(
+        "deepspeed.ops.adam",
+        "DeepSpeedCPUAdam",
+        ("cpu",),
+        lambda options, state: {**options, "adamw_mode": True, "fp32_optimizer_states": state is torch.float32},
+    ),
+    "deepspeed": Peer(
+        "deepspeed.ops.adam", "FusedAdam", ("cuda",), lambda options, state: {**options, "adam_w_mode": True}
+    ),
+    "apex": Peer("apex.optimizers", "FusedAdam", ("cuda",), lambda options, state: {**options, "adam_w_mode": True}),
+    "transformer-engine": Peer(
+        "transformer_engine.pytorch.optimizers",
+        "FusedAdam",
+        ("cuda",),
+        lambda options, state: {**options, "adam_w_mode": True, "exp_avg_dtype": state, "exp_avg_sq_dtype": state},
+    ),
+    "bitsandbytes": Peer("bitsandbytes.optim", "AdamW", ("cpu", "cuda"), lambda options, state: options),
+    "torchao": Peer("torchao.optim", "_AdamW", ("cpu", "cuda"), lambda options, state: options),
+    "optimi": Peer("optimi", "AdamW", ("cpu", "cuda"), lambda options, state: {**options, "kahan_sum": False}),
+    "flashoptim": Peer(
+        "flashoptim",
+        "FlashAdamW",
+        ("cuda",),
+        lambda options, state: {**options, "quantize": False},
+    ),
+}
+NAMES = [*TORCH, *PEERS]  # of what is not ours
+
+
+def peer(name: str, algorithm: str, state_dtype: torch.dtype, device: torch.device) -> list[Arm]:
+    """Another project's optimizer."""
+    found = PEERS[name]
+
+    def make(groups: Groups) -> torch.optim.Optimizer:
+        if device.type not in found.devices:
+            raise Missing(f"it steps tensors on {' and '.join(found.devices)}, not on {device.type}")
+        if algorithm not in found.algorithms:
+            raise Missing(f"it is compared for {', '.join(found.algorithms)} alone")
+        cls = getattr(importlib.import_module(found.module), found.cls)
+        return cls(groups, **found.arguments(ALGORITHMS[algorithm].options, state_dtype))
+
+    return [Arm(name, make)]
+
+
+def arms_of(
+    algorithm: str, state_dtype: torch.dtype, device: torch.device, against: list[str], reference: bool
+) -> list[Arm]:
+    """All arms of a case, ours first."""
+    found = ours(ALGORITHMS[algorithm], state_dtype, device, reference)
+    for name in against:
+        if name in TORCH:
+            found += torchs(name, ALGORITHMS[algorithm], device)
+        else:
+            found += peer(name, algorithm, state_dtype, device)
+    return found
+
+
+def step_of(arm: Arm, optimizers: list[torch.optim.Optimizer]) -> Callable[[], object]:
+    """What is timed: a step of the first optimizer, then of the next, and so on round."""
+    calls = []
+    for optimizer in optimizers:
+        call = optimizer.step
+        if arm.compiled:
+            call = torch.compile(optimizer.step)
+        if arm.graph:
+            call = captured(optimizer)
+        calls.append(call)
+    if len(calls) == 1:
+        return calls[0]
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def captured(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    """A replay of a CUDA graph of the step, after the three steps on a side stream that PyTorch asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay

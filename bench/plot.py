@@ -1,0 +1,76 @@
+"""The pictures: GB/s against size with the ceiling, bars against the peers."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+OURS, PEER, CEILING = "tab:blue", "tab:gray", "tab:red"
+
+
+def color_of(arm: str) -> str:
+    """Ours, the ceiling, or another's."""
+    return OURS if arm.startswith("fused_adamw") else CEILING if arm.startswith("ceiling") else PEER
+
+
+def bars(report: dict[str, Any], path: Path) -> None:
+    """For each case the GB/s of its arms, with whiskers from the 20th to the 80th percentile, and of the stream."""
+    cases: dict[tuple, list[dict[str, Any]]] = {}
+    for r in report["results"]:
+        if not r["arm"].startswith("ceiling"):
+            cases.setdefault((r["workload"], r["algorithm"], r["dtypes"]), []).append(r)
+    rows = sum(map(len, cases.values())) + len(cases)
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.27 * rows), dpi=150, layout="constrained")
+    y, ticks, labels = 0, [], []
+    for case, arms in cases.items():
+        axes.text(0, y, " · ".join(case), va="center", fontweight="bold", fontsize=9)
+        y += 1
+        for r in arms:
+            scale = r["gb_per_s"] * r["ms_median"]
+            low, high = scale / r["ms_p80"], scale / r["ms_p20"]
+            whiskers = [[r["gb_per_s"] - low], [high - r["gb_per_s"]]]
+            axes.barh(y, r["gb_per_s"], color=color_of(r["arm"]), xerr=whiskers, error_kw={"linewidth": 0.8})
+            ratio = "" if r["ratio_median"] is None else f"  {r['ratio_median']:.2f}×"
+            axes.text(max(r["gb_per_s"], high), y, f"{ratio}  {r['ms_median']:.3g} ms", va="center", fontsize=7)
+            ticks.append(y)
+            labels.append(r["arm"])
+            y += 1
+        for stream in (r for r in report["results"] if (r["workload"], r["algorithm"], r["dtypes"]) == case):
+            if stream["arm"] == "ceiling: stream":
+                axes.vlines(stream["gb_per_s"], y - len(arms) - 0.5, y - 0.5, color=CEILING, linewidth=1.5)
+    axes.set_yticks(ticks, labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set(
+        xlabel="GB/s of a full step(); red: a stream of the same reads and writes; ×: times as fast as torch fused"
+    )
+    finish(figure, report, path)
+
+
+def curves(report: dict[str, Any], path: Path) -> None:
+    """GB/s against the bytes that a step moves, with the ceiling."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    for r in report["results"]:
+        series.setdefault(r["arm"], []).append(r)
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=150, layout="constrained")
+    for arm, rows in series.items():
+        x, y = [r["bytes"] / 1e6 for r in rows], [r["gb_per_s"] for r in rows]
+        style = "--" if arm == "ceiling: copy" else "-"
+        axes.plot(x, y, style, marker=".", color=color_of(arm), label=arm)
+    axes.set(xscale="log", yscale="log", xlabel="MB moved by a step of one tensor", ylabel="GB/s")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    finish(figure, report, path)
+
+
+def finish(figure: Any, report: dict[str, Any], path: Path) -> None:
+    """The machine as the title, and the file."""
+    head = report["environment"]
+    machine = head.get("GPU") or f"{head['CPU']}, {head['threads'].split(',')[0]} threads"
+    version = f"torch {head['torch'].split(',')[0]}, fused_adamw {head['fused_adamw'].split(', backend')[0]}"
+    figure.suptitle(f"{machine}; {version}; {head['date'][:10]}", fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)

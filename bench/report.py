@@ -1,0 +1,98 @@
+"""The table of README: the cases that matter, measured in several processes one after the other, as Markdown."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.arms import FUSED
+from bench.timing import console
+
+# What one run measures: workloads, algorithms, dtypes, and whom to compare with beside torch fused.
+RUNS = (
+    (["gpt2"], ["adamw", "amsgrad", "sgdw"], ["fp32"], []),
+    (["gpt2"], ["adamw"], ["bf16", "bf16+fp32"], ["deepspeed-cpu"]),
+    (["1000x1k", "1x131k", "148x64", "10000x64", "465-groups"], ["adamw"], ["fp32"], []),
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, unless there are files already, and print the table."""
+    try:
+        reports = [read(path) for path in args.files] if args.files else measured(args)
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"not a file of python -m bench step --json: {error}") from None
+    text = markdown(reports)
+    if args.out:
+        args.out.write_text(text)
+        console.print(f"wrote {args.out}")
+    else:
+        print(text, end="")
+    if args.plot:
+        from bench.plot import bars
+
+        first = {tuple(key(r)): r for report in reversed(reports) for r in report["results"]}
+        bars({**reports[0], "results": list(first.values())}, args.plot)
+        console.print(f"wrote {args.plot}")
+    return 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of ``python -m bench step --json``."""
+    report = json.loads(path.read_text())
+    return {"environment": report["environment"], "results": report["results"], "skipped": report["skipped"]}
+
+
+def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What ``python -m bench step`` gives, in a fresh process for each of ``--runs`` runs of each part."""
+    reports = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "step.json"
+        for _ in range(args.runs):
+            for workloads, algorithms, dtypes, against in RUNS:
+                chosen = [w for w in workloads if not args.workload or w in args.workload]
+                if not chosen:
+                    continue
+                command = [sys.executable, "-m", "bench", "step", "--json", str(file), "--rounds", str(args.rounds)]
+                command += ["--workload", *chosen, "--algorithm", *algorithms, "--dtype", *dtypes]
+                command += ["--against", "fused", *against]
+                command += ["--threads", str(args.threads)] if args.threads else []
+                command += ["--device", args.device] if args.device else []
+                done = subprocess.run(command, stdout=sys.stderr)
+                if done.returncode not in (0, 1) or not file.exists():
+                    raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+                reports.append(read(file))
+                file.unlink()
+    return reports
+
+
+def key(result: dict[str, Any]) -> tuple[str, ...]:
+    """What rows of several runs have in common."""
+    return result["workload"], result["algorithm"], result["dtypes"], result["arm"]
+
+
+def markdown(reports: list[dict[str, Any]]) -> str:
+    """Every row with what each run gave, side by side."""
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for report in reports:
+        for r in report["results"]:
+            rows.setdefault(key(r), []).append(r)
+    head = reports[0]["environment"]
+    lines = [f"{name}: {value}  " for name, value in head.items()]
+    lines += ["", "| workload | algorithm | dtypes | | ms | GB/s | of ceiling | times torch fused | match |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for (workload, algorithm, dtypes, arm), found in rows.items():
+        cells = [workload, algorithm, dtypes, arm]
+        cells.append(" · ".join(f"{r['ms_median']:.3g}" for r in found))
+        cells.append(" · ".join(f"{r['gb_per_s']:.1f}" for r in found))
+        cells.append(" · ".join("" if r["of_ceiling"] is None else f"{r['of_ceiling']:.0%}" for r in found))
+        ratios = [r["ratio_median"] for r in found]
+        cells.append("" if None in ratios or arm == FUSED else " · ".join(f"{ratio:.2f}" for ratio in ratios))
+        cells.append("" if found[0]["match"] is None else "✓" if all(r["match"] for r in found) else "✗")
+        lines.append(f"| {' | '.join(cells)} |")
+    skipped = dict.fromkeys((s["arm"], s["reason"]) for report in reports for s in report["skipped"])
+    lines += ["", *(f"Skipped: {arm}: {why}" for arm, why in skipped)] if skipped else []
+    return "\n".join(lines) + "\n"
