@@ -42,7 +42,7 @@ def bars(report: dict[str, Any], path: Path) -> None:
             if stream["arm"] == "ceiling: stream":
                 axes.vlines(stream["gb_per_s"], y - len(arms) - 0.5, y - 0.5, color=CEILING, linewidth=1.5)
     axes.set_yticks(ticks, labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(y, -1)
     axes.margins(x=0.2)
     axes.set(
         xlabel="GB/s of a full step(); red: a stream of the same reads and writes; ×: times as fast as torch fused"

@@ -1,26 +1,38 @@
 """Smoke runs of the bench: what it prints and writes, never how fast anything is."""
 
+import csv
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+import fused_adamw
+from bench import measures, step
 from bench.__main__ import main
+from bench.arms import ALGORITHMS, PEERS, TORCH, Arm, arms_of
+from bench.timing import last_level_cache
+from fused_adamw import backends
+from tests import cases
 
 ROOT = Path(__file__).parent.parent
 
 
-def bench(*argv: str) -> str:
+def bench(*argv: str, strict: bool = True) -> str:
     """Output of the bench in a process of its own, which may pin its threads and set their number."""
-    command = [sys.executable, "-W", "error", "-m", "bench", *argv]
+    command = [sys.executable, *(["-W", "error"] if strict else []), "-m", "bench", *argv]
     environment = {**os.environ, "OMP_PROC_BIND": "false"}  # the tests share their CPUs
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -33,26 +45,299 @@ def test_demo(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_step(tmp_path: Path, dtype: str) -> None:
-    file = tmp_path / "step.json"
-    workloads = ["148x64", "1x131k"] if dtype == "float32" else ["148x64"]
-    options = ["--rounds", "2", "--all", "--threads", "1", "--dtype", dtype, "--json", str(file)]
-    out = bench("step", "--workload", *workloads, *options)
-    assert "✓" in out
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """A run in this process sets the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def options(tmp_path: Path, *more: str) -> list[str]:
+    files = [f"--{kind}={tmp_path / 'step.'}{kind}" for kind in ("json", "csv")]
+    return ["--rounds", "2", "--threads", "1", *files, *more]
+
+
+def test_step(tmp_path: Path) -> None:
+    out = bench("step", "--workload", "1x131k", *options(tmp_path, f"--plot={tmp_path / 'step.png'}"))
     assert "✗" not in out
-    report = json.loads(file.read_text())
+    for text in (
+        "threads",
+        "commit",
+        "28 bytes an element: read p fp32, g fp32, m fp32, v fp32; write p fp32",
+        "cold: ",
+    ):
+        assert text in out
+    report = json.loads((tmp_path / "step.json").read_text())
     assert report["environment"]["threads"].startswith("1,")
-    assert report["copy_gb_per_s"] > 0
-    arms = {"fused_adamw", "torch fused", "torch for-loop", "torch foreach"}
-    if dtype == "bfloat16":
-        arms.add("fused_adamw, state too")
-    assert {(r["workload"], r["arm"]) for r in report["results"]} == {(w, a) for w in workloads for a in arms}
-    for result in report["results"]:
-        assert result["match"]
-        assert len(result["seconds"]) == 2
-        if result["arm"] == "fused_adamw":
-            assert result["bytes"] == (28 if dtype == "float32" else 22) * result["parameters"]
+    arms = ["fused_adamw cpu", "torch fused", "ceiling: stream", "ceiling: copy"]
+    assert [r["arm"] for r in report["results"]] == arms
+    for r in report["results"]:
+        assert len(r["seconds"]) == 2
+        assert r["gb_per_s"] > 0
+        assert r["of_ceiling"] > 0
+    ours, fused = report["results"][:2]
+    assert ours["match"]
+    assert fused["match"]
+    assert ours["bytes"] == fused["bytes"] == 28 * 131072
+    assert ours["launches"] == 1
+    assert ours["host_us"] > 0
+    assert ours["first_ms"] > 0
+    assert ours["extra_bytes"] < 1024
+    assert ours["sets"] * 16 * 131072 > last_level_cache(torch.device("cpu"))
+    assert ours["ratio_median"] == pytest.approx(np.median(np.divide(fused["seconds"], ours["seconds"])))
+    with (tmp_path / "step.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["arm"] for r in rows] == arms
+    assert all(r["CPU"] == report["environment"]["CPU"] for r in rows)
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_step_of_other_algorithms_and_dtypes(tmp_path: Path) -> None:
+    dtypes = {"bf16": ("bf16", 14, 10), "bf16+fp32": ("bf16+fp32", 22, 14)}
+    argv = ["--workload", "465-groups", "--algorithm", "adamw", "sgdw", "--dtype", *dtypes, "--warm"]
+    out = bench("step", *argv, *options(tmp_path))
+    assert "✗" not in out
+    assert "warm" in out
+    report = json.loads((tmp_path / "step.json").read_text())
+    ours = {(r["algorithm"], r["dtypes"]): r for r in report["results"] if r["arm"] == "fused_adamw cpu"}
+    for name, (storage, adamw, sgdw) in dtypes.items():
+        for algorithm, size in (("adamw", adamw), ("sgdw", sgdw)):
+            r = ours[algorithm, name]
+            assert r["match"]
+            assert (r["storage"], r["bytes"], r["sets"]) == (storage, size * r["parameters"], 1)
+            streams = {x["formula"] for x in report["results"] if x["arm"].startswith("ceiling: stream")}
+            assert r["formula"] in streams
+    assert {(r["tensors"], r["groups"], r["sets"]) for r in report["results"]} == {(465, 465, 1)}
+    fused = {r["algorithm"]: r for r in report["results"] if r["arm"] == "torch fused"}
+    assert fused["adamw"]["match"]
+    assert fused["sgdw"]["match"] is None  # SGD: torch has no SGDW
+    assert fused["adamw"]["storage"] == "bf16"
+
+
+@pytest.mark.slow
+def test_step_against_all(tmp_path: Path) -> None:
+    """Every peer is there, or is skipped with the reason."""
+    out = bench("step", "--workload", "1x131k", "--all", *options(tmp_path), strict=False)
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert {s["arm"] for s in report["skipped"]} | {r["arm"] for r in report["results"]} >= {
+        *PEERS,
+        *(f"torch {name}" for name in TORCH),
+        "fused_adamw reference",
+    }
+    assert "skipped: apex: it steps tensors on cuda, not on cpu" in out
+    extra = {r["arm"]: r["extra_bytes"] for r in report["results"]}
+    assert extra["torch for-loop"] >= 131072 * 4
+    assert extra["torch fused"] < 1024
+    assert all(r["match"] for r in report["results"] if r["arm"].startswith(("fused_adamw", "torch ")))
+
+
+@pytest.mark.gpu
+def test_step_on_a_gpu(tmp_path: Path) -> None:
+    out = bench("step", "--workload", "465-groups", "1x131k", *options(tmp_path, "--device", "cuda"))
+    assert "✗" not in out
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert "CUDA" in report["environment"]["GPU"]
+    arms = {"fused_adamw triton", "fused_adamw triton, graph", "torch fused", "torch fused, graph", "ceiling: stream"}
+    for workload in ("465-groups", "1x131k"):
+        found = {r["arm"]: r for r in report["results"] if r["workload"] == workload}
+        assert found.keys() >= arms
+        for arm in arms - {"ceiling: stream"}:
+            assert found[arm]["match"]
+            assert found[arm]["host_us"] > 0
+            assert found[arm]["ms_median"] > 0
+        assert found["ceiling: copy"]["gb_per_s"] > 0
+
+
+@pytest.mark.gpu
+def test_limit_on_a_gpu() -> None:
+    assert "fused_adamw triton" in bench("limit", "--device", "cuda", "--rounds", "1", "--largest", "16384")
+
+
+def test_limit(tmp_path: Path) -> None:
+    plot = tmp_path / "limit.png"
+    argv = ["--largest", "16384", "--dtype", "bf16+fp32", f"--plot={plot}"]
+    out = bench("limit", *argv, *options(tmp_path))
+    assert "22 bytes an element" in out
+    assert "16,384" in out
+    rows = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert {(r["parameters"], r["arm"]) for r in rows} == {
+        (n, a) for n in (4096, 16384) for a in ("fused_adamw cpu", "torch fused", "ceiling: stream", "ceiling: copy")
+    }
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_report(tmp_path: Path) -> None:
+    """Runs of its own, then the same from files."""
+    out = bench("report", "--runs", "2", "--rounds", "2", "--workload", "1x131k", "--threads", "1")
+    (row,) = [line for line in out.splitlines() if line.startswith("| 1x131k | adamw | fp32 | fused_adamw cpu |")]
+    assert row.endswith("| ✓ |")
+    assert row.count(" · ") == 4  # two runs: of ms, GB/s, % and the ratio
+    bench("step", "--workload", "1x131k", *options(tmp_path))
+    file, target, plot = tmp_path / "step.json", tmp_path / "table.md", tmp_path / "report.png"
+    bench("report", str(file), str(file), "--out", str(target), "--plot", str(plot))
+    assert "| 1x131k | adamw | fp32 | torch fused |" in target.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    file.write_text("{}")
+    with pytest.raises(SystemExit, match="not a file of python -m bench step --json"):
+        main(["report", str(file)])
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, threads) -> None:
+    """Ctrl-C in the second round: the first is printed and written."""
+    true = step.progress_range
+
+    def interrupted(rounds: int, advance: Callable[[str], None]) -> Iterator[int]:
+        for i in true(rounds, advance):
+            if i == 1:
+                raise KeyboardInterrupt
+            yield i
+
+    monkeypatch.setattr(step, "progress_range", interrupted)
+    assert main(["step", "--workload", "148x64", "1x131k", "--warm", *options(tmp_path)]) == 130
+    out = capsys.readouterr().out
+    assert "interrupted: above is what was measured so far" in out
+    assert "torch fused" in out
+    results = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert {r["workload"] for r in results} == {"148x64"}
+    assert all(len(r["seconds"]) == 1 for r in results)
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, threads) -> None:
+    monkeypatch.setattr(step, "available_memory", lambda device: 1 << 20)
+    assert main(["step", "--workload", "llama-7b", *options(tmp_path)]) == 1
+    assert "skipped: llama-7b, adamw, fp32: needs" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_layers_are_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = step.Bench.__new__(step.Bench)
+    fits.case, fits.device, fits.warm = step.Case("llama-7b", "adamw", "fp32"), torch.device("cpu"), False
+    fits.dtype, fits.state_dtype = torch.float32, torch.float32
+    found = []
+    for gigabytes in (20, 80, 640):
+        monkeypatch.setattr(step, "available_memory", lambda device, n=gigabytes: n << 30)
+        assert fits._fit([Arm("fused_adamw cpu", dict), Arm("torch fused", dict)]) == ""
+        found.append(fits.layers)
+    assert found[0] < found[1] < found[2] == 32
+
+
+def test_a_wrong_step_does_not_match() -> None:
+    """The oracle of the match column, given ours, torch's, and one whose second moment forgets too fast."""
+    groups = cases.WORKLOADS["465-groups"].groups(1)
+    start = cases.parameters([shape for shapes, _ in groups for shape in shapes])
+    cases.set_gradients(start, 0)
+    oracle = measures.Oracle(start, groups, ALGORITHMS["adamw"])
+    verdicts = []
+    for cls, options in (
+        (fused_adamw.AdamW, {}),
+        (torch.optim.AdamW, {"fused": True}),
+        (fused_adamw.AdamW, {"betas": (0.9, 0.99)}),
+        (fused_adamw.AdamW, {"eps": 1e-6}),
+    ):
+        params = cases.parameters([shape for shapes, _ in groups for shape in shapes])
+        cases.set_gradients(params, 0)
+        optimizer = cls(measures.grouped(params, groups), **{**ALGORITHMS["adamw"].options, **options})
+        for _ in measures.checked_steps(params):
+            optimizer.step()
+        verdicts.append(oracle.judge("", optimizer)[0])
+    assert verdicts == [True, True, False, False]
+
+
+def test_peers_that_fail_are_skipped_and_ours_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = step.Case("1x131k", "adamw", "fp32")
+    device = torch.device("cpu")
+    monkeypatch.setitem(PEERS, "optimi", PEERS["optimi"]._replace(module="no.such.module"))
+    (arm,) = arms_of("adamw", torch.float32, device, ["optimi"], False)[1:]
+    report = {"skipped": [], "results": []}
+    step.measure(case, [arm], device, 1, True, report)
+    (skipped,) = report["skipped"]
+    assert "No module named 'no'" in skipped["reason"]
+
+    def broken(groups):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        step.measure(case, [Arm("fused_adamw cpu", broken)], device, 1, True, report)
+
+
+@pytest.mark.parametrize("dtypes", [("float32",) * 4, ("bfloat16", "float32", "float32", "bfloat16")])
+@pytest.mark.parametrize("written", [1, 3, 4])
+def test_stream(dtypes: tuple[str, ...], written: int, one_thread_then_two) -> None:
+    """Each line of 64 bytes that is written gains the sum of all lines of its block of 64 elements in all arrays."""
+    native = backends.native()
+    blocks = 37
+    for _ in one_thread_then_two:
+        arrays = [torch.empty(64 * blocks, dtype=getattr(torch, d)) for d in dtypes]
+        lines = [t.view(torch.int64).view(blocks, -1, 8) for t in arrays]
+        for i, t in enumerate(lines):
+            t.copy_(torch.arange(t.numel()).view(t.shape) * (i + 1))
+        before = [t.clone() for t in lines]
+        total = sum(t.sum(1, keepdim=True) for t in before)
+        native.stream(arrays, written)
+        for i, (t, was) in enumerate(zip(lines, before, strict=True)):
+            assert torch.equal(t, was + total if i < written else was)
+
+
+def test_stream_refuses() -> None:
+    native = backends.native()
+    with pytest.raises(ValueError, match="a multiple of 64"):
+        native.stream([torch.zeros(65)], 1)
+    with pytest.raises(ValueError, match="of one length"):
+        native.stream([torch.zeros(64), torch.zeros(128)], 1)
+    with pytest.raises(ValueError, match="writes 1 to 1 tensors"):
+        native.stream([torch.zeros(64)], 2)
+
+
+@pytest.fixture
+def one_thread_then_two(threads: None) -> Iterator[int]:
+    def each() -> Iterator[int]:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            yield n
+
+    return each()
+
+
+# What the papers and torchvision say that these models have.
+SIZES = {
+    "gpt2": (148, 124_439_808),
+    "resnet50": (161, 25_557_032),
+    "vit-b": (152, 86_567_656),
+    "llama-7b": (291, 6_738_415_616),
+    "moe": (3219, 130_892_032),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_models_have_the_sizes_of_the_models(name: str) -> None:
+    workload = cases.WORKLOADS[name]
+    shapes = [shape for shapes, _ in workload.groups(workload.layers) for shape in shapes]
+    assert (len(shapes), sum(map(math.prod, shapes))) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", cases.WORKLOADS)
+def test_every_workload_is_stepped_right(name: str, target: cases.Target) -> None:
+    """The lists that are timed, in their groups, with every dimension cut to 5."""
+    workload = cases.WORKLOADS[name]
+    groups = [([tuple(min(n, 5) for n in s) for s in shapes], own) for shapes, own in workload.groups(workload.layers)]
+    shapes = [shape for shapes, _ in groups for shape in shapes]
+    stepped = []
+    for make, dtype, device in (
+        (partial(fused_adamw.AdamW, backend=target.backend), torch.float32, target.device),
+        (partial(torch.optim.AdamW, foreach=False), torch.float32, "cpu"),
+        (partial(torch.optim.AdamW, foreach=False), torch.float64, "cpu"),
+    ):
+        params = cases.parameters(shapes, dtype, device)
+        optimizer = make(measures.grouped(params, groups))
+        for t in range(2):
+            cases.set_gradients(params, t)
+            optimizer.step()
+        found = cases.tensors_of(optimizer)
+        names = ("p", "exp_avg", "exp_avg_sq")
+        stepped.append({n: torch.cat([t.flatten() for k, t in found.items() if k.endswith(f".{n}")]) for n in names})
+    cases.assert_no_worse(*stepped)
 
 
 def test_host() -> None:
@@ -67,7 +352,11 @@ def test_host() -> None:
     [
         ([], "the following arguments are required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
-        (["step", "--workload", "gpt3"], "no workload 'gpt3': there are gpt2, 1000x1k"),
+        (["step", "--workload", "gpt3"], "no workload 'gpt3': there are gpt2, resnet50"),
+        (["step", "--algorithm", "lion"], "invalid choice: 'lion'"),
+        (["step", "--against", "nobody"], "invalid choice: 'nobody'"),
+        (["limit", "--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["report", "no/such/file.json"], "no/such/file.json is not a file"),
         (["step", "--rounds", "0"], "0 is not a whole number of at least 1"),
         (["step", "--json", "no/such/folder/file.json"], "is not a file name in a directory that exists"),
         (["demo", "--steps", "-1"], "-1 is not a whole number of at least 1"),
