@@ -1,1 +1,2 @@
-"""What fused_adamw gains: ``python -m bench demo`` trains a model, ``python -m bench step`` times optimizer steps."""
+"""What fused_adamw gains: ``step`` times optimizer steps, ``host`` their host time, ``limit`` the memory beside a step,
+``report`` makes a table of several runs, ``demo`` trains a model."""
