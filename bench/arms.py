@@ -201,4 +201,8 @@ def captured(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    return graph.replay
+
+    def replay(keep: torch.optim.Optimizer = optimizer) -> None:  # the graph uses the optimizer's memory
+        graph.replay()
+
+    return replay
