@@ -51,6 +51,7 @@ class Arm(NamedTuple):
     graph: bool = False  # captured once as a CUDA graph, then replayed
     compiled: bool = False  # step() goes through torch.compile
     same_rule: bool = True  # else what it computes is not compared with the oracle
+    foreign: bool = False  # another project's: its state may mean something else, and it may fail as it likes
 
 
 class Missing(Exception):
@@ -158,7 +159,7 @@ def peer(name: str, algorithm: str, state_dtype: torch.dtype, device: torch.devi
         cls = getattr(importlib.import_module(found.module), found.cls)
         return cls(groups, **found.arguments(ALGORITHMS[algorithm].options, state_dtype))
 
-    return [Arm(name, make)]
+    return [Arm(name, make, foreign=True)]
 
 
 def arms_of(

@@ -74,10 +74,14 @@ class Oracle:
         stepped = cases.tensors_of(optimizer)
         return {f"{places[key.split('.')[0]]}.{key.split('.')[1]}": t for key, t in stepped.items()}
 
-    def judge(self, title: str, optimizer: torch.optim.Optimizer) -> tuple[bool, float]:
-        """Whether a stepped optimizer is within the tests' tolerance, and the largest error of a parameter in ulp."""
+    def judge(self, title: str, optimizer: torch.optim.Optimizer, state: bool = True) -> tuple[bool, float]:
+        """Whether a stepped optimizer is within the tests' tolerance, and the largest error of a parameter in ulp.
+
+        Without ``state`` the parameters alone are compared.
+        """
         got = {key: sample(t) for key, t in cases.tensors_of(optimizer).items() if key in self.truth}
         got = {key: t for key, t in got.items() if t.is_floating_point() and t.shape == self.truth[key].shape}
+        got = {key: t for key, t in got.items() if state or key.endswith(".p")}
         truth = {key: self.truth[key] for key in got}
         for dtype in {t.dtype for t in got.values()} - self.bounds.keys():
             self.bounds[dtype] = self._stepped(dtype, self.algorithm.ours != self.algorithm.torchs)

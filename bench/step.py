@@ -42,8 +42,9 @@ cold: the calls go round so many sets of buffers that the caches would have to b
 first ms: the first step, with what it compiles and allocates. host µs: {{host}}.
 launches: {{launches}}.
 extra MB: the most that torch's allocator handed out during a step.
-match: after {measures.CHECKED_STEPS} steps of the timed list, parameters and moments of up to 32 of its tensors are as
-near to the float64 result as those of torch's for-loop, within 1 ulp; beside it the largest error of a parameter."""
+match: after {measures.CHECKED_STEPS} steps of the timed list, parameters and moments (of other projects, the parameters
+alone) of up to 32 of its tensors are as near to the float64 result as those of torch's for-loop, within 1 ulp; beside
+it a parameter's largest error."""
 HOST = {
     "cpu": "a step of the same list with tensors of one element",
     "cuda": "until the call returns",
@@ -126,25 +127,27 @@ def measure(case: Case, arms: list[Arm], device: torch.device, rounds: int, warm
         def advance(what: str) -> None:
             progress.update(task, advance=1, description=f"{case}: {what}")
 
-        runnable, host = [], {}
-        for arm in arms:
+        def tried(arm: Arm, call: Callable[..., Any], *args: Any) -> Any:
+            """The value of a call; where the arm cannot do it, None, and a line that says why it is skipped."""
             advance(arm.name)
             try:
-                host[arm.name] = probe(arm, case, device)
-                runnable.append(arm)
+                return call(arm, *args)
             except Exception as error:
-                if arm.name.startswith("fused_adamw") and not isinstance(error, Missing):
+                if not (arm.foreign or isinstance(error, Missing)):
                     raise
                 why = str(error) if isinstance(error, Missing) else measures.first_line(error)
                 report["skipped"].append({"case": str(case), "arm": arm.name, "reason": why})
+                return None
+
+        probed = {arm.name: tried(arm, probe, case, device) for arm in arms}
+        runnable = [arm for arm in arms if probed[arm.name] is not None]
         bench = Bench(case, runnable, device, warm)
         if bench.refusal:
             report["skipped"].append({"case": str(case), "arm": str(case), "reason": bench.refusal})
             return
         try:
             for arm in runnable:
-                advance(arm.name)
-                bench.prepare(arm, host[arm.name])
+                tried(arm, bench.prepare, *probed[arm.name])
             bench.add_ceilings()
             progress.update(task, total=2 * len(runnable) + rounds, completed=2 * len(runnable))
             bench.time(progress_range(rounds, advance))
@@ -163,8 +166,8 @@ def progress_range(rounds: int, advance: Callable[[str], None]) -> Any:
         yield i
 
 
-def probe(arm: Arm, case: Case, device: torch.device) -> float | None:
-    """Microseconds of host time on the CPU; raises what the arm lacks, before anything large is allocated."""
+def probe(arm: Arm, case: Case, device: torch.device) -> tuple[float | None]:
+    """Microseconds of host time, on the CPU; raises what the arm lacks, before anything large is allocated."""
     workload = cases.WORKLOADS[case.workload]
     like = workload.groups(1) if device.type == "cuda" or arm.compiled else workload.groups(workload.layers)
     count = sum(len(shapes) for shapes, _ in like)
@@ -172,9 +175,9 @@ def probe(arm: Arm, case: Case, device: torch.device) -> float | None:
     cases.set_gradients(params, 0)
     optimizer = arm.make(measures.grouped(params, like))
     if arm.compiled:
-        return None
+        return (None,)
     optimizer.step()
-    return measures.host_microseconds(optimizer.step, device) if device.type == "cpu" else None
+    return (measures.host_microseconds(optimizer.step, device) if device.type == "cpu" else None,)
 
 
 class Bench:
@@ -251,7 +254,9 @@ class Bench:
             self._synchronize()
             if i == 0:
                 first_ms = (time.perf_counter() - begun) * 1e3
-        match, worst = self.oracle.judge(f"{self.case}, {arm.name}", first) if arm.same_rule else (None, None)
+        match, worst = None, None
+        if arm.same_rule:
+            match, worst = self.oracle.judge(f"{self.case}, {arm.name}", first, state=not arm.foreign)
         optimizers = [first]
         # A compiled step is compiled anew for each optimizer: it stays with one set of buffers, and so warm.
         for params in [] if arm.compiled else self.sets[1:]:
@@ -262,6 +267,9 @@ class Bench:
         call()
         if self.device.type == "cuda":
             host = measures.host_microseconds(call, self.device)
+        # Counting on the CPU keeps torch.compile from compiling, for good where another project calls it.
+        countable = self.device.type == "cuda" or not (arm.compiled or arm.foreign)
+        launches = measures.quietly(lambda: measures.launches(first, call, self.device)) if countable else None
         shape = stream.shape_of(first)
         self.calls[arm.name] = call
         self.results.append(
@@ -274,9 +282,7 @@ class Bench:
                 sets=len(optimizers),
                 first_ms=first_ms,
                 host_us=host,
-                launches=None
-                if arm.compiled
-                else measures.quietly(lambda: measures.launches(first, call, self.device)),
+                launches=launches,
                 extra_bytes=measures.quietly(lambda: measures.extra_bytes(call, self.device)),
                 match=match,
                 max_ulp=worst,

@@ -251,13 +251,19 @@ def test_peers_that_fail_are_skipped_and_ours_are_not(monkeypatch: pytest.Monkey
     monkeypatch.setitem(PEERS, "optimi", PEERS["optimi"]._replace(module="no.such.module"))
     (arm,) = arms_of("adamw", torch.float32, device, ["optimi"], False)[1:]
     report = {"skipped": [], "results": []}
-    step.measure(case, [arm], device, 1, True, report)
-    (skipped,) = report["skipped"]
-    assert "No module named 'no'" in skipped["reason"]
+    made = []
 
     def broken(groups):
         raise RuntimeError("broken")
 
+    def broken_later(groups):
+        made.append(groups)
+        return torch.optim.AdamW(groups) if len(made) == 1 else broken(groups)
+
+    step.measure(case, [arm, Arm("later", broken_later, foreign=True)], device, 1, True, report)
+    assert "No module named 'no'" in report["skipped"][0]["reason"]
+    assert report["skipped"][1]["reason"] == "RuntimeError: broken"
+    assert report["results"] == []
     with pytest.raises(RuntimeError, match="broken"):
         step.measure(case, [Arm("fused_adamw cpu", broken)], device, 1, True, report)
 
