@@ -518,7 +518,9 @@ void stream(const std::vector<at::Tensor>& tensors, size_t written) {
                       "stream takes contiguous CPU tensors of one length, a multiple of ", kStreamBlock);
     arrays.push_back({static_cast<uint64_t*>(t.data_ptr()), t.element_size()});
   }
-  TORCH_CHECK_VALUE(0 < written && written <= arrays.size(), "stream writes 1 to ", arrays.size(), " tensors");
+  TORCH_CHECK_VALUE(arrays.size() <= kMaxArrays, "stream takes up to ", kMaxArrays, " tensors");
+  TORCH_CHECK_VALUE(0 < written && written <= arrays.size(), "stream writes 1 to ", arrays.size(),
+                    " tensors");
   py::gil_scoped_release release;
   stream_cpu(arrays.data(), int(arrays.size()), int(written), tensors[0].numel() / kStreamBlock);
 }

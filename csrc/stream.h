@@ -6,6 +6,7 @@
 namespace fused_adamw {
 
 constexpr int64_t kStreamBlock = 64;  // elements
+constexpr int kMaxArrays = 8;
 
 // An array of `blocks` * kStreamBlock elements of `width` bytes each.
 struct Array {

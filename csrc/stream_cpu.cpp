@@ -8,27 +8,70 @@
 namespace fused_adamw {
 namespace {
 
-constexpr int kWords = 8;  // of a cache line
+#if defined(__GNUC__)
+#define FUSED_INLINE inline __attribute__((always_inline))
+typedef uint64_t Vector __attribute__((vector_size(16), aligned(8)));
+#else
+#define FUSED_INLINE inline
+struct Vector {
+  uint64_t low, high;
+  Vector operator+(Vector other) const { return {low + other.low, high + other.high}; }
+};
+#endif
 
-void run(const Array* arrays, int n, int written, int64_t first, int64_t last) {
+// One or two cache lines, in vectors that the processor has registers for: the sums stay in four of them.
+template <class V> struct Lines {
+  V v[4];
+  FUSED_INLINE void add(const Lines& x) {
+    for (int k = 0; k < 4; ++k) v[k] = v[k] + x.v[k];
+  }
+};
+template <class V> FUSED_INLINE Lines<V> halves_swapped(const Lines<V>& x) {
+  return {{x.v[2], x.v[3], x.v[0], x.v[1]}};
+}
+
+template <class V>
+FUSED_INLINE void run(const Array* arrays, int n, int written, int64_t first, int64_t last) {
+  struct Place {
+    Lines<V>* at;
+    int64_t count;  // in a block
+  } places[kMaxArrays];
+  for (int a = 0; a < n; ++a) {
+    const int64_t count = arrays[a].width * kStreamBlock / int64_t(sizeof(Lines<V>));
+    places[a] = {reinterpret_cast<Lines<V>*>(arrays[a].data) + first * count, count};
+  }
   for (int64_t b = first; b < last; ++b) {
-    uint64_t sum[kWords] = {};
+    Lines<V> sum = {};
+    for (int a = 0; a < n; ++a)
+      for (int64_t i = 0; i < places[a].count; ++i) sum.add(places[a].at[i]);
+    if constexpr (sizeof(Lines<V>) == 128) sum.add(halves_swapped(sum));
     for (int a = 0; a < n; ++a) {
-      const uint64_t* x = arrays[a].data + b * arrays[a].width * kWords;
-      for (int64_t line = 0; line < arrays[a].width; ++line, x += kWords)
-        for (int k = 0; k < kWords; ++k) sum[k] += x[k];
-    }
-    for (int a = 0; a < written; ++a) {
-      uint64_t* x = arrays[a].data + b * arrays[a].width * kWords;
-      for (int64_t line = 0; line < arrays[a].width; ++line, x += kWords)
-        for (int k = 0; k < kWords; ++k) x[k] += sum[k];
+      Lines<V>* const x = places[a].at;
+      for (int64_t i = 0; a < written && i < places[a].count; ++i) x[i].add(sum);
+      places[a].at += places[a].count;
     }
   }
 }
 
+using Run = void (*)(const Array*, int, int, int64_t, int64_t);
+void run_generic(const Array* arrays, int n, int written, int64_t first, int64_t last) {
+  run<Vector>(arrays, n, written, first, last);
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+typedef uint64_t Vector256 __attribute__((vector_size(32), aligned(8)));
+__attribute__((target("avx2"))) void run_avx2(const Array* arrays, int n, int written, int64_t first,
+                                              int64_t last) {
+  run<Vector256>(arrays, n, written, first, last);
+}
+Run fastest() { return __builtin_cpu_supports("avx2") ? run_avx2 : run_generic; }
+#else
+Run fastest() { return run_generic; }
+#endif
+
 }  // namespace
 
 void stream_cpu(const Array* arrays, int n, int written, int64_t blocks) {
+  const Run run = fastest();
 #ifdef _OPENMP
 #pragma omp parallel
   {

@@ -151,8 +151,10 @@ def test_step_on_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_limit_on_a_gpu() -> None:
-    assert "fused_adamw triton" in bench("limit", "--device", "cuda", "--rounds", "1", "--largest", "4096")
+def test_limit_on_a_gpu(tmp_path: Path) -> None:
+    bench("limit", *options(tmp_path, "--device", "cuda", "--largest", "4096"))
+    arms = {r["arm"] for r in json.loads((tmp_path / "step.json").read_text())["results"]}
+    assert arms >= {"fused_adamw triton", "fused_adamw triton, graph", "torch fused", "ceiling: stream"}
 
 
 def test_limit(tmp_path: Path) -> None:
@@ -292,6 +294,8 @@ def test_stream_refuses() -> None:
         native.stream([torch.zeros(65)], 1)
     with pytest.raises(ValueError, match="of one length"):
         native.stream([torch.zeros(64), torch.zeros(128)], 1)
+    with pytest.raises(ValueError, match="up to 8 tensors"):
+        native.stream([torch.zeros(64)] * 9, 1)
     with pytest.raises(ValueError, match="writes 1 to 1 tensors"):
         native.stream([torch.zeros(64)], 2)
 
