@@ -2,5 +2,15 @@
 
 from fused_adamw._version import __version__
 from fused_adamw.optimizers import SGD, SGDW, Adam, AdamW
+from fused_adamw.schedules import CosineWarmRestarts, normalized_weight_decay, param_groups
 
-__all__ = ["SGD", "SGDW", "Adam", "AdamW", "__version__"]
+__all__ = [
+    "SGD",
+    "SGDW",
+    "Adam",
+    "AdamW",
+    "CosineWarmRestarts",
+    "__version__",
+    "normalized_weight_decay",
+    "param_groups",
+]
