@@ -1,0 +1,110 @@
+"""The paper's algorithms, line by line in float64, with a multiplier that changes at every step."""
+
+import math
+
+import pytest
+import torch
+
+from fused_adamw import CosineWarmRestarts
+from tests import cases
+
+pytestmark = pytest.mark.float64
+STEPS = 60
+STEPS_PER_EPOCH, T_0, T_MULT = 4, 2.5, 2  # restarts after 10 and 30 steps
+
+
+def arbitrary(t):
+    """(η_t, how λ_t relates to λ): any multiplier, and a decay that stays."""
+    return 0.55 + 0.45 * math.cos(t / 5), 1.0
+
+
+def warm_restarts(t):
+    """(η_t, how λ_t relates to λ_norm) of appendix B.1 at the t-th update, T_cur and T_i in updates."""
+    T_cur, T_i = t - 1, T_0 * STEPS_PER_EPOCH
+    while T_cur >= T_i:
+        T_cur, T_i = T_cur - T_i, T_i * T_MULT
+    return 0.5 + 0.5 * math.cos(math.pi * T_cur / T_i), math.sqrt(1 / T_i)
+
+
+def algorithm_1(theta, alpha, beta1, lam, schedule, decoupled):
+    """SGD with L2 regularization (the terms λθ of line 6) or with decoupled decay, SGDW (those of line 9)."""
+    m = [torch.zeros_like(x) for x in theta]  # line 2
+    for t in range(1, STEPS + 1):  # lines 3, 4, 10
+        cases.set_gradients(theta, t)  # line 5
+        eta, factor = schedule(t)  # line 7
+        lam_t = factor * lam
+        for i, x in enumerate(theta):
+            g = x.grad + (0 if decoupled else lam_t * x)  # line 6
+            m[i] = beta1 * m[i] + eta * alpha * g  # line 8
+            theta[i] = x - m[i] - (eta * lam_t * x if decoupled else 0)  # line 9
+
+
+def algorithm_2(theta, alpha, beta1, beta2, eps, lam, schedule, decoupled):
+    """Adam with L2 regularization (the terms λθ of line 6) or with decoupled decay, AdamW (those of line 12)."""
+    m, v = ([torch.zeros_like(x) for x in theta] for _ in range(2))  # line 2
+    for t in range(1, STEPS + 1):  # lines 3, 4, 13
+        cases.set_gradients(theta, t)  # line 5
+        eta, factor = schedule(t)  # line 11
+        lam_t = factor * lam
+        for i, x in enumerate(theta):
+            g = x.grad + (0 if decoupled else lam_t * x)  # line 6
+            m[i] = beta1 * m[i] + (1 - beta1) * g  # line 7
+            v[i] = beta2 * v[i] + (1 - beta2) * g**2  # line 8
+            m_hat, v_hat = m[i] / (1 - beta1**t), v[i] / (1 - beta2**t)  # lines 9, 10
+            theta[i] = x - eta * (alpha * m_hat / (v_hat.sqrt() + eps) + (lam_t * x if decoupled else 0))  # line 12
+
+
+def ours(name, options, schedule, target):
+    """Parameters that our optimizer arrives at."""
+    params = cases.parameters(cases.SHAPES, torch.float64, target.device)
+    optimizer = cases.make(name, params, options, backend=target.backend)
+    scheduler = None
+    if schedule is warm_restarts:
+        scheduler = CosineWarmRestarts(optimizer, T_0, T_MULT, steps_per_epoch=STEPS_PER_EPOCH, normalized_decay=True)
+    for t in range(1, STEPS + 1):
+        cases.set_gradients(params, t)
+        if scheduler is None:
+            optimizer.param_groups[0]["lr"] = schedule(t)[0] * options["lr"]
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return params
+
+
+def assert_equal(params, theta, started):
+    for p, x, start in zip(params, theta, started, strict=True):
+        torch.testing.assert_close(p.detach(), x, rtol=1e-12, atol=1e-12)
+        assert not x.numel() or (x - start.detach()).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("schedule", [arbitrary, warm_restarts])
+@pytest.mark.parametrize("name", ["SGD", "SGDW"])
+def test_algorithm_1(name, schedule, target):
+    """SGD-L2, SGDW and, with warm restarts and normalized decay, SGDWR."""
+    decoupled = name == "SGDW"
+    start = cases.parameters(cases.SHAPES, torch.float64, target.device)
+    theta = [p.detach().clone() for p in start]
+    algorithm_1(theta, 0.05, 0.9, 0.1, schedule, decoupled)
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "lr_in_momentum": True, "decouple_lr": decoupled}
+    assert_equal(ours(name, options, schedule, target), theta, start)
+
+
+@pytest.mark.parametrize("schedule", [arbitrary, warm_restarts])
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_algorithm_2(name, schedule, target):
+    """Adam-L2, AdamW and, with warm restarts and normalized decay, AdamWR."""
+    decoupled = name == "AdamW"
+    start = cases.parameters(cases.SHAPES, torch.float64, target.device)
+    theta = [p.detach().clone() for p in start]
+    algorithm_2(theta, 0.01, 0.9, 0.999, 1e-8, 0.1, schedule, decoupled)
+    options = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decouple_lr": decoupled}
+    assert_equal(ours(name, options, schedule, target), theta, start)
+
+
+@pytest.mark.parametrize("name", ["SGD", "SGDW"])
+def test_without_a_momentum_of_its_own_a_schedule_differs(name):
+    """lr_in_momentum matters once η_t moves: torch's momentum is not Algorithm 1's."""
+    target = cases.CPU
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "decouple_lr": name == "SGDW"}
+    a, b = (ours(name, options | {"lr_in_momentum": x}, arbitrary, target) for x in (False, True))
+    assert max((p - q).abs().max() for p, q in zip(a, b, strict=True) if p.numel()) > 1e-3
