@@ -75,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
     of = "lengths of the lists (default: 148 1000)"
     host.add_argument("--tensors", type=positive, nargs="+", default=[148, 1000], metavar="N", help=of)
 
+    paper = commands.add_parser("paper", help="the claims of the paper, on scikit-learn's digits: figures and a table")
+    paper.add_argument("--quick", action="store_true", help="a coarse version, in a minute instead of ten")
+    paper.add_argument("--out", type=target_directory, default=out, help="for what it writes (default: %(default)s)")
+    of = "processes of one thread each (default: 2, or fewer where there are fewer)"
+    paper.add_argument("--threads", type=positive, metavar="N", help=of)
+
     limit = commands.add_parser("limit", help="measure the memory's speed, and a step of one tensor beside it")
     limit.add_argument("--algorithm", choices=ALGORITHMS, default="adamw", help="(default: %(default)s)")
     limit.add_argument("--dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
@@ -110,9 +116,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             command = importlib.import_module(f"bench.{args.command}")
         except ModuleNotFoundError as error:
-            if error.name not in ("matplotlib", "numpy", "rich"):
+            if error.name not in ("matplotlib", "numpy", "rich", "sklearn"):
                 raise
-            print(f"{error.name} is missing: pip install matplotlib numpy rich", file=sys.stderr)
+            print(f"{error.name} is missing: pip install matplotlib numpy rich scikit-learn", file=sys.stderr)
             return 1
         return command.run(args)
     except KeyboardInterrupt:
@@ -121,7 +127,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from bench import pinning
+    # bench paper spreads over processes, which would all be pinned to the first CPU.
+    if sys.argv[1:2] != ["paper"]:
+        from bench import pinning
 
-    pinning.pin()
+        pinning.pin()
     sys.exit(main())

@@ -16,9 +16,12 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+import torch.nn.functional as F
 
 import fused_adamw
-from bench import measures, step
+from bench import claims, digits, measures, paper, step
 from bench.__main__ import main
 from bench.arms import ALGORITHMS, PEERS, TORCH, Arm, arms_of
 from bench.timing import last_level_cache
@@ -357,6 +360,146 @@ def test_host() -> None:
     assert "moved" in out
 
 
+# ---- the paper
+
+TINY = paper.Plan(seeds=2, epochs=2, octaves=(1, 3), decays=(0, 3, 6), long=15, lengths=(1, 2), length_decays=(0, 3, 6))
+
+
+@pytest.mark.slow
+def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It draws and states everything; what is there is not trained again, what is missing or of other versions is."""
+    trained = []
+    monkeypatch.setattr(paper, "QUICK", TINY)
+    monkeypatch.setattr(claims, "RESAMPLES", 20)
+    monkeypatch.setattr(paper, "train", lambda batch: trained.append(batch) or digits.train(batch))
+    command = ["paper", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "SGDW: the best decay does not depend",
+        "AdamWR ends within",
+        "95 % interval",
+        "2 seeds",
+        "paper.json",
+    ):
+        assert text in out
+    for name in ("1_coupling", "2_schedules", "3_curves", "4_restarts", "5_length"):
+        assert (tmp_path / f"paper_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    report = json.loads((tmp_path / "paper.json").read_text("utf-8"))
+    assert len(trained) == len(set(trained)) == len(report["points"]) == 8 * 2 + 2 + 4 + 4
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["plan"]["seeds"] == 2
+    assert {claim["verdict"] for claim in report["claims"]} <= {"yes", "no", "unclear"}
+    assert {claim["figure"] for claim in report["claims"]} == set("12345")
+    for point in report["points"]:
+        cells, found = point["batch"]["cells"], point["result"]
+        assert len(cells) == len(found["errors"]) == len(found["losses"])
+        assert found["epochs"][-1] == point["batch"]["epochs"]
+        assert all(len(row) == len(found["epochs"]) for row in found["errors"] + found["losses"])
+
+    lines = (tmp_path / "paper_points.jsonl").read_text("utf-8").splitlines()
+    other = json.loads(lines[0])
+    other["versions"]["torch"] = "1.0"
+    kept = [json.dumps(other), *lines[1:-1], lines[-1][:100]]
+    (tmp_path / "paper_points.jsonl").write_text("\n".join(kept) + "\n", "utf-8")
+    again = [json.loads(line)["batch"]["schedule"] for line in (lines[0], lines[-1])]
+    trained.clear()
+    assert main(command) == 0
+    assert sorted(batch.schedule for batch in trained) == sorted(again)
+    assert json.loads((tmp_path / "paper.json").read_text("utf-8"))["claims"] == report["claims"]
+
+
+def test_paper_in_several_processes() -> None:
+    batches = [digits.Batch("AdamW", "cosine", 1, 1, ((1e-2, decay, 0),)) for decay in (0.0, 0.1)]
+    found = dict(paper.results(batches, 2))
+    assert found == dict(paper.results(batches, 1))
+    assert found[batches[0]] != found[batches[1]]
+
+
+@pytest.mark.parametrize("algorithm", digits.PAPERS)
+def test_networks_side_by_side_are_those_trained_alone(algorithm: str) -> None:
+    cells = ((4e-3, 1e-2, 0), (1e-2, 3e-2, 1))
+    found = digits.train(digits.Batch(algorithm, "restarts", 3, 2, cells))
+    assert found["epochs"] == [2, 3]
+    for k, (lr, decay, seed) in enumerate(cells):
+        x, y, test_x, test_y = digits.digits(seed)
+        assert (len(x), len(test_x)) == (256, 1541)
+        model = digits.network(seed)
+        kind, options = getattr(fused_adamw, algorithm), digits.PAPERS[algorithm]
+        optimizer = kind(model.parameters(), lr=lr, weight_decay=decay, **options)
+        schedule = digits.SCHEDULES["restarts"](optimizer, 3)
+        shuffle = torch.Generator().manual_seed(seed)
+        for _ in range(3):
+            for picked in torch.randperm(256, generator=shuffle).split(16):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[picked]), y[picked]).backward()
+                optimizer.step()
+                schedule.step()
+        with torch.no_grad():
+            assert found["losses"][k][-1] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-3)
+            error = (model(test_x).argmax(1) != test_y).double().mean().item()
+            assert found["errors"][k][-1] == pytest.approx(error, abs=2 / 1541)
+
+
+def grid(moves: float, noise: float = 0.0) -> paper.Grid:
+    """Errors with a valley whose decay moves by so many octaves for each octave of the learning rate."""
+    rng = np.random.default_rng(0)
+    rates, decays = 2.0 ** np.arange(4), np.array([0.0, *2.0 ** np.arange(9)])
+    valley = 5 + moves * np.arange(-1, 3)
+    errors = 0.04 + 0.003 * (np.arange(10) - valley[:, None]) ** 2
+    return paper.Grid("SGD", "cosine", rates, decays, errors + noise * rng.standard_normal((6, 4, 10)))
+
+
+@pytest.mark.parametrize("moves", [-1, 0, 1])
+def test_paper_measures_how_the_best_decay_moves(moves: int) -> None:
+    value, low, high = claims.bootstrap(claims.shift(grid(moves, noise=1e-3)), 6)
+    assert low <= value <= high
+    assert value == pytest.approx(moves, abs=0.1)
+    verdicts = {-1: ("yes", "no"), 0: ("unclear", "yes"), 1: ("no", "no")}
+    if moves:
+        assert (claims.negative(low, high), claims.within(1 / 3)(low, high)) == verdicts[moves]
+    else:
+        assert claims.within(1 / 3)(low, high) == "yes"
+
+
+def test_paper_leaves_out_what_has_no_valley() -> None:
+    flat = grid(0)
+    flat.errors[:, :, :6] = flat.errors.min()  # any small decay is as good
+    assert claims.usable_rates(flat) == []
+    assert np.isnan(claims.shift(flat)(np.arange(6)))
+    assert claims.negative(np.nan, np.nan) == claims.within(1)(np.nan, np.nan) == "unclear"
+    worse = grid(0)
+    worse.errors[:, 2] += 2 * claims.USABLE
+    assert claims.usable_rates(worse) == [0, 1, 3]
+
+
+def test_paper_measures_the_length_of_the_run() -> None:
+    """A best decay of λ_norm / √steps shrinks by half an octave for each octave, and normalized not at all."""
+    epochs, decays = 2 ** np.arange(1, 6), 2.0 ** (np.arange(25) / 2)
+    valley = 16 - np.arange(5)
+    errors = np.tile(0.04 + 0.002 * (np.arange(25) - valley[:, None]) ** 2, (3, 1, 1))
+    lengths = paper.Lengths(1e-3, epochs, decays, errors)
+    assert claims.shrinkage(lengths, False)(np.arange(3)) == pytest.approx(-0.5)
+    assert claims.shrinkage(lengths, True)(np.arange(3)) == pytest.approx(0, abs=1e-12)
+
+
+def test_paper_takes_the_network_at_the_end_of_the_last_cycle() -> None:
+    epochs = np.arange(1, 16)
+    errors = np.arange(15.0)[None].repeat(2, 0)
+    curve = paper.Curve("AdamW", "restarts", 1e-3, 0.1, epochs, errors, errors)
+    assert claims.taken(curve)[0].tolist() == [0, 0, 2, 2, 2, 2, 6, 6, 6, 6, 6, 6, 6, 6, 14]
+    assert claims.taken(curve._replace(schedule="cosine")) is errors
+
+
+def test_paper_compares_at_equal_training_loss() -> None:
+    losses = np.tile(np.geomspace(1, 1e-2, 40), (3, 1))
+    a, b = (
+        paper.Curve("Adam", "cosine", 1, 1, np.arange(40), 0.05 + shift + 0 * losses, losses) for shift in (0, 0.01)
+    )
+    assert claims.at_equal_loss(a, b)(np.arange(3)) == pytest.approx(-1)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -371,6 +514,8 @@ def test_host() -> None:
         (["step", "--json", "no/such/folder/file.json"], "is not a file name in a directory that exists"),
         (["demo", "--steps", "-1"], "-1 is not a whole number of at least 1"),
         (["demo", "--out", __file__], "is not a directory"),
+        (["paper", "--out", __file__], "is not a directory"),
+        (["paper", "--threads", "0"], "0 is not a whole number of at least 1"),
     ],
 )
 def test_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
