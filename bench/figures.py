@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TITLES = {"SGD": "SGD with L2", "SGDW": "SGDW", "Adam": "Adam with L2", "AdamW": "AdamW"}
 COLORS = {"SGD": "tab:orange", "SGDW": "tab:green", "Adam": "tab:red", "AdamW": "tab:blue"}
 STYLE = {
-    "figure.dpi": 160,
+    "figure.dpi": 130,
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.grid": False,
@@ -61,6 +61,15 @@ def draw(
         yield path
 
 
+def plain_ticks(ax: "Axes", low: float, high: float) -> None:
+    """Percents in full on a logarithmic axis."""
+    ticks = [t for t in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60) if low <= t <= high]
+    limits = ax.get_ylim()
+    ax.set_yticks(ticks, [str(t) for t in ticks])
+    ax.minorticks_off()
+    ax.set_ylim(limits)
+
+
 def thousandths(values: np.ndarray) -> list[str]:
     """Tick labels in units of 0.001, two digits each."""
     return [f"{1e3 * v:.2g}" if v < 0.0995 else f"{1e3 * v:.0f}" for v in values]
@@ -76,7 +85,7 @@ def heatmaps(rows: list[list["Grid"]]) -> "matplotlib.figure.Figure":
     norm = LogNorm(lowest, 4 * lowest)
     columns = len(rows[0])
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(WIDTH, 2.9 * len(rows) if columns == 2 else 2.5 * len(rows)), layout="constrained"
+        len(rows), columns, figsize=(WIDTH, 2.9 * len(rows) if columns == 2 else 2.7 * len(rows)), layout="constrained"
     )
     for row, row_axes in zip(rows, axes, strict=True):
         for grid, ax in zip(row, row_axes, strict=True):
@@ -84,21 +93,18 @@ def heatmaps(rows: list[list["Grid"]]) -> "matplotlib.figure.Figure":
             image = ax.pcolormesh(mean, norm=norm, cmap="viridis", edgecolors="white", linewidth=0.4)
             mark(ax, grid)
             i, j = grid.best()
-            title = TITLES[grid.algorithm] if columns == 2 else f"{TITLES[grid.algorithm]}, {grid.schedule}"
-            ax.set_title(f"{title}: best {mean[i, j]:.1f} %")
+            title = f"{TITLES[grid.algorithm]}: " if columns == 2 else f"{TITLES[grid.algorithm]}, {grid.schedule}\n"
+            ax.set_title(f"{title}best {mean[i, j]:.1f} %")
             every = 1 if columns == 2 else 2
             x, y = np.arange(len(grid.decays)), np.arange(len(grid.rates))
             ax.set_xticks(x[::every] + 0.5, thousandths(grid.decays)[::every])
             ax.set_yticks(y + 0.5, thousandths(grid.rates))
             ax.tick_params(length=0)
-            if row is rows[-1] or columns == 2:
-                ax.set_xlabel("L2 factor λ (10⁻³)" if not grid.algorithm.endswith("W") else "weight decay λ (10⁻³)")
+            ax.set_xlabel("weight decay λ (10⁻³)" if grid.algorithm.endswith("W") else "L2 factor λ (10⁻³)")
             if grid is row[0]:
                 ax.set_ylabel("learning rate α (10⁻³)")
     bar = figure.colorbar(image, ax=axes, extend="max", aspect=40, pad=0.02)
-    ticks = [t for t in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40) if lowest <= t <= 4 * lowest]
-    bar.set_ticks(ticks, labels=[str(t) for t in ticks])
-    bar.ax.minorticks_off()
+    plain_ticks(bar.ax, lowest, 4 * lowest)
     bar.set_label("test error (%)")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
@@ -145,6 +151,8 @@ def learning_curves(curves: list["Curve"]) -> "matplotlib.figure.Figure":
     middle.set(ylim=(None, highest), xlabel="epoch", ylabel="test error (%)")
     right.set(xscale="log", ylim=middle.get_ylim(), xlabel="training loss (nats)", ylabel="test error (%)")
     right.invert_xaxis()
+    right.xaxis.set_minor_formatter("")
+    left.yaxis.set_minor_formatter("")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     for ax in (left, middle, right):
         ax.grid(alpha=0.25)
@@ -155,28 +163,26 @@ def restarts(curves: list["Curve"]) -> "matplotlib.figure.Figure":
     """Any-time test error with and without restarts, above the multipliers."""
     from matplotlib import pyplot as plt
 
-    pairs = (curves[:2], curves[2:])
     figure, axes = plt.subplots(
-        2, 2, figsize=(WIDTH, 4), layout="constrained", sharex="col", sharey="row", height_ratios=(3, 1)
+        2, 2, figsize=(WIDTH, 4.3), layout="constrained", sharex="col", sharey="row", height_ratios=(3, 1)
     )
-    for pair, (top, bottom) in zip(pairs, axes.T, strict=True):
-        for c, color in zip(pair, ("tab:blue", "tab:red"), strict=True):
-            label = c.algorithm + ("R" if c.schedule == "restarts" else "")
+    for pair, (top, bottom) in zip((curves[:2], curves[2:]), axes.T, strict=True):
+        for c, color, label in zip(pair, ("tab:blue", "tab:red"), ("one cosine", "warm restarts"), strict=True):
             band(top, c.epochs, 100 * c.errors, color=color, label=label)
-            if c.schedule == "restarts":
-                best = 100 * taken(c).mean(0)
-                top.plot(c.epochs, best, "--", color=color, linewidth=1.3, label=f"{label}, end of the last cycle")
             bottom.plot(*multiplier(c), color=color, linewidth=1)
-        top.set_yscale("log")
-        ticks = [t for t in (2, 3, 4, 5, 6, 8, 10, 15, 20, 30) if t < 100 * max(c.errors.mean(0).max() for c in curves)]
-        top.set_yticks(ticks, [str(t) for t in ticks])
-        top.minorticks_off()
-        top.legend()
+            if c.schedule == "restarts":
+                style = {"color": "black", "linestyle": "--", "drawstyle": "steps-post", "linewidth": 1.3}
+                top.plot(c.epochs, 100 * taken(c).mean(0), label="… network of the last finished cycle", **style)
+        top.set_title(f"{pair[0].algorithm} and {pair[1].algorithm}R")
         bottom.set(xlabel="epoch", ylim=(0, 1.05))
         for ax in (top, bottom):
             ax.grid(alpha=0.25)
-    axes[0, 0].set_ylabel("test error (%)")
+    means = [100 * c.errors.mean(0) for c in curves]
+    low, high = 0.9 * min(m.min() for m in means), 1.1 * max(m.max() for m in means)
+    axes[0, 0].set(yscale="log", ylim=(low, high), ylabel="test error (%)")
+    plain_ticks(axes[0, 0], low, high)
     axes[1, 0].set_ylabel("multiplier η")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -197,12 +203,10 @@ def run_lengths(lengths: "Lengths") -> "matplotlib.figure.Figure":
                 y = np.interp(best, np.log2(x), mean)
                 ax.plot(2**best, y, "v", color=color, markeredgecolor="black", markersize=7)
         ax.set(xscale="log", yscale="log", ylim=(0.9 * means.min(), 5 * means.min()))
-        ax.set_xlabel("normalized weight decay λ_norm = λ √(BT/b)" if normalized else "weight decay λ")
-        ax.set_title("normalized" if normalized else "raw")
+        ax.set_xlabel("λ_norm = λ √(BT/b)" if normalized else "λ")
+        ax.set_title("normalized weight decay" if normalized else "raw weight decay")
         ax.grid(alpha=0.25)
-    ticks = [t for t in (2, 3, 4, 5, 6, 8, 10, 15, 20, 30) if 0.9 * means.min() < t < 5 * means.min()]
-    axes[0].set_yticks(ticks, [str(t) for t in ticks])
-    axes[0].minorticks_off()
+    plain_ticks(axes[0], *axes[0].get_ylim())
     axes[0].set_ylabel("test error (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), title="epochs (▼ the best decay)", loc="outside right center")
     return figure

@@ -255,7 +255,8 @@ def report(stated: list["claims.Claim"], plan: Plan) -> None:
     """Print a row for each claim."""
     table = Table("claim of the paper", "measured here", "95 % interval", "seen?", show_lines=True)
     for claim in stated:
-        table.add_row(claim.text, claim.measured, f"{claim.low:+.2f} … {claim.high:+.2f}", claim.verdict)
+        interval = "" if claim.value is None else f"{claim.low:+.2f} … {claim.high:+.2f}"
+        table.add_row(claim.text, claim.measured, interval, claim.verdict)
     console.print(table)
     console.print(
         f"{plan.seeds} seeds (of the weights, the order and the choice of the {digits.TRAINING} training images); "

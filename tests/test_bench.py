@@ -362,7 +362,7 @@ def test_host() -> None:
 
 # ---- the paper
 
-TINY = paper.Plan(seeds=2, epochs=2, octaves=(1, 3), decays=(0, 3, 6), long=15, lengths=(1, 2), length_decays=(0, 3, 6))
+TINY = paper.Plan(seeds=2, epochs=1, octaves=(1, 3), decays=(0, 3, 6), long=15, lengths=(1, 2), length_decays=(0, 3, 6))
 
 
 @pytest.mark.slow
@@ -405,6 +405,7 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     (tmp_path / "paper_points.jsonl").write_text("\n".join(kept) + "\n", "utf-8")
     again = [json.loads(line)["batch"]["schedule"] for line in (lines[0], lines[-1])]
     trained.clear()
+    monkeypatch.setattr(paper.figures, "draw", lambda *results: [])
     assert main(command) == 0
     assert sorted(batch.schedule for batch in trained) == sorted(again)
     assert json.loads((tmp_path / "paper.json").read_text("utf-8"))["claims"] == report["claims"]
