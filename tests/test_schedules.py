@@ -53,7 +53,7 @@ def test_every_value_is_the_papers(T_0, T_mult, steps_per_epoch, eta_min):
         optimizer, T_0, T_mult, eta_min, steps_per_epoch=steps_per_epoch, normalized_decay=True
     )
     restarts = 0
-    for t in range(200):
+    for t in range(120):
         wanted = transcription(t, T_0, T_mult, steps_per_epoch, 0.3, 0.05, eta_min)
         assert now(optimizer) == pytest.approx(wanted, rel=1e-12, abs=1e-13)
         assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
