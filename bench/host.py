@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.table import Table
 
 import fused_adamw
@@ -16,6 +18,9 @@ NOTE = """\
 CPU tensors of 64 elements stand in for CUDA's, and the kernels of both sides are stubbed: what is left is what Python
 and C++ do before a launch. On a GPU each side adds its launches, ours one copy and one launch of a compiled Triton
 kernel besides. moved = every gradient lies at a new address at every step."""
+
+
+DTENSORS = 500
 
 
 class Stub:
@@ -43,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     head = environment(1)
     if why := backends.named("triton").missing():
         raise SystemExit(f"python -m bench host needs triton: {why}")
+    fused = torch._fused_adamw_
     stub_kernels()
     print_head("Host time of AdamW.step()", head)
     table = Table("tensors", "gradients", f"{OURS} (µs)", f"{TORCH} (µs)", "ratio (min)")
@@ -86,4 +92,31 @@ def run(args: argparse.Namespace) -> int:
             )
     console.print(table)
     console.print(NOTE)
+    compare_dtensors(args.rounds, fused)
     return 0
+
+
+def compare_dtensors(rounds: int, fused: Callable[..., None]) -> None:
+    """Measure and print what it adds that parameters, gradients and states are DTensors, on a mesh of one rank."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    torch._fused_adamw_ = fused  # it is this operator that is dispatched
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    makers = {"plain": torch.zeros, "DTensor": lambda n: distribute_tensor(torch.zeros(n), mesh, [Shard(0)])}
+    times: dict[tuple[str, str], list[float]] = {}
+    arms = {}
+    for name, make in ((OURS, fused_adamw.AdamW), (TORCH, lambda p: torch.optim.AdamW(p, fused=True))):
+        for kind, zeros in makers.items():
+            params = [torch.nn.Parameter(zeros(64)) for _ in range(DTENSORS)]
+            for p in params:
+                p.grad = zeros(64)
+            arms[kind, name], times[kind, name] = make(params).step, []
+    interleave(arms, range(rounds), times)
+    dist.destroy_process_group()
+    table = Table(f"{DTENSORS} tensors", f"{OURS} (µs)", f"{TORCH}, its CPU kernel included (µs)")
+    for kind in makers:
+        table.add_row(kind, *(f"{np.median(times[kind, name]) * 1e6:.0f}" for name in (OURS, TORCH)))
+    ratios = [np.median(np.divide(times["DTensor", name], times["plain", name])) for name in (OURS, TORCH)]
+    table.add_row("DTensor / plain", *(f"{ratio:.2f}" for ratio in ratios))
+    console.print(table)
