@@ -24,7 +24,8 @@ def factor_of(
     """The factor of all gradients, float64, negative where the step is to be skipped; and their norm, float32.
 
     As ``torch.nn.utils.clip_grad_norm_`` has it: ``min(1, max_grad_norm / (norm + 1e-6))``, over the gradients divided
-    by ``grad_scale``. The sum of squares is taken in double, always in the same order.
+    by ``grad_scale``. The sum of squares is taken in double, always in the same order; over the ranks that share a
+    parameter it is one all-reduce for each mesh dimension that shards it.
     """
     home = plans[0].device
     unscale = torch.ones((), dtype=torch.float64, device=home)
@@ -32,15 +33,31 @@ def factor_of(
         unscale = grad_scale.to(home, torch.float64, non_blocking=True).reciprocal()
     factor, norm, skip = unscale, None, None
     if max_grad_norm is not None or skip_nonfinite:
-        sums = [part.launch.sum_squares() for part in plans]
-        norm = sum(s.to(home, non_blocking=True) for s in sums).sqrt() * unscale
+        norm = _sum_squares(plans, home).sqrt() * unscale
     if max_grad_norm is not None:
         factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     if skip_nonfinite:
         skip = ~(norm < math.inf)
     if found_inf is not None:
-        found = found_inf.to(home, non_blocking=True) != 0
+        found = (found_inf.to(home, non_blocking=True) != 0).view(())
+        for group in {group: None for part in plans for group in part.sharded_over}:  # all ranks skip, or none
+            counted = found.to(torch.int32)
+            torch.distributed.all_reduce(counted, group=group)
+            found = counted > 0
         skip = found if skip is None else skip | found
     if skip is not None:
-        factor = factor.masked_fill(skip.view(()), -1.0)
-    return factor.view(()), None if norm is None else norm.float()
+        factor = factor.view(()).masked_fill(skip, -1.0)
+    return factor.view(()), None if norm is None else norm.view(()).float()
+
+
+def _sum_squares(plans: Sequence["Plan"], home: torch.device) -> Tensor:
+    """Over all gradients, of which this rank may hold a shard."""
+    sums: dict[tuple, Tensor] = {}
+    for part in plans:
+        s = part.launch.sum_squares().to(home, non_blocking=True)
+        over = part.sharded_over
+        sums[over] = sums[over] + s if over in sums else s
+    for over, s in sums.items():
+        for group in over:
+            torch.distributed.all_reduce(s, group=group)
+    return sum(sums.values())

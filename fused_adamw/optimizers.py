@@ -144,12 +144,13 @@ class FusedOptimizer(Optimizer):
 
     def _kind_of(self, group: dict[str, Any]) -> tuple:
         """What, changed, makes plans stale."""
-        return self.rule_of(group), group.get("state_dtype"), group.get("capturable"), self._skips()
+        return self.rule_of(group), group.get("state_dtype"), group.get("capturable"), self._skips(), self.scales()
 
     def _skips(self) -> bool:
         return self.skip_nonfinite or self.amp_scaling
 
-    def _scales(self) -> bool:
+    def scales(self) -> bool:
+        """Whether gradients are multiplied by a factor, which takes their norm or a GradScaler to know."""
         return self.max_grad_norm is not None or self._skips()
 
     @property
@@ -171,7 +172,7 @@ class FusedOptimizer(Optimizer):
         for part in plans:
             part.bring(rows)
         factor, skipped = 1.0, False
-        if plans and self._scales():
+        if plans and self.scales():
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             if not self.amp_scaling:
                 scale = found = None
@@ -204,7 +205,7 @@ class FusedOptimizer(Optimizer):
     def _step_parameter(self, p: Tensor) -> None:
         if p.grad is None:
             return
-        if self._scales():
+        if self.scales():
             raise RuntimeError(
                 f"{type(self).__name__}.step_parameter: one gradient does not tell the norm of all, nor whether a step "
                 "is to be skipped: leave out max_grad_norm, skip_nonfinite and amp_scaling"

@@ -66,6 +66,7 @@ class Plan:
     rows: list[Row]
     copied: list[Row]  # those with copies to fill before, and to bring back after
     launch: "backends.Launch"
+    sharded_over: tuple[Any, ...] = ()  # process groups, where a norm is asked for
 
     @property
     def device(self) -> torch.device:
@@ -216,13 +217,14 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
         g = None if plain else torch.empty_like(dense, dtype=real(grad).dtype)
         row = Row(slot, i, optimizer.counts_on_device(group, p), rule, param, dense, states, own["step"], g)
         backend = chosen[slot]
-        key = later.get(slot, 0), p.device, backend.name, backend.bucket(row)
+        over = sharded_over(param) if optimizer.scales() else ()
+        key = later.get(slot, 0), over, p.device, backend.name, backend.bucket(row)
         buckets.setdefault(key, (backend, []))[1].append(row)
     plans = []
-    for _, (backend, rows) in sorted(buckets.items(), key=lambda item: item[0][0]):
+    for (_, over, *_), (backend, rows) in sorted(buckets.items(), key=lambda item: item[0][0]):
         copied = [row for row in rows if row.g is not None or row.is_copy()]
         try:
-            plans.append(Plan(rows, copied, backend.prepare(watch, rows, optimizer.param_groups)))
+            plans.append(Plan(rows, copied, backend.prepare(watch, rows, optimizer.param_groups), over))
         except backends.CannotRun:
             if optimizer.requested:
                 raise

@@ -138,6 +138,41 @@ def test_same_bits_as_one_process(world, backend, native):
     assert world < 3 or any(0 in own for own in sizes)
 
 
+def check_clipping(backend):
+    """The norm is that of whole gradients, on every rank; one rank's NaN makes all of them skip."""
+    twin, model = Net(torch.float32), shard(Net(torch.float32))
+    ours = {"backend": backend, "max_grad_norm": 0.05, "skip_nonfinite": True}
+    a, b = (cases.make("AdamW", trainable(m), {"lr": 1e-2}, **ours) for m in (model, twin))
+    for t in range(5):
+        inject(model, twin, t)
+        if t == 2:
+            before = {name: x.clone() for name, x in locals_of(a, b)[0].items()}
+            if dist.get_rank() == 1:
+                plan.local(model.second.weight.grad)[0, 0] = float("nan")
+            a.step()
+            assert a.grad_norm.isnan()
+            cases.assert_same_bits(locals_of(a, b)[0], before)
+            continue
+        a.step()
+        b.step()
+        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-6, atol=0)
+    found = torch.tensor([float(dist.get_rank() == 1)])  # by the scaler of one rank
+    c = cases.make("AdamW", trainable(model), {}, backend=backend, amp_scaling=True)
+    c.found_inf = found
+    inject(model, twin, 0)
+    before = [plan.local(p).clone() for p in trainable(model)]
+    c.step()
+    assert all(torch.equal(plan.local(p), x) for p, x in zip(trainable(model), before, strict=True))
+    for mine, whole in zip(*(list(x.values()) for x in locals_of(a, b)), strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_clipping_and_skipping_are_of_all_ranks(world, backend):
+    ranks.run(world, check_clipping, backend)
+
+
 def check_meshes():
     """Replicas of shards, two shards of one tensor, fewer elements than ranks, dense and strided shards."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
@@ -165,10 +200,14 @@ def check_meshes():
     ours.append(nn.Parameter(DTensor.from_local(gaps[:, 1:4], mesh, [Replicate(), Replicate()])))
     whole.append(nn.Parameter(gaps[:, 1:4].clone()))
     a, b = cases.make("AdamW", ours, {}), cases.make("AdamW", whole, {})
+    c = cases.make("AdamW", ours, {"lr": 0.0}, max_grad_norm=1.0)
     for t in range(3):
         cases.set_gradients(whole, t)
         for p, q in zip(ours, whole, strict=True):
             p.grad = placed_like(q.grad.t().contiguous().t() if q.shape[0] == 6 else q.grad, p)
+        c.step()
+        norm = torch.cat([q.grad.flatten() for q in whole]).norm()
+        torch.testing.assert_close(c.grad_norm, norm, rtol=1e-6, atol=0)
         a.step()
         b.step()
         cases.assert_same_bits(*locals_of(a, b))
