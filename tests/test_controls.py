@@ -143,7 +143,7 @@ MUTATIONS = {
         "x(s.decay, s.l2, s.grad_factor, p0, g0);\n    m =",
         "x(s.l2, s.decay, s.grad_factor, p0, g0);\n    m =",
     ),
-    "a skipped tail": ("i < n; ++i) {\n    constexpr int lanes", "i < n / 64 * 64; ++i) {\n    constexpr int lanes"),
+    "a skipped tail": ("i < n; ++i) {\n    T xp[lanes]", "i < n / 64 * 64; ++i) {\n    T xp[lanes]"),
 }
 ENTRY = """
 extern "C" void step(float* p, float* g, float* m, float* v, long n, const double* scalars) {
