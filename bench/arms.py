@@ -20,12 +20,14 @@ class Algorithm(NamedTuple):
     ours: str
     options: dict[str, Any]
     torchs: str
+    max_grad_norm: float | None = None  # torch's arms call clip_grad_norm_ before the step
 
 
 ALGORITHMS = {
     "adamw": Algorithm("AdamW", ADAM, "AdamW"),
     "amsgrad": Algorithm("AdamW", {**ADAM, "amsgrad": True}, "AdamW"),
     "adam": Algorithm("Adam", ADAM, "Adam"),
+    "adamw-clip": Algorithm("AdamW", ADAM, "AdamW", max_grad_norm=1.0),
     "sgdw": Algorithm("SGDW", SGD, "SGD"),  # torch has no SGDW
     "sgd": Algorithm("SGD", SGD, "SGD"),
 }
@@ -70,10 +72,13 @@ def ours(algorithm: Algorithm, state_dtype: torch.dtype, device: torch.device, e
             if why := backends.named(backend).refuses(device, dtypes, capturable):
                 raise Missing(why)
             more = {"capturable": True} if capturable else {}
+            more["max_grad_norm"] = algorithm.max_grad_norm
             cls = getattr(fused_adamw, algorithm.ours)
             return cls(groups, **algorithm.options, state_dtype=state_dtype, backend=backend, **more)
 
-        arms += _with_graph(f"fused_adamw {backend.name}", make, device, backend.capturable)
+        # The oracle steps pieces of the tensors, which have another norm: tests/test_clipping.py compares.
+        more = {"same_rule": algorithm.max_grad_norm is None}
+        arms += _with_graph(f"fused_adamw {backend.name}", make, device, backend.capturable, **more)
     return arms
 
 
@@ -101,9 +106,15 @@ def torchs(name: str, algorithm: Algorithm, device: torch.device) -> list[Arm]:
         if name == "compiled" and len(groups) > MOST_GRAPHS:
             raise Missing(f"it compiles every group apart, and here are {len(groups)}")
         more = {"capturable": True} if capturable and takes_capturable else {}
-        return cls(groups, **algorithm.options, **TORCH[name], **more)
+        optimizer = cls(groups, **algorithm.options, **TORCH[name], **more)
+        if algorithm.max_grad_norm is not None:
+            params = [p for group in groups for p in group["params"]]
+            clip = torch.nn.utils.clip_grad_norm_
+            optimizer.register_step_pre_hook(lambda *_: (clip(params, algorithm.max_grad_norm), None)[1])
+        return optimizer
 
-    more = {"compiled": name == "compiled", "same_rule": algorithm.ours == algorithm.torchs}
+    same = algorithm.ours == algorithm.torchs and algorithm.max_grad_norm is None
+    more = {"compiled": name == "compiled", "same_rule": same}
     return _with_graph(f"torch {name}", make, device, name == "fused", **more)
 
 

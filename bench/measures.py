@@ -122,7 +122,7 @@ def launches(optimizer: torch.optim.Optimizer, call: Call, device: torch.device)
     with _Kernels() as kernels:
         call()
     plans = getattr(optimizer, "_plans", ())
-    ours = sum(type(plan.run).__name__ == "CpuStep" for plan in plans)  # one parallel region each
+    ours = sum(type(plan.launch).__name__ == "CpuStep" for plan in plans)  # one parallel region each
     return kernels.count + ours or None
 
 

@@ -56,6 +56,16 @@ PROMISES = {
         "moments are float32 unless declared otherwise": "test_moments_keep_the_dtype_they_were_declared_with",
         "hooks of loading": "test_loading_runs_the_users_hooks",
     },
+    "test_clipping": {
+        "max_grad_norm is clip_grad_norm_ before a step": "test_equals_clip_grad_norm_and_a_step",
+        "and writes no gradient": "test_equals_clip_grad_norm_and_a_step",
+        "a skipped step changes nothing, over all tensors, the first one too": (
+            "test_a_step_that_is_not_finite_is_skipped_whole"
+        ),
+        "a GradScaler's work within the step, with and without unscale_": "test_grad_scaler",
+        "any found_inf but zero skips": "test_any_found_inf_but_zero_skips",
+        "the norm and the skip need no synchronisation": "test_nothing_waits_for_the_device",
+    },
     "test_plan": {
         "any mix of dtypes": "test_any_mix_of_dtypes",
         "any layout": "test_layouts",
@@ -66,7 +76,7 @@ PROMISES = {
         "complex parameters are two reals": "test_complex_is_two_reals",
         "many tensors and many groups": "test_465_groups",
     },
-    "test_triton": {
+    "test_gpu": {
         "several devices": "test_other_devices_than_the_current_one",
         "CUDA graphs replay with new hyperparameters": "test_captured_graph_replays_with_new_hyperparameters",
         "and go on from a loaded checkpoint": "test_captured_graph_goes_on_from_a_loaded_checkpoint",
