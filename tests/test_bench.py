@@ -361,6 +361,24 @@ def test_host() -> None:
     assert "DTensor / plain" in out
 
 
+def test_sharding() -> None:
+    """Sizes of shards are those of torch.chunk; a list of 975 tensors is planned as one launch."""
+    pytest.importorskip("triton")
+    from bench.sharding import piece
+
+    for size in range(12):
+        for parts in range(1, 8):
+            chunks = [len(chunk) for chunk in torch.empty(size).chunk(parts)]
+            assert [piece(size, parts, i) for i in range(parts)] == chunks + [0] * (parts - len(chunks))
+    command = [sys.executable, "-W", "error", "-m", "bench.sharding", "--ranks", "8192"]
+    out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "8192" in line]
+    assert [row[:3] + row[6:7] for row in rows] == [
+        ["Llama 70B", "8192", "723 of 723", "1"],
+        ["MoE 1T", "8192", "975 of 975", "1"],
+    ]
+
+
 # ---- the paper
 
 TINY = paper.Plan(seeds=2, epochs=1, octaves=(1, 3), decays=(0, 3, 6), long=15, lengths=(1, 2), length_decays=(0, 3, 6))

@@ -120,7 +120,7 @@ def test_any_mix_of_dtypes(dtype, grad_dtype, state_dtype, target):
     if dtype is torch.float64 and state_dtype in (torch.bfloat16, torch.float16):
         return  # refused: test_errors
     if torch.float64 in (dtype, grad_dtype, state_dtype) and not target.float64:
-        return  # refused: test_triton
+        return  # refused: test_gpu
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     params = cases.parameters([(70,), (3, 5)], dtype, target.device)
     wide = [torch.nn.Parameter(p.detach().to(compute)) for p in params]

@@ -17,7 +17,7 @@ PROMISES = {
         "what is refused is refused with the remedy in the message": "test_refused_with_a_remedy",
         "an error names the tensor, and is raised before anything is written": "test_bad_tensor",
     },
-    "test_reference": {
+    "test_paper_algorithms": {
         "decouple_lr=True is the paper's decay": "test_algorithm_1",
     },
     "test_training": {
