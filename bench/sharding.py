@@ -130,7 +130,7 @@ def main() -> None:
         for _ in range(20):
             optimizer.step()
         stepped = (time.perf_counter() - start) / 20
-        (launch,) = (part.run for part in optimizer._plans)
+        (launch,) = (part.launch for part in optimizer._plans)
         size = chunk_size(elements)
         tables = ROW_BYTES * len(shapes) + CHUNK_BYTES * sum(-(-n // size) for n in counts)
         if launch.buffer.nbytes != tables:
