@@ -64,6 +64,18 @@ def test_a_staging_buffer_used_again_too_early(backend, monkeypatch):
     assert caught(test_gpu.test_a_network_trains_to_the_bits_of_the_cpu, backend)
 
 
+def test_a_table_that_tells_of_more_elements_than_there_are(backend, monkeypatch):
+    def check():
+        (p,) = (torch.nn.Parameter(torch.ones(1000, device="cuda")),)
+        p.grad = torch.ones_like(p)
+        cases.make("AdamW", [p], {}, backend=backend).step()
+
+    assert not caught(check)
+    row = launch.Launch._row
+    monkeypatch.setattr(launch.Launch, "_row", staticmethod(lambda r: [*row(r)[:5], row(r)[5] + 1, 0, 0]))
+    assert caught(check)
+
+
 def mutant(tmp_path, old, new):
     """The module of the kernel, with one piece of its source replaced."""
     from fused_adamw.triton_kernels import multi_tensor
