@@ -272,7 +272,7 @@ def test_forbidden_instruction_is_seen(name, file, right, wrong, seen, tmp_path)
 
 
 def test_shared_memory_is_seen(tmp_path):
-    own = changed(compiler_of("triton"), "multi_tensor.py", '"TAIL": 2 *', '"TAIL": 4 *', tmp_path)
+    own = changed(compiler_of("triton"), "multi_tensor.py", '"TAIL": 2 * threads,', '"TAIL": 4 * threads,', tmp_path)
     assert own.step(90, ADAM).shared
 
 

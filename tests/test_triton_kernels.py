@@ -72,7 +72,7 @@ for rule, data, scalars, chunk in launches:
     rows = [[*(t.data_ptr() for t in x), *[0] * (5 - len(x)), x[0].numel(), i % 4, 1] for i, x in enumerate(data)]
     chunks = [[i, c] for i, x in enumerate(data) for c in range(-(-x[0].numel() // chunk))]
     constexprs, options = kernels.config(variant, 32)
-    tables = torch.tensor(rows), torch.tensor(chunks, dtype=torch.int32), torch.tensor(scalars)
+    tables = torch.tensor(rows), torch.tensor(chunks, dtype=torch.int32), torch.tensor(scalars), torch.ones(1)
     kernels.step_kernel[(len(chunks),)](*tables, chunk, **constexprs, **options)
 torch.save(launches, sys.argv[2])
 """
