@@ -154,7 +154,7 @@ def interleave(
         seconds = clock(call, 2)
         if of * seconds > LONG_SECONDS:
             of = 1
-        if seconds < MIN_SECONDS:
+        if seconds < LONG_SECONDS:  # these calls may have made state and plans
             clock(call, of)
             seconds = clock(call, of)
         repeats[name] = of * math.ceil(MIN_SECONDS / seconds / of)
