@@ -40,7 +40,7 @@ class FusedOptimizer(Optimizer):
     _watch: Any = None
     _plans: Sequence[plan.Plan] = ()
     _alone: dict[Tensor, tuple] | None = None  # what step_parameter has prepared
-    _rules: Sequence[tuple] = ()
+    _rules: Sequence[Any] = ()
     _captured: Sequence[plan.Plan] = ()
     _loading: dict[str, Any] | None = None
 
@@ -129,7 +129,7 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        rules = [self._kind_of(group) for group in groups]
+        rules = [self._skips(), self.scales(), *map(self._kind_of, groups)]
         if self._watch is None or rules != self._rules or not self._watch.poll(groups, self.state):
             self._drop_plans()
             with torch.no_grad():
@@ -143,8 +143,8 @@ class FusedOptimizer(Optimizer):
     _untraced_step = torch._disable_dynamo(_observed_step)
 
     def _kind_of(self, group: dict[str, Any]) -> tuple:
-        """What, changed, makes plans stale."""
-        return self.rule_of(group), group.get("state_dtype"), group.get("capturable"), self._skips(), self.scales()
+        """What of a group, changed, makes plans stale."""
+        return self.rule_of(group), group.get("state_dtype"), group.get("capturable")
 
     def _skips(self) -> bool:
         return self.skip_nonfinite or self.amp_scaling
@@ -263,9 +263,7 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for p in filter(lambda p: p.requires_grad, group["params"]):
                 state_dtype = plan.state_dtype_of(p, group.get("state_dtype"))
-                backend = backends.pick(
-                    p.device, {p.dtype, state_dtype}, self.counts_on_device(group, p), self.requested
-                )
+                backend = backends.pick(p.device, {p.dtype, state_dtype}, bool(group.get("capturable")), self.requested)
                 backend.warmup(self.rule_of(group)[0], p, state_dtype)
 
     def _drop_plans(self) -> None:

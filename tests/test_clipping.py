@@ -205,6 +205,27 @@ def test_it_survives_copies_and_checkpoints(target):
     torchs.load_state_dict(optimizer.state_dict())
 
 
+def test_it_can_be_switched_on_and_off_between_steps(target):
+    """Steps go on being counted, wherever that is done from then on."""
+    (p,), (q,) = (cases.parameters([(9,)], device=target.device) for _ in range(2))
+    a, b = (cases.make("AdamW", [x], {}, backend=target.backend) for x in (p, q))
+    for t in range(4):
+        a.skip_nonfinite = t % 2 == 1
+        cases.set_gradients([p], t)
+        cases.set_gradients([q], t)
+        a.warmup()
+        a.step()
+        b.step()
+    assert a.state[p]["step"].item() == 4
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@pytest.mark.float64
+def test_warmup_takes_the_backend_that_a_step_takes(target):
+    (p,) = cases.parameters([(9,)], torch.float64, target.device)
+    cases.make("AdamW", [p], {}, backend=target.backend, skip_nonfinite=True).warmup()
+
+
 def test_the_same_norm_for_any_number_of_threads():
     norms = set()
     before = torch.get_num_threads()
