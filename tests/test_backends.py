@@ -1,8 +1,11 @@
 """Which backend runs, what is said when it is not the best one, and what importing the package needs: nothing."""
 
+import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +122,25 @@ def test_the_cuda_part_is_there_or_says_what_is_missing():
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run: it steps tensors on cuda, not on cpu"):
         fused_adamw.AdamW([p], backend="cuda").step()
     fused_adamw.AdamW([p], backend="cpu").step()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nvcc", "text"),
+    [
+        ("1", "echo release 1.0,", "nvcc is of CUDA 1, torch .* of CUDA .*: set CUDA_HOME to a toolkit of torch's"),
+        ("1", "exit 1", "nvcc does not run .*; install the CUDA toolkit, or set CUDA_HOME"),
+        ("2", "exit 1", "FUSED_ADAMW_CUDA=2: must be 0, 1 or unset"),
+    ],
+)
+def test_a_cuda_part_that_cannot_be_built_is_told(wanted, nvcc, text, tmp_path):
+    """Before anything is compiled."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    if torch.version.cuda is None and wanted == "1":
+        text = "torch .* is built without CUDA"
+    env = {**os.environ, "CUDA_HOME": str(tmp_path), "FUSED_ADAMW_CUDA": wanted}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True)
+    assert done.returncode
+    assert re.search(text, done.stderr.splitlines()[-1]), done.stderr
