@@ -69,7 +69,7 @@ const at::Tensor* tensor_of(PyObject* object) {
 // tensor itself.
 struct Local {
   const at::Tensor* tensor = nullptr;
-  PyObject *shard = nullptr, *spec = nullptr;
+  PyObject *dtensor = nullptr, *shard = nullptr, *spec = nullptr;
 
   const at::Tensor& operator*() const { return *tensor; }
   const at::Tensor* operator->() const { return tensor; }
@@ -79,7 +79,7 @@ struct Local {
 Local local_of(const at::Tensor& t, PyObject* object = nullptr) {
   const auto inside = [](PyObject* object) {
     PyObject* const shard = DTensorType::read(object, dtensor.shard);
-    return Local{&THPVariable_Unpack(shard), shard, DTensorType::read(object, dtensor.spec)};
+    return Local{&THPVariable_Unpack(shard), object, shard, DTensorType::read(object, dtensor.spec)};
   };
   if (object && Py_IS_TYPE(object, dtensor.type)) return inside(object);
   if (!t.unsafeGetTensorImpl()->is_python_dispatch()) return {&t};
@@ -90,7 +90,12 @@ Local local_of(const at::Tensor& t, PyObject* object = nullptr) {
 }
 
 // nullptr for a tensor without memory of its own (a wrapper subclass); plan.py refuses those by name.
-const void* address_of(const at::Tensor& t) { return t.has_storage() ? t.const_data_ptr() : nullptr; }
+const void* address_of(const at::Tensor& t) {
+  const at::TensorImpl& impl = *t.unsafeGetTensorImpl();
+  if (!impl.has_storage() || !impl.numel()) return nullptr;
+  // const_data_ptr() would ask again, out of line.
+  return static_cast<const char*>(impl.unsafe_storage().data()) + impl.itemsize() * impl.storage_offset();
+}
 
 // All that a plan depends on of a tensor but its address: dtype, device, layout, conjugate and negative bits,
 // sizes and strides, in 64 bits, since a poll reads them at every step. Never 0.
@@ -105,25 +110,42 @@ uint64_t layout_of(const at::Tensor& t) {
   return hash | 1;
 }
 
+// Every cache line of an object: malloc aligns to 16 bytes, so most begin within one. Inlined by force, since
+// a function that does nothing but this has no effect that the compiler knows of, and its calls are left out.
+FUSED_HD void prefetch(const void* object, size_t size) {
+  const auto begin = reinterpret_cast<uintptr_t>(object);
+  if (!object) return;
+  for (uintptr_t line = begin & ~uintptr_t(63); line < begin + size; line += 64)
+    FUSED_PREFETCH(reinterpret_cast<const void*>(line));
+}
+
 // Where a tensor's objects lay when they were last seen. Only ever prefetched, so a stale address does no
 // harm: of 1000 tensors and more, whose data goes through the caches at every step, a poll is all misses.
 struct Objects {
-  const char *python = nullptr, *shard = nullptr, *impl = nullptr, *storage = nullptr;
+  const void *python = nullptr, *owner = nullptr, *shard = nullptr, *impl = nullptr, *storage = nullptr;
 
   Objects() = default;
   Objects(const void* object, const Local& t)
-      : python(static_cast<const char*>(object)), shard(reinterpret_cast<const char*>(t.shard)),
-        impl(reinterpret_cast<const char*>(t->unsafeGetTensorImpl())),
-        storage(t->has_storage() ? reinterpret_cast<const char*>(t->storage().unsafeGetStorageImpl())
-                                 : nullptr) {}
-  void prefetch() const {
-    FUSED_PREFETCH(python);
-    FUSED_PREFETCH(shard);
-    for (size_t line = 0; impl && line < sizeof(at::TensorImpl); line += 64) FUSED_PREFETCH(impl + line);
-    FUSED_PREFETCH(storage);
+      : python(object), owner(t.dtensor ? THPVariable_Unpack(t.dtensor).unsafeGetTensorImpl() : nullptr),
+        shard(t.shard), impl(t->unsafeGetTensorImpl()),
+        storage(t->has_storage() ? t->storage().unsafeGetStorageImpl() : nullptr) {}
+  FUSED_HD void prefetch() const {
+    fused_adamw::prefetch(python, kPython);
+    fused_adamw::prefetch(owner, sizeof(at::TensorImpl));
+    fused_adamw::prefetch(shard, kPython);
+    fused_adamw::prefetch(impl, sizeof(at::TensorImpl));
+    fused_adamw::prefetch(storage, 64);  // the address, and the flags of who may read it
   }
+  // What counting a version reads.
+  FUSED_HD void prefetch_version() const {
+    FUSED_PREFETCH(python);
+    FUSED_PREFETCH(owner);
+    FUSED_PREFETCH(shard);
+    FUSED_PREFETCH(impl);
+  }
+  static constexpr size_t kPython = 64;  // of a DTensor with its slots
 };
-constexpr size_t kAhead = 8;  // tensors
+constexpr size_t kAhead = 4;  // tensors
 
 struct Slot {  // one entry of a group's "params"
   py::object param;
@@ -166,9 +188,8 @@ public:
                        t.tensor ? address_of(*t) : nullptr, t.tensor ? layout_of(*t) : 0,
                        t.tensor ? Objects(value, t) : Objects()});
       if (PyDict_Check(value)) {
-        seen_.back().objects.python = reinterpret_cast<const char*>(value);
-        seen_.back().objects.storage =
-            reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(value)->ma_keys);
+        seen_.back().objects.python = value;
+        seen_.back().objects.impl = reinterpret_cast<PyDictObject*>(value)->ma_keys;
       }
       return true;
     });
@@ -236,6 +257,7 @@ public:
   // Count the step, and tell autograd that the parameters have changed.
   void advance() {
     for (size_t i = 0; i < live_.size(); ++i) {
+      if (i + kAhead < live_.size()) slots_[i + kAhead].p_objects.prefetch_version();
       if (slots_[i].g_layout) {
         const at::Tensor& p = THPVariable_Unpack(slots_[i].param.ptr());
         p.unsafeGetTensorImpl()->bump_version();
@@ -310,7 +332,7 @@ private:
     s.autograd = owner->unsafeGetTensorImpl()->autograd_meta();
     if (grad.defined()) {
       const Local g = local_of(grad);
-      s.g_objects = Objects(nullptr, g);
+      s.g_objects = Objects(g.dtensor, g);
       s.g_layout = layout_of(*g);
       s.g_spec = py::reinterpret_borrow<py::object>(g.spec);
       live.g = address_of(*g);
@@ -336,7 +358,7 @@ private:
     const Local g = local_of(grad);
     if (layout_of(*g) != s.g_layout || !placed_as_before(s, g)) return false;
     live.g = address_of(*g);
-    s.g_objects = Objects(nullptr, g);
+    if (s.g_objects.impl != g->unsafeGetTensorImpl()) s.g_objects = Objects(g.dtensor, g);
     return live.g || g->numel() == 0;
   }
 
