@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -171,6 +172,18 @@ struct Seen {  // one entry of the optimizer's state, held so that its address s
   Objects objects;
 };
 
+// A row of scalars.py; pybind's own conversion to a vector takes 7 times as long.
+std::array<double, kScalars> numbers_of(py::handle row) {
+  std::array<double, kScalars> values;
+  if (!PyTuple_Check(row.ptr()) || PyTuple_GET_SIZE(row.ptr()) != kScalars)
+    throw py::value_error("a row of scalars is a tuple of " + std::to_string(kScalars) + " numbers");
+  for (int i = 0; i < kScalars; ++i) {
+    values[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(row.ptr(), i));
+    if (values[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return values;
+}
+
 // What the plans of an optimizer were built from. plan.Watch is the same in Python.
 class Watch {
 public:
@@ -287,11 +300,11 @@ public:
     char* to = static_cast<char*>(staging.mutable_data_ptr());
     if (rows) to = std::copy_n(static_cast<const char*>(table.const_data_ptr()), table.nbytes(), to);
     for (const py::handle& row : scalars) {
+      const auto values = numbers_of(row);
       for (int i = 0; i < kScalars; ++i, to += sizeof(float)) {
-        const float value = float(PyFloat_AsDouble(PyTuple_GetItem(row.ptr(), i)));
+        const float value = float(values[i]);
         std::memcpy(to, &value, sizeof(value));
       }
-      if (PyErr_Occurred()) throw py::error_already_set();
     }
     buffer.narrow(0, int64_t(start), int64_t(bytes)).copy_(staging, /*non_blocking=*/true);
   }
@@ -446,10 +459,10 @@ public:
   }
 
   // The scalars and the gradients of the step to come.
-  void bring(const std::vector<std::vector<double>>& scalars) {
+  void bring(const py::list& scalars) {
     scalars_.clear();
-    for (const auto& row : scalars) {
-      if (row.size() != kScalars) throw py::value_error("a row of scalars has 8 numbers");
+    for (const py::handle& item : scalars) {
+      const auto row = numbers_of(item);
       scalars_.insert(scalars_.end(), row.begin(), row.end());
     }
     for (size_t i = 0; i < rows_.size(); ++i) {

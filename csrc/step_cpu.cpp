@@ -17,8 +17,10 @@
 
 #if defined(__GNUC__)
 #define FUSED_RESTRICT __restrict__
+#define FUSED_PREFETCH(address) __builtin_prefetch(address)
 #else
 #define FUSED_RESTRICT
+#define FUSED_PREFETCH(address) ((void)(address))
 #endif
 
 namespace fused_adamw {
@@ -30,6 +32,7 @@ constexpr int64_t kBlock = 64;
 constexpr int64_t kTile = 512;
 // A parallel region costs about as much as this many elements of one thread.
 constexpr int64_t kSerial = 16384;
+constexpr int64_t kRowsAhead = 2;
 
 // ---- The loops, written once. Inlined into a function per instruction set, they are vectorised for it.
 
@@ -247,6 +250,18 @@ int states_of(Rule rule) {
   return states[int(rule)];
 }
 
+// The beginning of a row. Small tensors end before the processor sees that they are streams: the launch of
+// 10,000 of 64 elements takes two thirds of the time.
+FUSED_HD void prefetch(const Row& row) {
+  const auto lines = [&row](const void* stream, Format format) {
+    const int64_t bytes = std::min(kBlock, row.numel) * kItemsize[int(format)];
+    for (int64_t i = 0; i < bytes; i += 64) FUSED_PREFETCH(static_cast<const char*>(stream) + i);
+  };
+  lines(row.p, row.p_format);
+  lines(row.g, row.g_format);
+  for (int j = 0; j < states_of(row.rule); ++j) lines(row.state[j], row.state_format);
+}
+
 template <typename T>
 void step_span(const Kernels<T>& k, const Row& row, const double* scalars, int64_t begin, int64_t end) {
   alignas(64) T tiles[2 + kMaxStates][kTile];
@@ -311,6 +326,7 @@ void step_cpu(const Row* rows, int64_t n, const double* scalars, int isa) {
       const Row& row = rows[r];
       const int64_t start = r ? ends[r - 1] : 0;
       const int64_t begin = (b - start) * kBlock, end = std::min(row.numel, (last - start) * kBlock);
+      if (begin == 0 && r + kRowsAhead < n) prefetch(rows[r + kRowsAhead]);
       if (begin >= end) continue;
       const double* s = scalars + int64_t(row.scalars) * kScalars;
       if (row.p_format == Format::f64) {

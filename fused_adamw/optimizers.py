@@ -162,9 +162,8 @@ class FusedOptimizer(Optimizer):
         return bool(group.get("capturable")) or (self._skips() and p.is_cuda)
 
     def _move(self, watch: Any, plans: Sequence[plan.Plan], groups: list[dict[str, Any]]) -> None:
-        row_of = scalars.ROWS[self._rule]
         try:
-            rows = [row_of(groups[g], count) for g, count in watch.steps()]
+            rows = scalars.rows_of(self._rule, groups, watch.steps())
         except (ValueError, ArithmeticError):
             for i, group in enumerate(self.param_groups):
                 self._check(group, i)

@@ -5,7 +5,7 @@ are the arguments of the rules in ``reference.py``; their order is that of the s
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -152,3 +152,26 @@ _NOT_NEGATIVE = {
 # By the optimizer's rule.
 HYPER: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {"adam": adam_hyper, "sgd": sgd_hyper}
 ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Sgd]] = {"adam": adam, "sgd": sgd}
+
+
+def rows_of(rule: str, groups: Sequence[Mapping[str, Any]], steps: Iterable[tuple[int, float]]) -> list[Adam | Sgd]:
+    """The row of each (index of a group, step); groups that are alike share theirs.
+
+    To tell takes a third of the time of a row, and hundreds of groups, of layer-wise rates, have a few dozen settings.
+    """
+    row_of, names = ROWS[rule], _READ[rule]
+    known: dict[tuple, Adam | Sgd] = {}
+    rows = []
+    for i, step in steps:
+        group = groups[i]
+        options = (step, *map(group.get, names), *group.get("betas", ()))  # which may be a list
+        row = known.get(options)
+        if row is None:
+            row = known[options] = row_of(group, step)
+        rows.append(row)
+    return rows
+
+
+# All of a group that a row depends on, but the betas.
+_OF_DECAY = ("lr", "weight_decay", "decoupled_weight_decay", "decouple_lr", "base_lr", "maximize")
+_READ = {"adam": (*_OF_DECAY, "eps"), "sgd": (*_OF_DECAY, "momentum", "dampening", "nesterov", "lr_in_momentum")}

@@ -7,6 +7,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fused_adamw
+from fused_adamw import scalars
 from tests import cases
 
 NAMES = ["AdamW", "Adam", "SGD"]
@@ -182,3 +183,26 @@ def test_momentum_switched_on_later_starts_as_in_torch(fresh, target):
             cases.set_gradients(ps, t)
             optimizer.step()
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [fused_adamw.AdamW, fused_adamw.SGDW])
+def test_groups_share_a_row_only_if_all_that_it_reads_is_the_same(cls):
+    read = set()
+
+    class Group(dict):
+        def __getitem__(self, name):
+            read.add(name)
+            return super().__getitem__(name)
+
+        def get(self, name, default=None):
+            read.add(name)
+            return super().get(name, default)
+
+    (group,) = cls([torch.nn.Parameter(torch.ones(1))], lr=0.5, weight_decay=0.1, decouple_lr=True).param_groups
+    row_of = scalars.ROWS[cls._rule]
+    for options in ({}, {"decouple_lr": False}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
+        row_of(Group(group | options), 2.0)
+    assert read <= {"betas", *scalars._READ[cls._rule]}
+    groups = [group, group | {"lr": 0.25}, group, group | {"betas": [0.5, 0.5], "maximize": True}]
+    steps = [(0, 2.0), (0, 3.0), (1, 2.0), (2, 2.0), (3, 2.0)]
+    assert scalars.rows_of(cls._rule, groups, steps) == [row_of(groups[i], step) for i, step in steps]
