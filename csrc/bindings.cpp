@@ -19,11 +19,6 @@
 #if defined(FUSED_ADAMW_CUDA)
 #include <c10/cuda/CUDAStream.h>
 #endif
-#if defined(__GNUC__)
-#define FUSED_PREFETCH(address) __builtin_prefetch(address)
-#else
-#define FUSED_PREFETCH(address) ((void)(address))
-#endif
 
 namespace py = pybind11;
 

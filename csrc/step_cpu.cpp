@@ -17,10 +17,8 @@
 
 #if defined(__GNUC__)
 #define FUSED_RESTRICT __restrict__
-#define FUSED_PREFETCH(address) __builtin_prefetch(address)
 #else
 #define FUSED_RESTRICT
-#define FUSED_PREFETCH(address) ((void)(address))
 #endif
 
 namespace fused_adamw {
