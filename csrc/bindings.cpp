@@ -277,9 +277,10 @@ public:
   }
 
   // Bring the tables of a launch to this step in one copy: the rows if any changed or `all` is set, and the
-  // rows of scalars, which follow them in `buffer`. `table` is a copy of the rows, int64 [n, 8], on the host:
-  // column 1 is the address of the gradient (kept for a slot of -1 - slot), 6 the index of the row of scalars
-  // (kept where steps are not counted here), 7 whether all addresses are multiples of 16. torch's caching
+  // rows of scalars, which follow them in `buffer`. `table` is a copy of the rows, int64 [n, 16], on the
+  // host: column 1 is the address of the gradient (kept for a slot of -1 - slot), 6 the index of the row of
+  // scalars (kept where steps are not counted here), bit 0 of 7 whether all addresses are multiples of 16,
+  // and bit 1 (kept) whether the elements lie so in a parameter of which this is a shard. torch's caching
   // allocator of pinned memory does not hand the staging memory out again before the copy is done; a graph,
   // which copies from it at each replay, brings its own.
   void upload(const at::Tensor& table, const at::Tensor& slots, const py::list& scalars,
@@ -319,11 +320,12 @@ private:
       changed |= to != value;
       to = value;
     };
-    for (int64_t i = 0; i < table.size(0); ++i, row += 8) {
+    for (int64_t i = 0; i < table.size(0); ++i, row += kColumns) {
       const Live& s = live_.at(slot[i] < 0 ? -1 - slot[i] : slot[i]);
       if (slot[i] >= 0) set(row[1], reinterpret_cast<int64_t>(s.g));
       if (s.step) set(row[6], s.scalars);
-      set(row[7], ((row[0] | row[1] | row[2] | row[3] | row[4]) & 15) == 0);
+      const int64_t all = row[0] | row[1] | row[2] | row[3] | row[4] | row[8] | row[9] | row[10];
+      set(row[7], (row[7] & 2) | ((row[7] & 2) && !(all & 15)));
     }
     return changed;
   }
@@ -409,6 +411,7 @@ Format format_of(at::ScalarType dtype) {
   case at::kDouble: return Format::f64;
   case at::kBFloat16: return Format::bf16;
   case at::kHalf: return Format::f16;
+  case at::kChar: return Format::i8;
   default: throw py::type_error(std::string("no format for ") + at::toString(dtype));
   }
 }
@@ -421,6 +424,14 @@ Rule rule_of(const std::string& name) {
   throw py::value_error("no rule " + name);
 }
 
+Master master_of(const std::string& name) {
+  if (name == "none") return Master::none;
+  if (name == "kahan") return Master::kahan;
+  if (name == "split16") return Master::split16;
+  if (name == "fp32") return Master::fp32;
+  throw py::value_error("no master " + name);
+}
+
 int best_isa() {
   int last = 0;
   while (cpu_isas()[last + 1]) ++last;
@@ -431,25 +442,41 @@ int isa = best_isa();
 // The rows of one launch on the CPU.
 class CpuStep {
 public:
-  // rows: (slot, rule, p, gradient or None where the slot's own is read, states) of dense tensors.
+  // rows: of plan.Row.
   CpuStep(const Watch& watch, const py::list& rows) : watch_(watch) {
     for (const py::handle& item : rows) {
-      const auto [slot, rule, p, g, states] = item.cast<
-          std::tuple<size_t, std::string, at::Tensor, std::optional<at::Tensor>, std::vector<at::Tensor>>>();
+      const auto slot = item.attr("slot").cast<size_t>();
+      const auto p = item.attr("p").cast<at::Tensor>();
+      const auto g = item.attr("g").cast<std::optional<at::Tensor>>();
+      const auto states = item.attr("states").cast<std::vector<at::Tensor>>();
+      const auto extra = item.attr("extra").cast<std::optional<at::Tensor>>();
+      const auto scales = item.attr("scales").cast<std::vector<at::Tensor>>();
       Row row{};
       row.p = p.mutable_data_ptr();
       row.numel = p.numel();
       row.p_format = format_of(p.scalar_type());
-      row.rule = rule_of(rule);
+      row.rule = rule_of(item.attr("rule").cast<std::string>());
       row.g = g ? g->const_data_ptr() : nullptr;
       row.g_format = format_of(c10::toRealValueType((g ? *g : watch.grad(slot)).scalar_type()));
+      if (states.size() > kMaxStates || scales.size() > std::size(row.scales))
+        throw py::value_error("a row has too many states");
       for (size_t j = 0; j < states.size(); ++j) row.state[j] = states[j].mutable_data_ptr();
       row.state_format = states.empty() ? row.p_format : format_of(states[0].scalar_type());
+      row.master = master_of(item.attr("master").cast<std::string>());
+      row.stochastic = item.attr("stochastic").cast<bool>();
+      row.extra = extra ? extra->mutable_data_ptr() : nullptr;
+      for (size_t j = 0; j < scales.size(); ++j) row.scales[j] = scales[j].mutable_data_ptr<float>();
+      row.seed = item.attr("seed").cast<uint64_t>();
+      row.index = item.attr("index").cast<uint32_t>();
+      std::tie(row.offset, row.run, row.skip) =
+          item.attr("place").cast<std::tuple<int64_t, int64_t, int64_t>>();
       rows_.push_back(row);
       slots_.push_back({slot, !g});
       held_.push_back(p);
       if (g) held_.push_back(*g);
+      if (extra) held_.push_back(*extra);
       held_.insert(held_.end(), states.begin(), states.end());
+      held_.insert(held_.end(), scales.begin(), scales.end());
     }
   }
 
@@ -503,8 +530,14 @@ private:
 class CudaKernels {
 public:
   CudaKernels(at::Device device, const std::string& rule, at::ScalarType p, at::ScalarType g,
-              at::ScalarType state)
-      : variant_{rule_of(rule), format_of(p), format_of(g), format_of(state)} {
+              at::ScalarType state, const std::string& master, bool stochastic)
+      : variant_{rule_of(rule), format_of(p), format_of(g), format_of(state), master_of(master), stochastic} {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        has_cuda(variant_),
+        "backend='cuda' steps parameters with a master, stochastic rounding or int8 moments ",
+        "where gradients are float32 or of the parameter's dtype and moments are not float16; here they are ",
+        at::toString(g), " and ", at::toString(state),
+        ": convert them, or use backend='triton', which takes any mix");
     const c10::DeviceGuard guard(device);
     check(check_cuda(variant_));
   }
@@ -574,7 +607,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("sum_squares", &CpuStep::sum_squares);
 #if defined(FUSED_ADAMW_CUDA)
   py::class_<CudaKernels>(m, "CudaKernels")
-      .def(py::init<at::Device, const std::string&, at::ScalarType, at::ScalarType, at::ScalarType>())
+      .def(py::init<at::Device, const std::string&, at::ScalarType, at::ScalarType, at::ScalarType,
+                    const std::string&, bool>())
       .def("step", &CudaKernels::step)
       .def("sum_squares", &CudaKernels::sum_squares)
       .def("scalars", &CudaKernels::scalars);

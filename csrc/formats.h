@@ -1,5 +1,6 @@
-// How a value is stored: every format is read exactly into the compute type and written back with one
-// rounding, to nearest even. The rules never see a storage type.
+// How a value is stored: every format is read into the compute type and written back with one rounding, to
+// nearest even unless told otherwise. The rules never see a storage type. fused_adamw/formats.py is the same
+// in Python, and tells why.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,10 @@
 
 namespace fused_adamw {
 
-enum class Format : uint8_t { f32, f64, bf16, f16 };
+enum class Format : uint8_t { f32, f64, bf16, f16, i8 };
+// What holds the digits of a 16-bit parameter that its own format has no room for: nothing; a compensation in
+// the parameter's format; the low half of a float32; a float32.
+enum class Master : uint8_t { none, kahan, split16, fp32 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -81,6 +85,167 @@ FUSED_HD void store(float x, Float16& to) {
   rounded = magnitude > 0x7f800000u ? 0x7e00u : rounded;
   to.bits = uint16_t(rounded | (bits >> 16 & 0x8000u));
 #endif
+}
+
+// ---- Stochastic rounding: bits of a counter-based generator, so that they depend on nothing but the
+// element.
+
+struct Words {
+  uint32_t x[4];
+};
+
+// Philox 4x32-10 (Salmon et al., SC 2011). Element i of a parameter, counted over all its shards, has word
+// i % 4 of the counter (i / 4, step, index of the parameter); the key is the seed.
+constexpr uint32_t kPhilox0 = 0xd2511f53u, kPhilox1 = 0xcd9e8d57u;
+constexpr uint32_t kWeyl0 = 0x9e3779b9u, kWeyl1 = 0xbb67ae85u;
+FUSED_HD Words philox(uint64_t seed, uint64_t group, uint32_t step, uint32_t index) {
+  uint32_t c0 = uint32_t(group), c1 = uint32_t(group >> 32), c2 = step, c3 = index;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(kPhilox0) * c0, b = uint64_t(kPhilox1) * c2;
+    c0 = uint32_t(b >> 32) ^ c1 ^ k0, c1 = uint32_t(b);
+    c2 = uint32_t(a >> 32) ^ c3 ^ k1, c3 = uint32_t(a);
+    k0 += kWeyl0, k1 += kWeyl1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The halves of an element's word; and 16 bits more, of which any given half tells nothing.
+FUSED_HD uint32_t for_parameter(uint32_t word) { return word >> 16; }
+FUSED_HD uint32_t for_second_moment(uint32_t word) { return word & 0xffffu; }
+FUSED_HD uint32_t for_first_moment(uint32_t word) { return word * 0x9e3779b9u >> 16; }
+
+// Up with the probability of the digits that are cut off, given 16 random bits; an infinity has none.
+FUSED_HD void store_stochastic(float x, BFloat16& to, uint32_t random) {
+  to.bits = uint16_t(x != x ? 0x7fc0u : (bit_cast<uint32_t>(x) + random) >> 16);
+}
+
+// ---- Masters: a 16-bit parameter and its extra stream are one value of more digits.
+
+// To nearest, ties away from zero: of all values that round to one bf16, the low halves are then distinct.
+FUSED_HD uint32_t rounded_away(float x) { return x != x ? 0x7fc0u : (bit_cast<uint32_t>(x) + 0x8000u) >> 16; }
+
+template <class P> FUSED_HD bool same(P a, P b) { return a.bits == b.bits; }
+
+template <Master kMaster> struct Mastered;
+
+// Kahan: parameter + compensation. A compensation beyond an ulp of the parameter is that of another value,
+// which was overwritten, and counts for nothing.
+template <> struct Mastered<Master::kahan> {
+  template <class P> using Extra = P;
+
+  template <class P> FUSED_HD static float read(P p, P extra) {
+    const float x = load(p), c = load(extra);
+    P half;
+    store(fma(0.5f, c, x), half);
+    return same(half, p) ? x + c : x;
+  }
+  template <class P> FUSED_HD static void write(float x, P& p, P& extra) {
+    store(x, p);
+    store(x - load(p), extra);
+  }
+};
+
+// The low half of a float32 whose high half is the parameter, as what rounding added or took away. What does
+// not round to the parameter (a negative one beside a 0) is that of another value, which was overwritten.
+template <> struct Mastered<Master::split16> {
+  template <class P> using Extra = int16_t;
+
+  FUSED_HD static float read(BFloat16 p, int16_t extra) {
+    const float x = bit_cast<float>((uint32_t(p.bits) << 16) + uint32_t(int32_t(extra)));
+    return rounded_away(x) == p.bits ? x : load(p);
+  }
+  FUSED_HD static void write(float x, BFloat16& p, int16_t& extra) {
+    p.bits = uint16_t(rounded_away(x));
+    extra = int16_t(uint16_t(x != x ? 0u : bit_cast<uint32_t>(x)));
+  }
+};
+
+// A float32, taken for as long as it rounds to the parameter: one that was overwritten is taken itself.
+template <> struct Mastered<Master::fp32> {
+  template <class P> using Extra = float;
+
+  FUSED_HD static void round(float x, BFloat16& p) { p.bits = uint16_t(rounded_away(x)); }
+  FUSED_HD static void round(float x, Float16& p) { store(x, p); }
+  template <class P> FUSED_HD static float read(P p, float extra) {
+    P rounded;
+    round(extra, rounded);
+    return same(rounded, p) ? extra : load(p);
+  }
+  template <class P> FUSED_HD static void write(float x, P& p, float& extra) {
+    extra = x;
+    round(x, p);
+  }
+};
+
+// ---- int8: blocks of elements that follow one another share a float32, the largest finite magnitude among
+// them (0 for a subnormal one, whose reciprocal would overflow).
+
+constexpr int kQuantBlock = 128;
+
+FUSED_HD uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
+constexpr uint32_t kLeastNormal = 0x00800000u, kInfinite = 0x7f800000u;
+// What a value adds to the scale of its block: infinities and NaN nothing. Compared as integers.
+FUSED_HD uint32_t scale_bits(float x) {
+  const uint32_t bits = magnitude_bits(x);
+  return bits < kLeastNormal || bits >= kInfinite ? 0u : bits;
+}
+// What the magnitudes of a block are multiplied by.
+FUSED_HD float inverse(float scale) { return scale == 0 ? 0.0f : 1.0f / scale; }
+
+// A first moment, signed: code c is sign(c) * (c / 127)^2 of the scale, -128 is NaN.
+struct First {
+  static constexpr uint8_t kNaN = 0x80;
+
+  FUSED_HD static float unit(float scale) { return scale / 16129.0f; }  // what decode() multiplies by
+  FUSED_HD static float decode_number(uint8_t code, float unit) {
+    const int32_t c = int8_t(code);
+    return float(c * (c < 0 ? -c : c)) * unit;
+  }
+  template <bool kRandom> FUSED_HD static uint8_t encode_number(float x, float inverse, uint32_t word) {
+    const float ratio = bit_cast<float>(magnitude_bits(x)) * inverse, root = std::sqrt(ratio) * 127.0f;
+    // The last bits of a sum with 2^23 are the nearest whole number, to even.
+    int32_t c = int32_t(bit_cast<uint32_t>(root + 8388608.0f) & 0xffu);
+    if constexpr (kRandom) {
+      // Up by the place of the value, not of the root, between those of two codes: the mean is to be right.
+      c = int32_t(root);
+      const float below = float(c), drawn = (float(for_first_moment(word)) + 0.5f) * 0x1p-16f;
+      c += ratio * 16129.0f - below * below > drawn * (below + below + 1.0f) && c < 127;
+    }
+    return uint8_t(bit_cast<int32_t>(x) < 0 ? -c : c);
+  }
+};
+
+// A second moment, on a logarithmic scale: code c > 0 is the float32 of 3 digits with the bits (c + 762) <<
+// 20, of the scale: 8 steps an octave from 2^-31.7 to 1. Only 0 is 0, so that no denominator vanishes; 255 is
+// NaN.
+struct Second {
+  static constexpr uint8_t kNaN = 0xff;
+
+  FUSED_HD static float unit(float scale) { return scale; }
+  FUSED_HD static float decode_number(uint8_t code, float unit) {
+    const float x = bit_cast<float>((code + 762u) << 20) * unit;
+    return code == 0 ? 0.0f : x;
+  }
+  // 20 bits are cut off, and as many added to them first.
+  FUSED_HD static uint32_t added(bool random, uint32_t word) {
+    return random ? for_second_moment(word) << 4 | 8u : 0x80000u;
+  }
+  template <bool kRandom> FUSED_HD static uint8_t encode_number(float x, float inverse, uint32_t word) {
+    const float ratio = bit_cast<float>(magnitude_bits(x)) * inverse;
+    const uint32_t random = added(kRandom, word);
+    const int32_t c = int32_t((bit_cast<uint32_t>(ratio) + random) >> 20) - 762;
+    const int32_t code = c < 1 ? 1 : c > 254 ? 254 : c;
+    return uint8_t(magnitude_bits(x) == 0 || inverse == 0 ? 0 : code);
+  }
+};
+
+template <class Q> FUSED_HD float decode(uint8_t code, float unit) {
+  return code == Q::kNaN ? bit_cast<float>(0x7fc00000u) : Q::decode_number(code, unit);
+}
+// `word` is that of the element, for stochastic rounding.
+template <class Q, bool kRandom> FUSED_HD uint8_t encode(float x, float inverse, uint32_t word) {
+  return magnitude_bits(x) >= kInfinite ? Q::kNaN : Q::template encode_number<kRandom>(x, inverse, word);
 }
 
 }  // namespace fused_adamw

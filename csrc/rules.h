@@ -18,9 +18,11 @@
 
 namespace fused_adamw {
 
-constexpr int kScalars = 8;     // width of a scalar row, the same for every rule
-constexpr int kGradFactor = 2;  // the column in which every rule has it
-constexpr int kMaxStates = 3;   // exp_avg, exp_avg_sq, max_exp_avg_sq
+constexpr int kRuleScalars = 8;  // of a rule, the same number for every rule
+constexpr int kGradFactor = 2;   // the column in which every rule has it
+constexpr int kStep = 8;         // the column of the number of the step, which stochastic rounding draws by
+constexpr int kScalars = 9;      // width of a scalar row
+constexpr int kMaxStates = 3;    // exp_avg, exp_avg_sq, max_exp_avg_sq
 
 FUSED_HD float fma(float a, float b, float c) { return std::fma(a, b, c); }
 FUSED_HD double fma(double a, double b, double c) { return std::fma(a, b, c); }
@@ -41,6 +43,7 @@ template <typename T> struct Decayed {
 // Adam and AdamW: Algorithm 2 of arXiv 1711.05101.
 template <bool kAmsgrad> struct Adam {
   static constexpr int kStates = kAmsgrad ? 3 : 2;
+  static constexpr int kSecondMoment = 1;  // which of the states it is
 
   template <typename T> struct Scalars {
     T decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps;
@@ -63,6 +66,7 @@ template <bool kAmsgrad> struct Adam {
 // SGD and SGDW: Algorithm 1, and torch's momentum; which of them is a matter of c1, c2, take_g, take_b.
 template <bool kMomentum> struct Sgd {
   static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr int kSecondMoment = -1;
 
   template <typename T> struct Scalars {
     T decay, l2, grad_factor, momentum, c1, c2, take_g, take_b;

@@ -25,6 +25,15 @@ struct Row {
   int32_t scalars;  // index of the scalar row
   Rule rule;
   Format p_format, g_format, state_format;
+  Master master;
+  bool stochastic;  // a bf16 parameter without a master, a bf16 second moment, int8 moments are rounded so
+
+  void* extra;       // of the master
+  float* scales[2];  // of int8 states, one each kQuantBlock elements
+  uint64_t seed;     // of stochastic rounding
+  uint32_t index;    // of the parameter
+  // Element i is number offset + i + i / run * skip of a parameter of which this is a shard.
+  int64_t offset, run, skip;
 };
 
 // One step of every row in one parallel region; `scalars` holds rows of kScalars doubles. `isa` is an
@@ -38,7 +47,11 @@ double sum_squares_cpu(const Row* rows, int64_t n);
 struct Variant {
   Rule rule;
   Format p, g, state;  // never f64
+  Master master;
+  bool stochastic;
 };
+
+constexpr int kColumns = 16;  // of the table of rows
 
 // CUDA, over tables in device memory (fused_adamw/launch.py tells what is in them), on a stream of the
 // current device. They return cudaGetErrorString of what went wrong, or nullptr.
@@ -57,6 +70,8 @@ const char* sum_squares_cuda(const Variant& variant, const Tables& tables, doubl
 // scalars.
 const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* steps, int64_t n,
                          const float* factor, float* scalars, void* stream);
+// Whether a variant is compiled, as that of a step has to be.
+bool has_cuda(const Variant& variant);
 // Whether there is code for the current device.
 const char* check_cuda(const Variant& variant);
 

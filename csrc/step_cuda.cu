@@ -2,16 +2,22 @@
 // header of torch is seen here; -fmad=false.
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "step.h"
 
 namespace fused_adamw {
 namespace {
 
-constexpr int kColumns = 8;  // of a row
+constexpr int kHyper = 8;  // numbers of a row of hyperparameters
 // At least 8 blocks on a multiprocessor: 64 KiB of fp32 Adam's loads in flight, 1.5 times what 8 TB/s at a
 // latency of 0.8 us asks of each of 148. Left to itself ptxas takes 40 registers here and there, and spills.
 constexpr int kThreads = 128;
 constexpr int kBlocks = 8;
+// Codes and words take more than that leaves, and both of them, or words beside amsgrad, still more.
+constexpr int blocks_of(bool codes, bool words, bool amsgrad) {
+  return !codes && !words ? kBlocks : codes + words + amsgrad == 1 ? 6 : 5;
+}
 
 // kWidth neighbouring elements of a stream, in one access.
 template <class T, int kWidth> struct alignas(sizeof(T) * kWidth) Vector {
@@ -29,36 +35,194 @@ template <class T> __device__ __forceinline__ T* stream(const int64_t* row, int 
   return pointer;
 }
 
-template <class P, class G, class S> struct Streams {
+// What of a parameter its own format has no room for; of its own type where there is no master.
+template <Master kMaster, class P> struct ExtraOf {
+  using type = typename Mastered<kMaster>::template Extra<P>;
+};
+template <class P> struct ExtraOf<Master::none, P> {
+  using type = P;
+};
+
+template <class P, class G, class S, Master kMaster> struct Streams {
+  using Extra = typename ExtraOf<kMaster, P>::type;
   P* p;
   G* g;
   S *s0, *s1, *s2;
+  Extra* extra;
+  float *scales0, *scales1;
 };
 
-template <class R, int kWidth, class P, class G, class S> __device__ __forceinline__ void
-step_span(const typename R::template Scalars<float>& s, const Streams<P, G, S>& to, int begin, int end) {
-  for (int i = begin + int(threadIdx.x) * kWidth; i < end; i += kThreads * kWidth) {
-    Vector<P, kWidth> p = at<P, kWidth>(to.p, i);
-    const Vector<G, kWidth> g = at<G, kWidth>(to.g, i);
-    Vector<S, kWidth> s0, s1, s2;
-    if constexpr (R::kStates > 0) s0 = at<S, kWidth>(to.s0, i);
-    if constexpr (R::kStates > 1) s1 = at<S, kWidth>(to.s1, i);
-    if constexpr (R::kStates > 2) s2 = at<S, kWidth>(to.s2, i);
+// The elements that a thread has at a time: neighbours, accessed at once, where kWhole, and else every 32nd,
+// those before the end. Either way a warp has 32 * kWidth that follow one another.
+template <bool kWhole, int kWidth> struct Tile {
+  int i, end;
+
+  static __device__ __forceinline__ int first() {
+    const int thread = int(threadIdx.x);
+    return kWhole ? thread * kWidth : thread / 32 * (32 * kWidth) + thread % 32;
+  }
+  __device__ __forceinline__ int element(int k) const { return kWhole ? i + k : i + 32 * k; }
+  __device__ __forceinline__ bool has(int k) const { return kWhole || element(k) < end; }
+  // A warp stays together, since it takes the scale of a block.
+  __device__ __forceinline__ bool any() const {
+    return kWhole || kWidth == 1 ? i < end : i - int(threadIdx.x) % 32 < end;
+  }
+
+  template <class T> __device__ __forceinline__ Vector<T, kWidth> load(T* base) const {
+    if constexpr (kWhole) return at<T, kWidth>(base, i);
+    Vector<T, kWidth> to{};
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k)
+      if (has(k)) to.x[k] = base[element(k)];
+    return to;
+  }
+  template <class T> __device__ __forceinline__ void store(T* base, const Vector<T, kWidth>& from) const {
+    if constexpr (kWhole) {
+      at<T, kWidth>(base, i) = from;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k)
+        if (has(k)) base[element(k)] = from.x[k];
+    }
+  }
+};
+
+// The words of a chunk's elements, for stochastic rounding.
+struct Random {
+  uint64_t seed;
+  uint32_t step, index;
+  int64_t first, skip;
+  uint32_t run, begin;
+
+  __device__ __forceinline__ Random(const int64_t* row, int64_t base, float count)
+      : seed(row[11]), step(uint32_t(count)), index(uint32_t(row[12])) {
+    const int64_t whole_run = row[14];
+    skip = row[15];
+    first = row[13] + base + base / whole_run * skip;
+    // A run longer than any chunk has one end at most in it, where it stays if the run is shortened: 32 bits
+    // do.
+    const int64_t short_run = min(whole_run, int64_t(1) << 30);
+    run = uint32_t(short_run);
+    begin = uint32_t(short_run - min(whole_run - base % whole_run, short_run));
+  }
+  __device__ __forceinline__ int64_t number(int i) const {
+    return first + i + int64_t((begin + uint32_t(i)) / run) * skip;
+  }
+
+  template <bool kWhole, int kWidth>
+  __device__ __forceinline__ Vector<uint32_t, kWidth> words(const Tile<kWhole, kWidth>& tile) const {
+    constexpr int kEach = kWhole ? 4 : 1;  // words of a counter that are taken
+    Vector<uint32_t, kWidth> to{};
+#pragma unroll 1  // side by side they would spill
+    for (int k = 0; k < kWidth; k += kEach) {
+      const int64_t own = number(tile.element(k));
+      Words w = philox(seed, uint64_t(own) >> 2, step, index);
+      if constexpr (!kWhole) {
+        const uint32_t low = own & 1 ? w.x[1] : w.x[0], high = own & 1 ? w.x[3] : w.x[2];
+        w.x[0] = own & 2 ? high : low;
+      }
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j)
+        if (j / kEach == k / kEach) to.x[j] = w.x[j % kEach];
+    }
+    return to;
+  }
+};
+
+using Code = uint8_t;
+
+template <class C, class S, bool kWhole, int kWidth> __device__ __forceinline__ Vector<float, kWidth>
+read_moment(const Tile<kWhole, kWidth>& tile, S* from, const float* scales) {
+  const Vector<S, kWidth> stored = tile.load(from);
+  Vector<float, kWidth> x;
+  if constexpr (sizeof(S) == sizeof(Code)) {
+    const float unit = C::unit(scales[tile.i / kQuantBlock]);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) x.x[k] = decode<C>(stored.x[k], unit);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) x.x[k] = load(stored.x[k]);
+  }
+  return x;
+}
+
+// To nearest, or by the words where there are some.
+template <class C, bool kStochastic, class S, bool kWhole, int kWidth>
+__device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S* to, float* scales,
+                                             const Vector<float, kWidth>& x,
+                                             const Vector<uint32_t, kWidth>& words) {
+  Vector<S, kWidth> stored;
+  if constexpr (sizeof(S) == sizeof(Code)) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k)
+      if (tile.has(k)) bits = max(bits, scale_bits(x.x[k]));
+    constexpr int kLanes = kQuantBlock / kWidth;
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes; lanes /= 2)
+      bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, lanes));
+    const float scale = bit_cast<float>(bits);
+    if (threadIdx.x % kLanes == 0) scales[tile.i / kQuantBlock] = scale;
+    const float factor = inverse(scale);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) stored.x[k] = encode<C, kStochastic>(x.x[k], factor, words.x[k]);
+  } else {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      float x0 = 0, x1 = 0, x2 = 0;
-      if constexpr (R::kStates > 0) x0 = load(s0.x[k]);
-      if constexpr (R::kStates > 1) x1 = load(s1.x[k]);
-      if constexpr (R::kStates > 2) x2 = load(s2.x[k]);
-      store(R::update(s, load(p.x[k]), load(g.x[k]), x0, x1, x2), p.x[k]);
-      if constexpr (R::kStates > 0) store(x0, s0.x[k]);
-      if constexpr (R::kStates > 1) store(x1, s1.x[k]);
-      if constexpr (R::kStates > 2) store(x2, s2.x[k]);
+      if constexpr (kStochastic)
+        store_stochastic(x.x[k], stored.x[k], for_second_moment(words.x[k]));
+      else
+        store(x.x[k], stored.x[k]);
     }
-    at<P, kWidth>(to.p, i) = p;
-    if constexpr (R::kStates > 0) at<S, kWidth>(to.s0, i) = s0;
-    if constexpr (R::kStates > 1) at<S, kWidth>(to.s1, i) = s1;
-    if constexpr (R::kStates > 2) at<S, kWidth>(to.s2, i) = s2;
+  }
+  tile.store(to, stored);
+}
+
+// What stochastic rounding stores.
+template <class P, Master kMaster> constexpr bool kRandomP =
+    std::is_same<P, BFloat16>::value && kMaster == Master::none;
+template <class S> constexpr bool kRandomM = std::is_same<S, Code>::value;
+template <class R, class S> constexpr bool kRandomV =
+    kRandomM<S> || (R::kSecondMoment >= 0 && std::is_same<S, BFloat16>::value);
+
+template <class R, bool kStochastic, bool kWhole, int kWidth, class P, class G, class S, Master kMaster>
+__device__ __forceinline__ void step_span(const typename R::template Scalars<float>& s,
+                                          const Streams<P, G, S, kMaster>& to, const Random& random,
+                                          int begin, int end) {
+  constexpr bool kWordsP = kStochastic && kRandomP<P, kMaster>, kWordsV = kStochastic && kRandomV<R, S>;
+  using Own = Tile<kWhole, kWidth>;
+  for (Own tile{begin + Own::first(), end}; tile.any(); tile.i += kThreads * kWidth) {
+    Vector<P, kWidth> p = tile.load(to.p);
+    const Vector<G, kWidth> g = tile.load(to.g);
+    Vector<typename ExtraOf<kMaster, P>::type, kWidth> extra;
+    if constexpr (kMaster != Master::none) extra = tile.load(to.extra);
+    Vector<float, kWidth> x0{}, x1{}, x2{};
+    if constexpr (R::kStates > 0) x0 = read_moment<First>(tile, to.s0, to.scales0);
+    if constexpr (R::kStates > 1) x1 = read_moment<Second>(tile, to.s1, to.scales1);
+    if constexpr (R::kStates > 2) x2 = read_moment<Second>(tile, to.s2, to.scales1);
+    Vector<uint32_t, kWidth> words;
+    if constexpr (kWordsP || kWordsV) words = random.words(tile);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      float x;
+      if constexpr (kMaster == Master::none)
+        x = load(p.x[k]);
+      else
+        x = Mastered<kMaster>::read(p.x[k], extra.x[k]);
+      x = R::update(s, x, load(g.x[k]), x0.x[k], x1.x[k], x2.x[k]);
+      if constexpr (kMaster != Master::none)
+        Mastered<kMaster>::write(x, p.x[k], extra.x[k]);
+      else if constexpr (kWordsP)
+        store_stochastic(x, p.x[k], for_parameter(words.x[k]));
+      else
+        store(x, p.x[k]);
+    }
+    tile.store(to.p, p);
+    if constexpr (kMaster != Master::none) tile.store(to.extra, extra);
+    if constexpr (R::kStates > 0)
+      write_moment<First, kStochastic && kRandomM<S>>(tile, to.s0, to.scales0, x0, words);
+    if constexpr (R::kStates > 1) write_moment<Second, kWordsV>(tile, to.s1, to.scales1, x1, words);
+    if constexpr (R::kStates > 2) write_moment<Second, false>(tile, to.s2, to.scales1, x2, words);
   }
 }
 
@@ -80,22 +244,34 @@ struct Chunk {
   }
 };
 
-template <class R, class P, class G, class S> __global__ void __launch_bounds__(kThreads, kBlocks)
+template <class R, class P, class G, class S, Master kMaster, bool kStochastic> __global__ void
+__launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R::kStates == 3))
     step_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
                 const float* __restrict__ scalars, const float* __restrict__ factor, int chunk) {
   if (*factor < 0) return;
   const Chunk c(rows, chunks, chunk);
   using Scalars = typename R::template Scalars<float>;
-  Scalars s = *reinterpret_cast<const Scalars*>(scalars + c.row[6] * kScalars);
+  const float* own = scalars + c.row[6] * kScalars;
+  Scalars s = *reinterpret_cast<const Scalars*>(own);
   s.grad_factor *= *factor;
-  const Streams<P, G, S> to{stream<P>(c.row, 0, c.base), stream<G>(c.row, 1, c.base),
-                            stream<S>(c.row, 2, c.base), stream<S>(c.row, 3, c.base),
-                            stream<S>(c.row, 4, c.base)};
-  // 16 bytes of the widest stream; 8 elements of 4 bytes would be two accesses at a stride of 32 bytes.
-  constexpr int kWidth = sizeof(P) == 2 && sizeof(G) == 2 && sizeof(S) == 2 ? 8 : 4;
-  const int whole = c.whole<kWidth>();
-  step_span<R, kWidth>(s, to, 0, whole);
-  step_span<R, 1>(s, to, whole, c.n);
+  using To = Streams<P, G, S, kMaster>;
+  const To to{stream<P>(c.row, 0, c.base),
+              stream<G>(c.row, 1, c.base),
+              stream<S>(c.row, 2, c.base),
+              stream<S>(c.row, 3, c.base),
+              stream<S>(c.row, 4, c.base),
+              stream<typename To::Extra>(c.row, 8, c.base),
+              stream<float>(c.row, 9, c.base / kQuantBlock),
+              stream<float>(c.row, 10, c.base / kQuantBlock)};
+  const Random random(c.row, c.base, own[kStep]);
+  constexpr bool kCodes = sizeof(S) == sizeof(Code);
+  // 16 bytes of the widest stream; 8 elements of 4 bytes would be two accesses at a stride of 32 bytes, and 8
+  // of amsgrad or of a master spill.
+  constexpr bool kNarrow = sizeof(P) == 2 && sizeof(G) == 2 && sizeof(S) <= 2;
+  constexpr int kWidth = kNarrow && R::kStates < 3 && kMaster == Master::none ? 8 : 4;
+  const int whole = c.whole<kCodes ? 32 * kWidth : kWidth>();
+  step_span<R, kStochastic, true, kWidth>(s, to, random, 0, whole);
+  step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, c.n);
 }
 
 // In double: a square of a float is exact, and neither overflows nor underflows.
@@ -142,12 +318,13 @@ __global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* 
                                const float* __restrict__ factor, float* __restrict__ scalars, int64_t n) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= n) return;
-  const double* h = hyper + row * kColumns;
+  const double* h = hyper + row * kHyper;
   float* to = scalars + row * kScalars;
   float* counter = stream<float>(steps + row, 0, 0);
   if (*factor < 0) return;
   const float count = *counter + 1;
   *counter = count;
+  to[kStep] = count;
   const int step = int(count);
   const double lr = h[0];
   to[0] = float(lr / h[1] * h[2]);
@@ -176,34 +353,65 @@ __global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* 
 
 using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, const float*, int);
 
-template <class R, class P, class G> StepKernel kernel_of(Format state) {
+template <class R, class P, class G, class S, Master kMaster> StepKernel kernel_of(bool stochastic) {
+  if (!stochastic) return step_kernel<R, P, G, S, kMaster, false>;
+  if constexpr (kRandomP<P, kMaster> || kRandomV<R, S>) return step_kernel<R, P, G, S, kMaster, true>;
+  return step_kernel<R, P, G, S, kMaster, false>;  // nothing of it is stored so
+}
+
+template <class R, class P, class G, Master kMaster> StepKernel kernel_of(Format state, bool stochastic) {
   if constexpr (R::kStates == 0) {
-    return step_kernel<R, P, G, P>;
+    return kernel_of<R, P, G, P, kMaster>(stochastic);
   } else {
-    switch (state) {
-    case Format::f32: return step_kernel<R, P, G, float>;
-    case Format::bf16: return step_kernel<R, P, G, BFloat16>;
-    default: return step_kernel<R, P, G, Float16>;
-    }
+    if (state == Format::f32) return kernel_of<R, P, G, float, kMaster>(stochastic);
+    if (state == Format::bf16) return kernel_of<R, P, G, BFloat16, kMaster>(stochastic);
+    if constexpr (R::kStates < 3)
+      if (state == Format::i8) return kernel_of<R, P, G, Code, kMaster>(stochastic);
+    return nullptr;
   }
 }
 
-template <class R, class P> StepKernel kernel_of(Format g, Format state) {
-  switch (g) {
-  case Format::f32: return kernel_of<R, P, float>(state);
-  case Format::bf16: return kernel_of<R, P, BFloat16>(state);
-  default: return kernel_of<R, P, Float16>(state);
+template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
+  const bool plain = v.master == Master::none && !v.stochastic && v.state != Format::i8;
+  if (plain) {
+    if constexpr (R::kStates == 0) return step_kernel<R, P, G, P, Master::none, false>;
+    switch (v.state) {
+    case Format::f32: return step_kernel<R, P, G, float, Master::none, false>;
+    case Format::bf16: return step_kernel<R, P, G, BFloat16, Master::none, false>;
+    default: return step_kernel<R, P, G, Float16, Master::none, false>;
+    }
+  }
+  // The other formats for gradients of float32 or of the parameter's own type, and moments of float32,
+  // bfloat16 or int8: half as many kernels again instead of four times as many.
+  if constexpr (std::is_same<G, float>::value || std::is_same<G, P>::value) {
+    if (v.master == Master::none) return kernel_of<R, P, G, Master::none>(v.state, v.stochastic);
+    if constexpr (sizeof(P) == 2)
+      if (v.master == Master::fp32) return kernel_of<R, P, G, Master::fp32>(v.state, v.stochastic);
+    if constexpr (std::is_same<P, BFloat16>::value) {
+      if (v.master == Master::kahan) return kernel_of<R, P, G, Master::kahan>(v.state, v.stochastic);
+      if (v.master == Master::split16) return kernel_of<R, P, G, Master::split16>(v.state, v.stochastic);
+    }
+  }
+  return nullptr;
+}
+
+template <class R, class P> StepKernel kernel_of(const Variant& v) {
+  switch (v.g) {
+  case Format::f32: return kernel_of<R, P, float>(v);
+  case Format::bf16: return kernel_of<R, P, BFloat16>(v);
+  default: return kernel_of<R, P, Float16>(v);
   }
 }
 
 template <class R> StepKernel kernel_of(const Variant& v) {
   switch (v.p) {
-  case Format::f32: return kernel_of<R, float>(v.g, v.state);
-  case Format::bf16: return kernel_of<R, BFloat16>(v.g, v.state);
-  default: return kernel_of<R, Float16>(v.g, v.state);
+  case Format::f32: return kernel_of<R, float>(v);
+  case Format::bf16: return kernel_of<R, BFloat16>(v);
+  default: return kernel_of<R, Float16>(v);
   }
 }
 
+// nullptr where there is none.
 StepKernel kernel_of(const Variant& v) {
   switch (v.rule) {
   case Rule::adam: return kernel_of<Adam<false>>(v);
@@ -243,6 +451,8 @@ const char* scalars_cuda(const Variant& variant, const double* hyper, const int6
       hyper, steps, factor, scalars, n);
   return text_of(cudaGetLastError());
 }
+
+bool has_cuda(const Variant& variant) { return kernel_of(variant) != nullptr; }
 
 const char* check_cuda(const Variant& variant) {
   cudaFuncAttributes attributes;

@@ -6,7 +6,6 @@ A backend is one function, ``prepare(watch, rows, groups) -> Launch``, and one l
 import functools
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fused_adamw import launch, reference
+from fused_adamw import formats, launch, reference
+from fused_adamw.formats import _warn_once
 from fused_adamw.scalars import HYPER, ROWS, Adam, Sgd
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Backend:
     prepare: Callable[[Any, list["Row"], list[dict]], Launch]
     missing: Callable[[], str] = lambda: ""
     bucket: Callable[["Row"], Hashable] = lambda row: None
-    warmup: Callable[[str, torch.Tensor, torch.dtype], None] = lambda rule, p, state_dtype: None
+    warmup: Callable[..., None] = lambda *_: None
     dtypes: tuple[torch.dtype, ...] = ()  # of parameters, gradients and states, () for all
     capturable: bool = False
 
@@ -89,7 +89,7 @@ class Backend:
 
 
 def _prepare_cpu(watch: Any, rows: list["Row"], groups: list[dict]) -> Launch:
-    return native().CpuStep(watch, [(row.slot, row.rule, row.p, row.g, list(row.states)) for row in rows])
+    return native().CpuStep(watch, rows)
 
 
 class _Reference:
@@ -120,18 +120,16 @@ class _Reference:
         for row in self.rows:
             values = self._scalars_of(row)._asdict()
             values["grad_factor"] *= factor
+            step = int(values.pop("step"))
             compute = torch.float64 if row.p.dtype is torch.float64 else torch.float32
-            stored = [row.p, *row.states]
-            p, *states = [t.to(compute) for t in stored]
+            p, *states = formats.read(row, compute)
             g = row.grad().to(compute)
             if row.rule.startswith("adam"):
                 m, v, *vmax = states
                 reference.adam(p, g, m, v, *(vmax or [None]), **values)
             else:
                 reference.sgd(p, g, *(states or [None]), **values)
-            for t, new in zip(stored, [p, *states], strict=True):
-                if t is not new:
-                    t.copy_(new)
+            formats.write(row, p, states, step)
 
 
 _broken: dict[str, str] = {}  # backends that raised when they were prepared, and what
@@ -140,12 +138,14 @@ _broken: dict[str, str] = {}  # backends that raised when they were prepared, an
 def _on_a_gpu(
     name: str, kernels: Callable[..., Any], missing: Callable[[], str], devices: tuple[str, ...]
 ) -> "Backend":
-    """A backend that launches ``kernels(device, rule, p, g, state)``, compiled for these dtypes, over tables."""
+    """A backend that launches ``kernels(device, rule, p, g, state, master, stochastic)``, over tables."""
 
     def prepare(watch: Any, rows: list["Row"], groups: list[dict]) -> Launch:
         row = rows[0]
         try:
-            compiled = kernels(row.p.device, *bucket(row)[:4])
+            compiled = kernels(row.p.device, *bucket(row)[:-1])
+        except NotImplementedError:  # these formats alone
+            raise
         except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
             _broken[name] = f"it failed: {type(error).__name__}: {error}"
             raise CannotRun(f"backend={name!r} cannot run: {_broken[name]}") from error
@@ -156,10 +156,10 @@ def _on_a_gpu(
 
     def bucket(row: "Row") -> tuple:
         state = row.states[0] if row.states else row.p
-        return row.rule, row.p.dtype, row.grad().dtype, state.dtype, row.on_device
+        return row.rule, row.p.dtype, row.grad().dtype, state.dtype, row.master, row.stochastic, row.on_device
 
-    def warmup(rule: str, p: torch.Tensor, state_dtype: torch.dtype) -> None:
-        kernels(p.device, rule, p.dtype, p.dtype, p.dtype if rule == "sgd" else state_dtype)
+    def warmup(rule: str, p: torch.Tensor, state: torch.dtype, master: str, stochastic: bool) -> None:
+        kernels(p.device, rule, p.dtype, p.dtype, p.dtype if rule == "sgd" else state, master, stochastic)
 
     return Backend(
         name,
@@ -255,8 +255,3 @@ def pick(
             )
         return backend
     raise RuntimeError(f"no backend can step {device.type} tensors: {'; '.join(reasons)}")
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=2)

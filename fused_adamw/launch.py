@@ -1,9 +1,17 @@
 """The host side of a step on a GPU: tables that stay on the device, one small upload and one launch per step.
 
-rows     int64 [., 8]: addresses of p, g, state0, state1, state2 (Adam: m, v, vmax; Sgd: b); numel; index of
-         the scalar row; flags, of which bit 0 says that all addresses are multiples of 16
+rows     int64 [., 16]:
+         0-4    addresses of p, g, state0, state1, state2 (Adam: m, v, vmax; Sgd: b; codes where they are int8)
+         5      numel
+         6      index of the row of scalars
+         7      flags: bit 1, that offset, run and skip are multiples of 8, as far as they count; bit 0, that moreover
+                all addresses are multiples of 16
+         8      address of what the master holds
+         9, 10  addresses of the scales of state0 and state1
+         11-15  of stochastic rounding: seed; index of the parameter; offset, run, skip: element i of the row is element
+                offset + i + i / run * skip of the parameter
 chunks   int32 [., 2]: row, index of the chunk in its tensor; one program (a block of threads) each
-scalars  float32 [., 8]: the launch scalars of the rule, in the order of scalars.py
+scalars  float32 [., 9]: the launch scalars of the rule and the step, in the order of scalars.py
 """
 
 import contextlib
@@ -13,8 +21,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-COLUMNS = 8  # of a row, of a row of scalars, of a row of hyperparameters
-SCALARS_BYTES = 4 * COLUMNS
+COLUMNS = 16  # of a row
+SCALARS = 9  # of a row of scalars
+SCALARS_BYTES = 4 * SCALARS
+HYPER = 8  # of a row of hyperparameters
 
 
 class Kernels(Protocol):
@@ -69,13 +79,14 @@ class Launch:
         chunks = torch.stack([row_of_chunk, index], dim=1).int()
 
         # The scalars of a step are those of all launches: one row at most for each parameter.
-        count = sum(len(group["params"]) for group in groups)
+        # A multiple of 4 rows, after which the chunks are aligned to 16 bytes: Triton compiles anew for less.
+        count = -(-sum(len(group["params"]) for group in groups) // 4) * 4
         sizes = [self.host.nbytes, count * SCALARS_BYTES, chunks.nbytes]
         self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
         table, scalars, chunk_table = self.buffer.split(sizes)
         chunk_table.copy_(chunks.view(-1).view(torch.uint8))
         self.rows = table.view(torch.int64).view(-1, COLUMNS)
-        self.scalars = scalars.view(torch.float32).view(-1, COLUMNS)
+        self.scalars = scalars.view(torch.float32).view(-1, SCALARS)
         self.chunks = chunk_table.view(torch.int32).view(-1, 2)
         self.ones = torch.ones((), device=self.device)
         self.uploaded = False
@@ -83,8 +94,20 @@ class Launch:
 
     @staticmethod
     def _row(row: Any) -> list[int]:
-        states = [t.data_ptr() for t in row.states] + [0] * (3 - len(row.states))
-        return [row.p.data_ptr(), 0 if row.g is None else row.g.data_ptr(), *states, row.p.numel(), 0, 0]
+        offset, run, skip = row.place
+        places = (offset, run, skip) if skip else (offset,)
+        return [
+            *_addresses([row.p, row.g, *row.states], 5),
+            row.p.numel(),
+            0,
+            0 if row.stochastic and any(x % 8 for x in places) else 2,
+            *_addresses([row.extra, *row.scales], 3),
+            row.seed,
+            row.index,
+            offset,
+            run,
+            skip,
+        ]
 
     def bring(self, scalars: list[tuple[float, ...]]) -> None:
         """Bring the tables to the step to come, in the current stream."""
@@ -129,6 +152,10 @@ class Launch:
         self.kernels.step(self.rows, self.chunks, self.chunk, self.scalars, factor)
 
 
+def _addresses(tensors: list[Tensor | None], count: int) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors] + [0] * (count - len(tensors))
+
+
 class CapturableLaunch(Launch):
     """A launch whose scalars are computed on the device, so that a CUDA graph of it replays with the steps to come.
 
@@ -151,7 +178,7 @@ class CapturableLaunch(Launch):
         self.spans = list(zip([0, *ends], ends, strict=False))  # the rows of each group, which are neighbours
         self.steps = torch.tensor([row.step.data_ptr() for row in rows], device=self.device)
         self.host[:, 6] = torch.arange(len(rows), device="cpu")
-        self.table = torch.empty(len(rows), COLUMNS, dtype=torch.float64, device=self.device)
+        self.table = torch.empty(len(rows), HYPER, dtype=torch.float64, device=self.device)
         self.current: list[Sequence[float]] = []
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
         self.captured_lr: list[tuple[int, Tensor]] = []  # and from these, of groups

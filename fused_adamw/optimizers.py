@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_adamw import backends, clipping, plan, scalars
+from fused_adamw import backends, clipping, formats, plan, scalars, state
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+_KEPT = ("state_dtype", "capturable", "rounding", "master")  # of a group, whatever a checkpoint says
 
 _REFUSED = {
     ("foreach", True): "the step is one fused launch on every backend; drop the argument",
@@ -25,9 +27,16 @@ class FusedOptimizer(Optimizer):
 
     _rule: str  # a key of scalars.ROWS
     _decoupled: bool | None = None  # None: a matter of the group
-    # Options that torch's class has not. A group holds them where they are set, so that at the defaults its keys are
-    # torch's: torch.distributed.checkpoint asks a checkpoint for each key of the group that it is loaded into.
-    _ours: tuple[str, ...]
+    # Options that torch's class has not, and their defaults. A group holds them where they are set, so that at the
+    # defaults its keys are torch's: torch.distributed.checkpoint asks a checkpoint for each key of the group that it is
+    # loaded into.
+    _ours: dict[str, Any] = {  # noqa: RUF012
+        "decouple_lr": False,
+        "state_dtype": None,
+        "rounding": "nearest",
+        "master": None,
+        "seed": 0,
+    }
 
     # What unpickling, which knows nothing of us, leaves unset.
     requested: str | None = None
@@ -65,8 +74,8 @@ class FusedOptimizer(Optimizer):
             backends.named(backend)
         # torch's keys, for code that reads them and for checkpoints that torch.optim loads.
         defaults |= {"foreach": None, "differentiable": False, "fused": asked.get("fused")}
-        self._check(defaults)
-        super().__init__(params, {k: v for k, v in defaults.items() if v or k not in self._ours})
+        self.check(defaults)
+        super().__init__(params, {k: v for k, v in defaults.items() if k not in self._ours or v != self._ours[k]})
 
     @property
     def backend(self) -> dict[torch.device, str]:
@@ -78,19 +87,22 @@ class FusedOptimizer(Optimizer):
         """torch's; raises ValueError for a hyperparameter out of range, naming the group."""
         if isinstance(param_group, dict):
             full = {**self.defaults, **param_group}
-            self._check(full, len(self.param_groups))
+            self.check(full, len(self.param_groups))
             if full.get("decouple_lr"):
                 param_group.setdefault("base_lr", float(full["lr"]))
+            if full.get("rounding") == "stochastic":
+                param_group.setdefault("seed", full.get("seed", 0))  # which a checkpoint is to bring
         super().add_param_group(param_group)
 
     @staticmethod
-    def _check(group: dict[str, Any], index: int | None = None) -> None:
+    def check(group: dict[str, Any], index: int | None = None) -> None:
         """Raise ValueError for an option that no step could use."""
         try:
             scalars.check(group)
+            formats.check(group)
             declared = group.get("state_dtype")
-            if declared not in (None, *plan.DTYPES):
-                raise ValueError(f"state_dtype={declared}: must be one of {', '.join(map(str, plan.DTYPES))}")
+            if declared not in (None, *plan.DTYPES, *formats.INT8):
+                raise ValueError(f"state_dtype={declared}: must be one of {', '.join(map(str, plan.DTYPES))}, 'int8'")
         except ValueError as error:
             raise error if index is None else ValueError(f"{error} (group {index})") from None
 
@@ -144,7 +156,7 @@ class FusedOptimizer(Optimizer):
 
     def _kind_of(self, group: dict[str, Any]) -> tuple:
         """What of a group, changed, makes plans stale."""
-        return self.rule_of(group), group.get("state_dtype"), group.get("capturable")
+        return self.rule_of(group), *map(group.get, ("state_dtype", "capturable", "rounding", "master", "seed"))
 
     def _skips(self) -> bool:
         return self.skip_nonfinite or self.amp_scaling
@@ -166,7 +178,7 @@ class FusedOptimizer(Optimizer):
             rows = scalars.rows_of(self._rule, groups, watch.steps())
         except (ValueError, ArithmeticError):
             for i, group in enumerate(self.param_groups):
-                self._check(group, i)
+                self.check(group, i)
             raise
         for part in plans:
             part.bring(rows)
@@ -261,9 +273,10 @@ class FusedOptimizer(Optimizer):
         """
         for group in self.param_groups:
             for p in filter(lambda p: p.requires_grad, group["params"]):
-                state_dtype = plan.state_dtype_of(p, group.get("state_dtype"))
+                (rule, names), state_dtype = self.rule_of(group), plan.state_dtype_of(p, group.get("state_dtype"))
                 backend = backends.pick(p.device, {p.dtype, state_dtype}, bool(group.get("capturable")), self.requested)
-                backend.warmup(self.rule_of(group)[0], p, state_dtype)
+                form = formats.kept(p, group, names)
+                backend.warmup(rule, p, torch.int8 if form.int8 else state_dtype, form.master, form.stochastic)
 
     def _drop_plans(self) -> None:
         self._retire(self._plans)
@@ -291,25 +304,34 @@ class FusedOptimizer(Optimizer):
 
     def init_state_of(self, group: dict[str, Any], p: Tensor) -> None:
         """Make the state of p that is missing; bring the rest to the dtype, device and layout that a step needs."""
-        state = self.state[p]
         names = self.rule_of(group)[1]
-        # What is no tensor is none: torch's SGD has a buffer of None, and no step, of which checkpoints make {}.
-        buffer, step = (isinstance(state.get(name), Tensor) for name in ("momentum_buffer", "step"))
-        step = state["step"] if step or isinstance(state.get("step"), (int, float)) else float(buffer)
-        if "momentum_buffer" in names and not buffer:
-            step = 0.0  # SGD counts the steps of the momentum, whose first is not dampened
-        device = p.device if self.counts_on_device(group, p) else torch.device("cpu")
-        if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.device != device or step.dim():
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
-        declared = group.get("state_dtype")
-        elsewhere = plan.state_like(plan.local(p), declared, device="meta")
-        for name in names:
-            have = plan.local(state[name]) if isinstance(state.get(name), Tensor) else None
-            if have is None:
-                state[name] = plan.state_like(p, declared).zero_()
-            elif have.dtype is not elsewhere.dtype or have.device != p.device or not plan.same_layout(have, elsewhere):
-                state[name] = plan.state_like(p, declared)
-                plan.local(state[name]).copy_(have)
+        there = p.device if self.counts_on_device(group, p) else torch.device("cpu")
+        state.init(self.state[p], p, names, formats.kept(p, group, names), group.get("state_dtype"), there)
+
+    def refresh_masters(self) -> None:
+        """Make the value of every parameter that has a master what the parameter itself says.
+
+        For ``master="kahan"`` and ``"split16"``, after parameters were overwritten by something else than a step: what
+        their masters add, less than an ulp, is that of the old values otherwise. A float32 master notices by itself.
+        """
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in filter(self.state.__contains__, group["params"]):
+                    form = formats.kept(p, group, self.rule_of(group)[1])
+                    if form.extra in self.state[p]:
+                        state.refresh_master(self.state[p], p, form)
+
+    def export(self) -> dict[str, Any]:
+        """:meth:`state_dict` for torch.optim's class of the same name: moments in a floating dtype, no masters.
+
+        Parameters keep what their own dtype holds; the groups have torch's keys alone.
+        """
+        exported = self.state_dict()
+        exported["state"] = {key: state.plain(own) for key, own in exported["state"].items()}
+        for group in exported["param_groups"]:
+            for key in (*self._ours, "base_lr"):
+                group.pop(key, None)
+        return exported
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but the state keeps the dtype that was declared here, and no tensor is shared with ``state_dict``.
@@ -326,12 +348,19 @@ class FusedOptimizer(Optimizer):
 
     def _before_loading(self, loaded: dict[str, Any]) -> None:
         self._loading = loaded
-        for key, group, p in self._loaded_params():
-            for name in self.rule_of(group)[1]:
-                value = loaded["state"].get(key, {}).get(name)
-                if not isinstance(value, Tensor):
-                    continue
-                at = f"{type(self).__name__}: loading parameter {key} (shape {list(p.shape)})"
+        # What the groups will be: how the state is kept is a matter of ours.
+        merged = [
+            {**mine, **{key: value for key, value in theirs.items() if key not in _KEPT and key != "params"}}
+            for mine, theirs in zip(self.param_groups, loaded["param_groups"], strict=False)
+        ]
+        for i, group in enumerate(merged):
+            self.check(group, i)
+        group_of = {p: group for group in merged for p in group["params"]}
+        for key, _, p in self._loaded_params():
+            own, names = loaded["state"].get(key, {}), self.rule_of(group_of[p])[1]
+            at = f"{type(self).__name__}: loading parameter {key} (shape {list(p.shape)})"
+            plan.check_formats(at, p, group_of[p], names, own)
+            for name, value in state.shaped(own, names):
                 plan.check_sharding(at, p, {f"its state {name!r}": value})
                 if value.shape != p.shape:
                     raise ValueError(
@@ -345,9 +374,9 @@ class FusedOptimizer(Optimizer):
         params = ((group, p) for group in self.param_groups for p in group["params"])
         return [(key, group, p) for key, (group, p) in zip(keys, params, strict=False)]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, kept: dict[str, Any]) -> None:
         own, old = getattr(self, "param_groups", []), getattr(self, "state", {})
-        super().__setstate__(state)
+        super().__setstate__(kept)
         self._drop_plans()  # they hold the old tensors
         self._retire([part for *_, plans, _ in (self._alone or {}).values() for part in plans])
         self._alone = {}
@@ -360,7 +389,7 @@ class FusedOptimizer(Optimizer):
             if self._decoupled is not None:
                 self._set(group, "decoupled_weight_decay", self._decoupled)
             if i < len(own):  # how the state is kept is this optimizer's matter, not the checkpoint's
-                for key in ("state_dtype", "capturable"):
+                for key in _KEPT:
                     self._set(group, key, own[i].get(key))
         if self._loading is not None:
             # torch has cast every state to its parameter's dtype (bf16 parameters: a loss); take the saved ones again.
@@ -373,7 +402,7 @@ class FusedOptimizer(Optimizer):
 
     def _set(self, group: dict[str, Any], key: str, value: Any) -> None:
         group[key] = value
-        if not value and key in self._ours:
+        if key in self._ours and key not in self.defaults and value in (None, self._ours[key]):
             del group[key]
 
     def _load_into_captured(self, old: dict[Tensor, dict[str, Any]]) -> None:
@@ -382,9 +411,9 @@ class FusedOptimizer(Optimizer):
             group = self.param_groups[row.group]
             self.init_state_of(group, row.param)  # the checkpoint may have been made before the first step
             own, was = self.state[row.param], old.get(row.param, {})
-            for name in ("step", *self.rule_of(group)[1]):
-                if isinstance(was.get(name), Tensor) and was[name].dtype is own[name].dtype:
-                    own[name] = was[name].copy_(own[name])
+            for name, value in own.items():
+                if isinstance(was.get(name), Tensor) and was[name].dtype is value.dtype:
+                    own[name] = was[name].copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("requested", "max_grad_norm", "skip_nonfinite", "amp_scaling")
@@ -414,7 +443,16 @@ class Adam(FusedOptimizer):
         maximize: ascend.
         decoupled_weight_decay: decay as AdamW does.
         decouple_lr: decoupled decay as in the paper: see AdamW.
-        state_dtype: storage of the moments; by default float32, or float64 for float64 parameters.
+        state_dtype: storage of the moments; by default float32, or float64 for float64 parameters. ``"int8"``: codes
+            of one byte, with a scale for every 128 of them; moments of fewer than 4096 elements stay float32.
+        rounding: ``"nearest"``, or ``"stochastic"``: bfloat16 parameters, and second moments in bfloat16 or int8, are
+            rounded up or down with the probability that makes the mean right, by random bits of Philox 4x32-10, a
+            function of seed, step, parameter and element: the same on every replica, backend and shard, and after a
+            resume.
+        master: of bfloat16 and float16 parameters: ``"kahan"``, a compensation in the parameter's dtype; ``"split16"``,
+            the lower half of a float32 of which a bfloat16 parameter is the upper; ``"fp32"``, a float32. Updates act
+            on these, and the parameter is their rounded value. See :meth:`refresh_masters`.
+        seed: of stochastic rounding; the only part of it that is state.
         backend: "cpu", "triton", "cuda" or "reference"; by default the best that runs on the device of a tensor.
         max_grad_norm: clip by the global norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the
             step: gradients are read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device.
@@ -432,7 +470,6 @@ class Adam(FusedOptimizer):
     """
 
     _rule = "adam"
-    _ours = ("decouple_lr", "state_dtype")
 
     def __init__(
         self,
@@ -450,7 +487,10 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         decouple_lr: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        rounding: str = "nearest",
+        master: str | None = None,
+        seed: int = 0,
         backend: str | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -467,6 +507,9 @@ class Adam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "decouple_lr": decouple_lr,
             "state_dtype": state_dtype,
+            "rounding": rounding,
+            "master": master,
+            "seed": seed,
         }
         super().__init__(
             params,
@@ -534,7 +577,10 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decouple_lr: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        rounding: str = "nearest",
+        master: str | None = None,
+        seed: int = 0,
         backend: str | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -555,6 +601,9 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             decouple_lr=decouple_lr,
             state_dtype=state_dtype,
+            rounding=rounding,
+            master=master,
+            seed=seed,
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
@@ -584,14 +633,14 @@ class SGD(FusedOptimizer):
         maximize: ascend.
         foreach, differentiable, fused, capturable: as in :class:`Adam`.
         lr_in_momentum: the paper's momentum, in which a change of the learning rate acts on new gradients only.
-        state_dtype, backend, max_grad_norm, skip_nonfinite, amp_scaling: as in :class:`Adam`.
+        state_dtype, rounding, master, seed, backend, max_grad_norm, skip_nonfinite, amp_scaling: as in :class:`Adam`.
 
     Raises: as :class:`Adam`.
     """
 
     _rule = "sgd"
     _decoupled = False
-    _ours = ("decouple_lr", "state_dtype", "lr_in_momentum", "capturable", "decoupled_weight_decay")
+    _ours = FusedOptimizer._ours | {"lr_in_momentum": False, "capturable": False, "decoupled_weight_decay": False}
 
     def __init__(
         self,
@@ -609,7 +658,10 @@ class SGD(FusedOptimizer):
         capturable: bool = False,
         decouple_lr: bool = False,
         lr_in_momentum: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        rounding: str = "nearest",
+        master: str | None = None,
+        seed: int = 0,
         backend: str | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -627,6 +679,9 @@ class SGD(FusedOptimizer):
             "decouple_lr": decouple_lr,
             "lr_in_momentum": lr_in_momentum,
             "state_dtype": state_dtype,
+            "rounding": rounding,
+            "master": master,
+            "seed": seed,
         }
         super().__init__(
             params,

@@ -4,6 +4,7 @@ A plan is a list of rows, one per tensor, that one backend steps in one launch. 
 ``Watch`` sees that a tensor, a layout or a state is not what it was built from; a gradient that only moved is followed.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_adamw import backends
+from fused_adamw import backends, formats, state
 
 if TYPE_CHECKING:
     from fused_adamw.optimizers import FusedOptimizer
@@ -27,7 +28,7 @@ class Row:
     Of a DTensor, ``p``, ``states`` and ``grad()`` are the shards of this rank.
     """
 
-    slot: int  # position among all parameters of all groups
+    slot: int  # position among the parameters that are watched
     group: int
     on_device: bool  # its steps are counted there
     rule: str  # "adam", "adam_amsgrad", "sgd", "sgd_momentum"
@@ -36,6 +37,27 @@ class Row:
     states: tuple[Tensor, ...]
     step: Tensor
     g: Tensor | None  # a copy of the gradient in p's layout, where its own differs
+    form: formats.Kept
+    extra: Tensor | None  # what the master holds
+    scales: tuple[Tensor, ...]  # of int8 states
+    seed: int  # of stochastic rounding
+    index: int  # position among all parameters of all groups, which it draws by
+    place: tuple[int, int, int]  # of its elements in the whole parameter: offset, run, skip of csrc/step.h
+
+    @property
+    def master(self) -> str:
+        """A key of formats.MASTERS, or "none"."""
+        return self.form.master
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether anything of the row is rounded stochastically."""
+        return self.form.stochastic
+
+    @property
+    def second(self) -> int:
+        """Which of the states is a second moment; -1 if none."""
+        return 1 if self.rule.startswith("adam") else -1
 
     def grad(self) -> Tensor:
         return self.g if self.g is not None else real(local(self.param.grad))
@@ -160,8 +182,9 @@ class Watch:
 
         ``rows`` is a copy of the table on the host. Its column 1 is the address of the gradient (kept for a slot of
         -1 - slot), column 6 the index of the row of scalars (kept for parameters whose steps are not counted here),
-        column 7 whether all addresses are aligned. One copy from pinned memory, which torch's caching allocator does
-        not hand out again before it is done; a graph, which copies at each replay, brings its own ``staging``.
+        bit 0 of column 7 whether all addresses are aligned and bit 1, which is kept, set. One copy from pinned memory,
+        which torch's caching allocator does not hand out again before it is done; a graph, which copies at each replay,
+        brings its own ``staging``.
         """
         before = rows.clone()
         for row, slot in zip(rows, slots.tolist(), strict=True):
@@ -170,7 +193,7 @@ class Watch:
             slot = max(slot, -1 - slot)
             if self.step[slot] is not None:
                 row[6] = self.index[slot]
-            row[7] = int(not any(int(address) % 16 for address in row[:5]))
+            row[7] = row[7] & 2 | int(row[7] & 2 and not any(int(row[i]) % 16 for i in (0, 1, 2, 3, 4, 8, 9, 10)))
         every = every or not torch.equal(before, rows)
         values = torch.tensor(scalars, dtype=torch.float32, device="cpu")
         data = torch.cat([t.view(-1).view(torch.uint8) for t in ([rows] if every else []) + [values]])
@@ -198,9 +221,10 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
         optimizer.init_state_of(group, p)
 
     watched = optimizer.param_groups, optimizer.state
+    index = {slot: slot for slot in live}
     if only is not None:
         ((slot, (_, _, group, _)),) = live.items()
-        live, chosen = {0: live[slot]}, {0: chosen[slot]}
+        live, chosen, index = {0: live[slot]}, {0: chosen[slot]}, {0: slot}
         watched = [{**group, "params": [only]}], {only: optimizer.state[only]}
     watch = backends.native().Watch if backends.native() else Watch
     watch = watch(*watched, [optimizer.counts_on_device(group, p) for group in watched[0] for p in group["params"]])
@@ -208,14 +232,20 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
     buckets: dict[Any, tuple[backends.Backend, list[Row]]] = {}
     for slot, (_, i, group, param) in live.items():
         rule, names = optimizer.rule_of(group)
-        own = optimizer.state[param]
-        states = tuple(real(local(own[name])) for name in names)
+        own, form = optimizer.state[param], formats.kept(param, group, names)
+        formats.warn_of_losses(param, group, names, form)
+        states = tuple(real(local(own[name])) for name in form.moments(names))
+        extra = local(own[form.extra]) if form.extra else None
+        scales = tuple(local(own[name]) for name in form.scales(names))
+        place = place_of(param) if form.stochastic else formats.WHOLE
         p, grad = local(param), local(param.grad)
         dense = real(p) if same_layout(p, dense_like(p)) else real(torch.empty_like(p))
         plain = same_layout(grad, dense_like(p)) and not grad.is_conj() and not grad.is_neg()
         plain = plain and not _pending(param.grad)  # its memory is out of the watch's sight, at every step anew
         g = None if plain else torch.empty_like(dense, dtype=real(grad).dtype)
-        row = Row(slot, i, optimizer.counts_on_device(group, p), rule, param, dense, states, own["step"], g)
+        there = optimizer.counts_on_device(group, p)
+        kind = form, extra, scales, int(group.get("seed", 0)), index[slot], place
+        row = Row(slot, i, there, rule, param, dense, states, own["step"], g, *kind)
         backend = chosen[slot]
         over = sharded_over(param) if optimizer.scales() else ()
         key = later.get(slot, 0), over, p.device, backend.name, backend.bucket(row)
@@ -257,6 +287,9 @@ def checked(optimizer: "FusedOptimizer", wanted: Callable[[Tensor], bool]) -> di
     live: dict[int, tuple[str, int, dict, Tensor]] = {}
     seen: dict[int, tuple[int, int]] = {}
     for i, group in enumerate(optimizer.param_groups):
+        optimizer.check(group, i)  # options may have been set by hand
+        if group.get("rounding") == "stochastic":
+            group.setdefault("seed", 0)
         for j, p in enumerate(group["params"]):
             slot = len(seen)
             if seen.setdefault(id(p), (i, j)) != (i, j):
@@ -265,9 +298,8 @@ def checked(optimizer: "FusedOptimizer", wanted: Callable[[Tensor], bool]) -> di
                     "twice: give every parameter once"
                 )
             if wanted(p):
-                at, own = _place(optimizer, i, j), optimizer.state.get(p, {})
-                states = {k: own[k] for k in optimizer.rule_of(group)[1] if isinstance(own.get(k), Tensor)}
-                _check(at, p, group, states)
+                at, names = _place(optimizer, i, j), optimizer.rule_of(group)[1]
+                _check(at, p, group, names, optimizer.state.get(p, {}))
                 live[slot] = at, i, group, p
     return live
 
@@ -287,12 +319,31 @@ def _backend_of(optimizer: "FusedOptimizer", at: str, group: dict, p: Tensor) ->
         raise RuntimeError(f"{at}: {error}") from None
 
 
-def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
-    others = {f"its state {name!r}": value for name, value in state.items()}
+def check_formats(at: str, p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], own: dict) -> None:
+    """Raise TypeError or ValueError where p cannot be kept as its group asks, or codes have not their scales."""
+    try:
+        form = formats.kept(p, group, names)
+        if form.stochastic:
+            place_of(p)
+        if form.int8 and sharded_over(p) and (place_of(p)[2] or blocks_across(p) is None):
+            raise TypeError(
+                f"it is placed {p.placements}, which cuts the blocks of {formats.BLOCK} elements that share a scale of "
+                "int8 moments: shard it along the first dimension, the others a multiple of that, or give its group "
+                "state_dtype=torch.bfloat16"
+            )
+        state.check_codes(own)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{at}: {error}") from None
+
+
+def _check(at: str, p: Tensor, group: dict, names: tuple[str, ...], own: dict) -> None:
+    check_formats(at, p, group, names, own)
+    states = dict(state.shaped(own, names))
+    others = {f"its state {name!r}": value for name, value in states.items()}
     check_sharding(at, p, others if p.grad is None else {"its gradient": p.grad, **others})
-    p, g, state = local(p), p.grad, {name: local(value) for name, value in state.items()}
+    p, g, states = local(p), p.grad, {name: local(value) for name, value in states.items()}
     g = p if g is None else local(g)  # without one, the state alone is to be made
-    for name, t in (("the parameter", p), ("its gradient", g), *((f"its state {k!r}", t) for k, t in state.items())):
+    for name, t in (("the parameter", p), ("its gradient", g), *((f"its state {k!r}", t) for k, t in states.items())):
         if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise TypeError(
                 f"{at}: {name} is a {type(t).__name__}, a subclass of Tensor whose memory only its own operators "
@@ -326,7 +377,7 @@ def _check(at: str, p: Tensor, group: dict, state: dict) -> None:
         raise ValueError(f"{at}: it is a conjugate or negative view: use p.resolve_conj().resolve_neg()")
     if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
         raise ValueError(f"{at}: its elements share memory (an expanded tensor): use p.clone()")
-    for name, value in state.items():
+    for name, value in states.items():
         if value.numel() and not _has_memory(value):
             raise ValueError(
                 f"{at}: the memory of its state {name!r} is gone: load a checkpoint or del optimizer.state[p]"
@@ -403,6 +454,33 @@ def sharded_over(p: Tensor) -> tuple[Any, ...]:
     return tuple(p.device_mesh.get_group(i) for i, q in enumerate(p.placements) if not q.is_replicate())
 
 
+def place_of(p: Tensor) -> tuple[int, int, int]:
+    """Where the elements of this rank lie in the whole of p: offset, run, skip of csrc/step.h."""
+    if not is_dtensor(p):
+        return formats.WHOLE
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    offset, run, skip, inner = 0, *formats.WHOLE[1:], 1
+    for d in reversed(range(p.dim())):
+        offset += start[d] * inner
+        if shape[d] != p.shape[d] and any(size != 1 for size in shape[:d]):
+            if skip:
+                raise TypeError(
+                    f"it is placed {p.placements}, which leaves a rank pieces of pieces, and stochastic rounding "
+                    'numbers the elements: give its group rounding="nearest", or shard it along one dimension'
+                )
+            run, skip = shape[d] * inner, (p.shape[d] - shape[d]) * inner
+        inner *= p.shape[d]
+    return offset, max(run, 1), skip
+
+
+def blocks_across(p: Tensor) -> int | None:
+    """How many blocks that share a scale there are to each index of p's first dimension; None if some go across it."""
+    inner = math.prod(p.shape[1:])
+    return inner // formats.BLOCK if p.dim() > 1 and inner % formats.BLOCK == 0 and p.is_contiguous() else None
+
+
 def _has_memory(t: Tensor) -> bool:
     try:
         return t.data_ptr() != 0
@@ -421,14 +499,14 @@ def dense_like(p: Tensor) -> Tensor:
 
 
 def state_dtype_of(p: Tensor, declared: torch.dtype | None) -> torch.dtype:
-    """The dtype of p's state: the declared one, else float32 or wider."""
-    dtype = declared or torch.promote_types(p.dtype.to_real(), torch.float32)
+    """The dtype of p's state: the declared one, else float32 or wider; of the few that int8 leaves as they are too."""
+    dtype = (None if declared in formats.INT8 else declared) or torch.promote_types(p.dtype.to_real(), torch.float32)
     return dtype.to_complex() if p.is_complex() else dtype
 
 
-def state_like(p: Tensor, declared: torch.dtype | None, device: torch.device | str | None = None) -> Tensor:
+def state_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised state of p, laid out as the dense p."""
-    return torch.empty_like(p, dtype=state_dtype_of(p, declared), device=device, requires_grad=False)
+    return torch.empty_like(p, dtype=dtype, requires_grad=False)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

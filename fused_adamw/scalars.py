@@ -1,7 +1,8 @@
-"""Hyperparameters of a group and a step count → the eight numbers of a launch, in double precision.
+"""Hyperparameters of a group and a step count → the numbers of a launch, in double precision.
 
 The only code that tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row
-are the arguments of the rules in ``reference.py``; their order is that of the structs in ``csrc/rules.h``.
+are the arguments of the rules in ``reference.py``, and the step, which formats draw random bits by; their order is that
+of the structs in ``csrc/rules.h``.
 """
 
 import math
@@ -20,6 +21,7 @@ class Adam(NamedTuple):
     step_size: float
     inv_sqrt_bc2: float
     eps: float
+    step: float
 
 
 class Sgd(NamedTuple):
@@ -33,6 +35,7 @@ class Sgd(NamedTuple):
     c2: float
     take_g: float
     take_b: float
+    step: float
 
 
 def adam(group: Mapping[str, Any], step: float) -> Adam:
@@ -49,6 +52,7 @@ def adam(group: Mapping[str, Any], step: float) -> Adam:
         step_size=lr / (1 - beta1**step),
         inv_sqrt_bc2=1 / math.sqrt(1 - beta2**step),
         eps=group["eps"],
+        step=step,
     )
 
 
@@ -77,6 +81,7 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
         c2=out,
         take_g=take_g,
         take_b=take_b,
+        step=step,
     )
 
 

@@ -29,8 +29,12 @@ if PTXSIM.is_dir():
     import ptxsim
 needs_ptxsim = pytest.mark.skipif(not PTXSIM.is_dir(), reason="needs ../shared/ptxsim")
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-FORMATS = {F32: 0, BF16: 2, F16: 3}  # of csrc/formats.h
+F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+FORMATS = {F32: 0, BF16: 2, F16: 3, I8: 4}  # of csrc/formats.h
+MASTERS = ["none", "kahan", "split16", "fp32"]
+QUANT_BLOCK = 128
+WHOLE = (0, 1 << 62, 0)  # the place of what is no shard
+SEED = 0x123456789ABCDEF
 STATES = {"adam": 2, "adam_amsgrad": 3, "sgd": 0, "sgd_momentum": 1}
 
 
@@ -41,14 +45,33 @@ class Variant(NamedTuple):
     p: torch.dtype
     g: torch.dtype
     state: torch.dtype
+    master: str = "none"
+    stochastic: bool = False
 
     def __str__(self) -> str:
-        return "-".join([self.rule, *(str(d).removeprefix("torch.") for d in self[1:])])
+        formats = [self.master] * (self.master != "none") + ["stochastic"] * self.stochastic
+        return "-".join([self.rule, *(str(d).removeprefix("torch.") for d in self[1:4]), *formats])
 
     @property
     def streams(self) -> list[torch.dtype]:
-        """The dtypes of p, g and the states."""
-        return [self.p, self.g] + [self.state] * STATES[self.rule]
+        """The dtypes of p, g, the states and what the master holds: what has a value for each element."""
+        extra = {"none": [], "kahan": [self.p], "split16": [torch.int16], "fp32": [F32]}[self.master]
+        return [self.p, self.g] + [self.state] * STATES[self.rule] + extra
+
+    @property
+    def scales(self) -> int:
+        """How many streams of scales follow."""
+        return STATES[self.rule] if self.state is I8 else 0
+
+    @property
+    def plain(self) -> bool:
+        return self.master == "none" and not self.stochastic and self.state is not I8
+
+    @property
+    def bytes(self) -> float:
+        """That must be moved for each element."""
+        moved = sum(d.itemsize for d in self.streams) * 2 - self.g.itemsize
+        return moved + self.scales * 2 * F32.itemsize / QUANT_BLOCK
 
 
 ADAM = Variant("adam", F32, F32, F32)
@@ -70,8 +93,33 @@ VARIANTS = [
     Variant("sgd_momentum", BF16, BF16, F32),
     Variant("sgd_momentum", F16, F32, F16),
 ]
+SPLIT16 = Variant("adam", BF16, BF16, F32, "split16")
+STOCHASTIC = Variant("adam", BF16, BF16, BF16, "none", True)
+INT8 = Variant("adam", BF16, BF16, I8)
+INT8_STOCHASTIC = Variant("adam", BF16, BF16, I8, "none", True)
+# Each format, each of them beside each other one, and each rule.
+FORMED = [
+    Variant("adam", BF16, BF16, F32, "kahan"),
+    SPLIT16,
+    Variant("adam", F16, F16, F32, "fp32"),
+    STOCHASTIC,
+    INT8,
+    INT8_STOCHASTIC,
+    Variant("adam", BF16, F32, BF16, "kahan", True),
+    Variant("adam", BF16, F32, I8, "split16", True),
+    Variant("adam", BF16, BF16, I8, "fp32"),
+    Variant("adam", F32, F32, I8, "none", True),
+    Variant("adam", F32, F32, BF16, "none", True),
+    Variant("adam_amsgrad", BF16, BF16, BF16, "none", True),
+    Variant("adam_amsgrad", BF16, F32, F32, "fp32"),
+    Variant("sgd", BF16, BF16, BF16, "none", True),
+    Variant("sgd", F16, F16, F16, "fp32"),
+    Variant("sgd_momentum", BF16, F32, F32, "none", True),
+    Variant("sgd_momentum", BF16, BF16, BF16, "kahan"),
+    Variant("sgd_momentum", F16, F16, I8),
+]
 # The layouts that differ, each rule at least once: what is compiled for every architecture.
-LAYOUTS = [VARIANTS[i] for i in (0, 1, 2, 6, 8, 9)]
+LAYOUTS = [*(VARIANTS[i] for i in (0, 1, 2, 6, 8, 9)), *(FORMED[i] for i in (1, 3, 4, 7, 9))]
 EXECUTED = (80, 90, 120)  # the architectures whose PTX is executed
 CHUNK, BLOCK = 4096, 512
 
@@ -111,10 +159,10 @@ class Triton:
     def _dtype(dtype: torch.dtype):
         import triton.language as tl
 
-        return {F32: tl.float32, BF16: tl.bfloat16, F16: tl.float16}[dtype]
+        return {F32: tl.float32, BF16: tl.bfloat16, F16: tl.float16, I8: tl.int8}[dtype]
 
     def variant(self, variant: Variant):
-        return self.kernels.Variant(variant.rule, *map(self._dtype, variant[1:]))
+        return self.kernels.Variant(variant.rule, *map(self._dtype, variant[1:4]), variant.master, variant.stochastic)
 
     def step(self, sm: int, variant: Variant) -> Compiled:
         return self._compiled(self.kernels.compile_for(self._target(sm), self.variant(variant)))
@@ -159,19 +207,20 @@ class Cuda:
     """Compiles a folder of C++ sources with nvcc."""
 
     name, folder, architectures = "cuda", ROOT / "csrc", (75, 80, 86, 89, 90, 100, 120)
-    variants = VARIANTS
+    variants: ClassVar = [*VARIANTS, *FORMED]
 
     def __init__(self, folder: Path = folder) -> None:
         self.folder = folder
 
-    TYPES: ClassVar = {F32: "float", BF16: "fused_adamw::BFloat16", F16: "fused_adamw::Float16"}
+    TYPES: ClassVar = {F32: "float", BF16: "fused_adamw::BFloat16", F16: "fused_adamw::Float16", I8: "unsigned char"}
 
     def squares(self, sm: int, g: torch.dtype) -> Compiled:
         return self.module(sm)[f"square_kernel<{self.TYPES[g]}>"]
 
     def step(self, sm: int, variant: Variant) -> Compiled:
-        dtypes = ", ".join(self.TYPES[d] for d in variant[1:])
-        return self.module(sm)[f"step_kernel<fused_adamw::{self._rule(variant.rule)}, {dtypes}>"]
+        dtypes = ", ".join(self.TYPES[d] for d in variant[1:4])
+        formats = f"(fused_adamw::Master){MASTERS.index(variant.master)}, {str(variant.stochastic).lower()}"
+        return self.module(sm)[f"step_kernel<fused_adamw::{self._rule(variant.rule)}, {dtypes}, {formats}>"]
 
     def scalars(self, sm: int, adam: bool) -> Compiled:
         return self.module(sm)[f"scalars_kernel<{str(adam).lower()}>"]
@@ -188,13 +237,16 @@ class Cuda:
 
     @functools.cache  # noqa: B019
     def module(self, sm: int) -> dict[str, Compiled]:
-        """All kernels for an architecture, by their names; of the step's, those of ``variants``, or all if empty."""
+        """All kernels for an architecture, by their names; of the step's, those of ``variants``, or all if empty.
+
+        Of an architecture whose PTX is not executed, those of LAYOUTS alone.
+        """
         source = (self.folder / "step_cuda.cu").read_text()
         if self.variants:
             source = source[: source.index("using StepKernel")]
-            names = {F32: "float", BF16: "BFloat16", F16: "Float16"}
-            for v in self.variants:
-                args = ", ".join(names[d] for d in v[1:])
+            names = {F32: "float", BF16: "BFloat16", F16: "Float16", I8: "Code"}
+            for v in self.variants if sm in EXECUTED else LAYOUTS:
+                args = ", ".join([names[d] for d in v[1:4]] + [f"Master::{v.master}", str(v.stochastic).lower()])
                 source += (
                     f"template __global__ void step_kernel<{self._rule(v.rule)}, {args}>"
                     "(const int64_t*, const int32_t*, const float*, const float*, int);\n"
@@ -202,7 +254,7 @@ class Cuda:
             for adam in ("true", "false"):
                 args = "const double*, const int64_t*, const float*, float*, int64_t"
                 source += f"template __global__ void scalars_kernel<{adam}>({args});\n"
-            for g in names.values():
+            for g in list(names.values())[:3]:
                 args = "const int64_t*, const int32_t*, double*, int"
                 source += f"template __global__ void square_kernel<{g}>({args});\n"
             source += "}\n}\n"
@@ -222,7 +274,7 @@ class Cuda:
                 ptx=one_entry(ptx, entry),
                 entry=entry,
                 threads=128,
-                width=4 if "float" in name.split(", ", 1)[-1] else 8,
+                width=4 if re.search(r"float|true>, |Master\)[123]", name.split("<", 1)[-1]) else 8,
                 registers=number(r"Used (\d+) registers"),
                 frame=number(r"(\d+) bytes stack frame") + number(r"(\d+) bytes lmem"),
                 shared=number(r"(\d+) bytes smem"),
@@ -265,17 +317,19 @@ def changed(compiler, file: str, right: str, wrong: str, folder: Path):
 
 @dataclass
 class Tensor:
-    """A row of a launch: p, g and the states."""
+    """A row of a launch: p, g, the states, what the master holds, and the scales of int8 states."""
 
     data: list[torch.Tensor]
     offsets: list[int]  # bytes by which each lies off a multiple of 256
     scalars: int
+    index: int = 0
+    place: tuple[int, int, int] = WHOLE
 
 
 SPECIAL = [0.0, -0.0, 1e-45, -3e-39, 6e-8, 1e-20, 65519.0, 65520.0, -3e38, math.inf, -math.inf, math.nan]
 
 
-def tensors(variant, sizes, rows, seed=0, unaligned=False) -> list[Tensor]:
+def tensors(variant, sizes, rows, seed=0, unaligned=False, places=(WHOLE,)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def make(k: int, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -283,16 +337,41 @@ def tensors(variant, sizes, rows, seed=0, unaligned=False) -> list[Tensor]:
         if n > 8:  # special values in a tenth of the elements
             at = torch.randperm(n, generator=generator)[: n // 10]
             x[at] = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (len(at),), generator=generator)]
+        if not dtype.is_floating_point:  # codes, remainders: any bits
+            info = torch.iinfo(dtype)
+            return torch.randint(info.min, info.max + 1, (n,), generator=generator).to(dtype)
         return (x.abs() if k >= 3 else x).to(dtype)
 
-    made = []
+    def extra(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Digits below those of p, of which some do not belong to it."""
+        if variant.master == "split16":
+            return make(2, len(p), dtype)
+        below = p.float() * torch.randn(len(p), generator=generator) * 2.0 ** (-9 if p.dtype is BF16 else -12)
+        return (below if variant.master == "kahan" else p.float() + below).to(dtype)
+
+    made, states = [], STATES[variant.rule]
     for i, n in enumerate(sizes):
-        offsets = [(1 + (i * 5 + k * 3) % 40) * d.itemsize if unaligned else 0 for k, d in enumerate(variant.streams)]
-        made.append(Tensor([make(k, n, d) for k, d in enumerate(variant.streams)], offsets, i % len(rows)))
+        data = [make(k, n, d) for k, d in enumerate(variant.streams[: 2 + states])]
+        data += [extra(data[0], d) for d in variant.streams[2 + states :]]
+        data += [make(3, -(-n // QUANT_BLOCK), F32).nan_to_num(1.0, 1.0, 1.0) for _ in range(variant.scales)]
+        offsets = [(1 + (i * 5 + k * 3) % 40) * x.element_size() if unaligned else 0 for k, x in enumerate(data)]
+        made.append(Tensor(data, offsets, i % len(rows), i, places[i % len(places)]))
     return made
 
 
+def columns(variant, addresses: list[int]) -> tuple[list[int], int, list[int]]:
+    """The addresses of p, g and three states; that of what the master holds; those of two scales."""
+    states, streams = 2 + STATES[variant.rule], len(variant.streams)
+    own, extra, scales = addresses[:states], addresses[states:streams], addresses[streams:]
+    return own + [0] * (5 - len(own)), (extra or [0])[0], scales + [0] * (2 - len(scales))
+
+
 def scalar_rows(rule: str) -> list[tuple[float, ...]]:
+    """The numbers of a rule, and the step."""
+    return [(*row, step) for row, step in zip(_scalar_rows(rule), (1.0, 2.0, 1000.0, 1e7), strict=True)]
+
+
+def _scalar_rows(rule: str) -> list[tuple[float, ...]]:
     if rule.startswith("adam"):
         return [
             (2e-2, 0.0, 1.0, 0.1, 0.001, 1e-2, 31.6, 1e-8),  # AdamW
@@ -335,12 +414,13 @@ def cpu_step(tmp_path_factory):
 
     def step(variant, given, rows):
         results = [[x.clone() for x in t.data] for t in given]
-        kinds = [list(STATES).index(variant.rule)]
-        kinds += [FORMATS[d] for d in variant[1:]]
-        table = np.zeros(len(given), "u8,u8,3u8,i8,i4,4u1")
+        kinds = [list(STATES).index(variant.rule), *(FORMATS[d] for d in variant[1:4])]
+        kinds += [MASTERS.index(variant.master), variant.stochastic]
+        table = np.zeros(len(given), np.dtype("u8,u8,3u8,i8,i4,6u1,u8,2u8,u8,u4,3i8", align=True))
         for i, (t, data) in enumerate(zip(given, results, strict=True)):
-            p, g, *states = (x.data_ptr() for x in data)
-            table[i] = (p, g, states + [0] * (3 - len(states)), data[0].numel(), t.scalars, kinds)
+            (p, g, *states), extra, scales = columns(variant, [x.data_ptr() for x in data])
+            numel = data[0].numel()
+            table[i] = (p, g, states, numel, t.scalars, kinds, extra, scales, SEED, t.index, t.place)
         numbers = np.array(rows, np.float32).astype(np.float64)
         library.fused_step(
             ctypes.c_void_p(table.ctypes.data),
@@ -362,9 +442,13 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, **option
             mem.upload(x, f"{i}.{k}", offset=offset, readonly=k == 1)
             for k, (x, offset) in enumerate(zip(t.data, t.offsets, strict=True))
         ]
-        aligned = not any(b.addr % 16 for b in own)
-        p, g, *states = (b.addr - bias * x.element_size() for b, x in zip(own, t.data, strict=True))
-        table.append([p, g, *states, *[0] * (3 - len(states)), n + bias, t.scalars, int(aligned)])
+        moved = [bias] * len(variant.streams) + [bias // QUANT_BLOCK] * variant.scales
+        addresses = [b.addr - m * x.element_size() for b, m, x in zip(own, moved, t.data, strict=True)]
+        first, extra, scales = columns(variant, addresses)
+        offset, run, skip = t.place
+        placed = not variant.stochastic or not any(x % 8 for x in (offset, *((run, skip) if skip else ())))
+        flags = placed * (2 + (not any(b.addr % 16 for b in own)))
+        table.append([*first, n + bias, t.scalars, flags, extra, *scales, SEED, t.index, offset - bias, run, skip])
         chunks += [[i, bias // chunk + c] for c in range(max(1, -(-n // chunk)))]
         buffers.append(own)
     tables = [
@@ -382,7 +466,8 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, **option
         stepped.append([])
         for k, (b, x) in enumerate(zip(own, t.data, strict=True)):
             loads, stores = result.s.per_buffer.get(b.name, (0, 0))
-            assert loads == b.nbytes, f"{b.name}: every byte is read once"
+            shared = k >= len(variant.streams)  # by the threads of a block of codes
+            assert loads >= b.nbytes if shared else loads == b.nbytes, f"{b.name}: every byte is read once"
             assert stores == (0 if k == 1 else b.nbytes), f"{b.name}: every byte is written once"
             if k != 1:
                 assert b.written().all()
@@ -393,7 +478,7 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, **option
 def same_bits(got: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> bool:
     """Whether all bits agree; any NaN is as good as another."""
     for a, b in zip((x for t in got for x in t), (x for t in expected for x in t), strict=True):
-        integer = torch.int32 if a.element_size() == 4 else torch.int16
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.element_size()]
         if not ((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all():
             return False
     return True
@@ -406,7 +491,7 @@ def sums_of_squares(compiled, given, chunk) -> np.ndarray:
     for i, t in enumerate(given):
         g = mem.upload(t.data[1], f"{i}", offset=t.offsets[1], readonly=True)
         n = t.data[1].numel()
-        table.append([0, g.addr, 0, 0, 0, n, 0, int(g.addr % 16 == 0)])
+        table.append([0, g.addr, 0, 0, 0, n, 0, int(g.addr % 16 == 0), *[0] * 8])
         chunks += [[i, c] for c in range(max(1, -(-n // chunk)))]
         buffers.append(g)
     tables = [mem.upload(np.array(x, dtype), readonly=True) for x, dtype in ((table, np.int64), (chunks, np.int32))]

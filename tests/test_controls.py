@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from fused_adamw import backends, plan, reference, scalars
-from tests import cases, exact, test_error, test_plan, test_reference
+from fused_adamw import backends, formats, plan, reference, scalars
+from tests import cases, exact, test_error, test_formats, test_plan, test_reference
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -123,6 +123,66 @@ def test_lists_see_a_tensor_left_out(monkeypatch):
     fails(test_plan.check_list, [(5,)] * 1000, cases.CPU)
 
 
+# ---- wrong formats: what the native backend is held against, mutated, or the reference that is held to the formula
+
+REFERENCE = cases.Target("cpu", "reference")
+BY_BITS = test_formats.test_stochastic_rounding_is_that_of_the_formula, cases.CPU
+
+
+def overwritten(master):
+    return (
+        test_formats.test_a_parameter_that_is_overwritten_is_what_counts,
+        {"master": master},
+        torch.bfloat16,
+        REFERENCE,
+    )
+
+
+def without_notice(master, p, extra):
+    if master == "fp32":
+        return extra
+    if master == "kahan":
+        return p.float() + extra.float()
+    return formats._from_bits((formats._bits(p.float()) + extra.long()) & 0xFFFFFFFF)
+
+
+FORMATS = {
+    "the other half of the word": ("words", lambda true: lambda *a: true(*a) << 16, *BY_BITS),
+    "the next step": ("words", lambda true: lambda seed, step, *a: true(seed, step + 1, *a), *BY_BITS),
+    "the lower half of the seed": ("words", lambda true: lambda seed, *a: true(seed & 63, *a), *BY_BITS),
+    "rounding to nearest": ("stochastic", lambda true: lambda x, random: x.bfloat16(), *BY_BITS),
+    "a NaN that is rounded": (
+        "stochastic",
+        lambda true: lambda x, random: formats._from_bits((formats._bits(x) + random) & 0xFFFF0000).bfloat16(),
+        *BY_BITS,
+    ),
+    "ties to even": ("_rounded", lambda true: torch.Tensor.to, test_formats.test_split16_is_every_float32, REFERENCE),
+    "overwritten beside kahan": ("read_master", lambda true: without_notice, *overwritten("kahan")),
+    "overwritten beside split16": ("read_master", lambda true: without_notice, *overwritten("split16")),
+    "overwritten beside fp32": ("read_master", lambda true: without_notice, *overwritten("fp32")),
+    "codes one too small": (
+        "encode",
+        lambda true: lambda x, *a: (true(x, *a)[0] - 1, true(x, *a)[1]),
+        test_formats.test_codes,
+        True,
+    ),
+    "a NaN in the scale": (
+        "encode",
+        lambda true: lambda x, *a: true(x.nan_to_num(1e30), *a),
+        test_formats.test_a_nan_stays_where_it_is,
+        REFERENCE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_wrong_format_is_seen(name, monkeypatch):
+    what, wrong, check, *args = FORMATS[name]
+    check(*args)
+    monkeypatch.setattr(formats, what, wrong(getattr(formats, what)))
+    fails(check, *args)
+
+
 # ---- a wrong kernel: the C++ is mutated, compiled, and compared with the exact sequence
 
 MUTATIONS = {
@@ -185,6 +245,6 @@ def test_a_mutated_kernel_is_seen(name, tmp_path):
     s = {k: Fraction(float(np.float32(v))) for k, v in row._asdict().items()}
     wanted = [exact.adam(s, *(Fraction(float(x)) for x in e)) for e in zip(*streams, strict=True)]
     arguments = [x.ctypes.data_as(ctypes.c_void_p) for x in streams]
-    ctypes.CDLL(str(tmp_path / "step.so")).step(*arguments, ctypes.c_long(n), (ctypes.c_double * 8)(*row))
+    ctypes.CDLL(str(tmp_path / "step.so")).step(*arguments, ctypes.c_long(n), (ctypes.c_double * 9)(*row))
     got = [tuple(Fraction(float(x)) for x in e) for e in zip(streams[0], streams[2], streams[3], strict=True)]
     assert (got == wanted) == (name == "as it is")

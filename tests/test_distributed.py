@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import math
 import os
 import resource
 import shutil
@@ -39,6 +40,16 @@ RULES = [
 ]
 
 
+BF16 = torch.bfloat16
+FORMATS = [
+    ("AdamW", {"lr": 1e-2, "rounding": "stochastic", "state_dtype": BF16}),
+    ("SGDW", {"lr": 0.1, "momentum": 0.9, "rounding": "stochastic", "seed": 1 << 40}),
+    ("AdamW", {"lr": 1e-2, "master": "kahan"}),
+    ("AdamW", {"lr": 1e-2, "master": "split16", "state_dtype": BF16, "rounding": "stochastic"}),
+    ("AdamW", {"lr": 1e-2, "master": "fp32"}),
+]
+
+
 class Net(nn.Module):
     """Shapes that 2, 3 and 4 ranks share unevenly or not at all, a frozen and a late parameter."""
 
@@ -59,6 +70,25 @@ def shard(model, mesh=None, **options):
     mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model.first, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, ignored_params={model.scale}, **options)
+
+
+def check_shards_of(shape, placements, sizes, options, refused=""):
+    """A matrix cut so has the bits of the whole one."""
+    mesh = init_device_mesh("cpu", sizes)
+    whole = cases.parameters([shape], BF16)[0]
+    ours = nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, placements, src_data_rank=None))
+    a, b = cases.make("AdamW", [ours], {"lr": 1e-2, **options}), cases.make("AdamW", [whole], {"lr": 1e-2, **options})
+    for t in range(3):
+        cases.set_gradients([whole], t)
+        ours.grad = placed_like(whole.grad, ours)
+        if refused:
+            with pytest.raises(TypeError, match=refused):
+                a.step()
+            return
+        a.step()
+        b.step()
+    assert all(isinstance(t, DTensor) for key, t in a.state[ours].items() if key != "step")
+    cases.assert_same_bits(*locals_of(a, b))
 
 
 def placed_like(t, p):
@@ -101,12 +131,46 @@ def trainable(model):
 # ---- the step of DTensors
 
 
+@pytest.mark.parametrize(
+    ("placements", "sizes", "shape"),
+    [
+        ((Shard(0),), (3,), (77, 65)),
+        ((Shard(1),), (3,), (7, 65)),
+        ((Shard(0), Shard(1)), (2, 2), (7, 65)),
+        ((Shard(1), Shard(1)), (2, 2), (7, 65)),
+        ((Shard(2), Replicate()), (2, 2), (3, 5, 70)),
+    ],
+)
+def test_random_bits_do_not_depend_on_the_placement(placements, sizes, shape):
+    ranks.run(math.prod(sizes), check_shards_of, shape, placements, sizes, FORMATS[0][1])
+
+
+@pytest.mark.parametrize(
+    ("placements", "shape", "options", "refused"),
+    [
+        ((Shard(0),), (77, 256), {}, ""),
+        ((Shard(0),), (77, 256), {"master": "split16", "rounding": "stochastic"}, ""),
+        ((Replicate(),), (77, 65), {}, ""),
+        ((Shard(0),), (77, 65), {}, "cuts the blocks of 128 elements .* state_dtype=torch.bfloat16"),
+        ((Shard(1),), (77, 256), {}, "cuts the blocks of 128 elements"),
+    ],
+)
+def test_int8_moments_are_sharded_by_blocks(placements, shape, options, refused):
+    ranks.run(2, check_shards_of, shape, placements, (2,), {"state_dtype": "int8", **options}, refused)
+
+
+def test_pieces_of_pieces_are_not_numbered():
+    options, placements = {"rounding": "stochastic"}, (Shard(1), Shard(2))
+    ranks.run(4, check_shards_of, (3, 4, 6), placements, (2, 2), options, "pieces of pieces, and stochastic rounding")
+
+
 def check_same_bits(backend, native):
     if not native:
         backends.native = lambda: None
     build, built = plan.build, []
     plan.build = lambda optimizer: built.append(optimizer) or build(optimizer)
-    for (name, options), dtype in zip(RULES, [torch.float32, torch.bfloat16, torch.float32], strict=True):
+    dtypes = [torch.float32, BF16, torch.float32, *[BF16] * len(FORMATS)]
+    for (name, options), dtype in zip(RULES + FORMATS, dtypes, strict=True):
         model, optimizer = check_rule(name, options, dtype, backend)
         assert built.count(optimizer) == 2  # at the first step, and when the late gradient came
     return [plan.local(p).numel() for p in trainable(model)]
@@ -522,7 +586,7 @@ def check_load(folder, name, options, dtype, flat, init, plain):
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize(("name", "options"), RULES[1:], ids=cases.name_of)
+@pytest.mark.parametrize(("name", "options"), [*RULES[1:], FORMATS[0], FORMATS[3]], ids=cases.name_of)
 def test_saved_on_2_ranks_loaded_on_1_2_and_3(name, options, flat, tmp_path):
     """bfloat16 parameters, whose moments stay float32."""
     ranks.run(2, check_save, str(tmp_path), name, options, torch.bfloat16, flat)

@@ -152,7 +152,7 @@ BAD_OPTIONS = [
     ("AdamW", {"decouple_lr": True, "lr": 0.0}, "make the group with a positive lr"),
     ("AdamW", {"betas": (0.9, 0.99, 0.5)}, "there must be two"),
     ("AdamW", {"betas": (torch.ones(2), torch.ones(2))}, "Tensor betas[0] must be 1-element"),
-    ("AdamW", {"state_dtype": torch.int8}, "state_dtype=torch.int8: must be one of torch.float32"),
+    ("AdamW", {"state_dtype": torch.int16}, "state_dtype=torch.int16: must be one of torch.float32"),
     ("AdamW", {"backend": "cudnn"}, "no backend 'cudnn': there are 'cpu', 'triton', 'cuda', 'reference'"),
 ]
 

@@ -50,7 +50,7 @@ def test_a_staging_buffer_used_again_too_early(backend, monkeypatch):
         shared[self] = torch.zeros(self.host.nbytes + self.scalars.nbytes, dtype=torch.uint8, pin_memory=True)
 
     def upload(self, scalars, staging=None):
-        staging = shared[self][: self.host.nbytes + 32 * len(scalars)]
+        staging = shared[self][: self.host.nbytes + launch.SCALARS_BYTES * len(scalars)]
         self.watch.upload(self.host, self.slots, scalars, self.buffer, True, staging)
         if early:
             staging.zero_()
@@ -96,8 +96,8 @@ def mutant(tmp_path, old, new):
         ("mask = None if ALIGNED else i < end", "mask = None"),
         ("if whole < n:", "if whole + 1 < n:"),
         (
-            "if tl.load(row + 7) & 1 != 0:\n        whole = n // BLOCK * BLOCK\n    # In",
-            "if n > 0:\n        whole = n // BLOCK * BLOCK\n    # In",
+            "if tl.load(row + 7) & 1 != 0:\n        whole = n // (THREADS",
+            "if n > 0:\n        whole = n // (THREADS",
         ),
     ],
     ids=["a dropped tail mask", "a skipped tail", "alignment taken for granted"],

@@ -14,6 +14,7 @@ from tests.gpu_kernels import (  # noqa: E402
     ADAM,
     CHUNK,
     F32,
+    I8,
     LAYOUTS,
     MOMENTUM,
     ROOT,
@@ -37,11 +38,13 @@ def test_compiled_code_for_amd(variant):
     compiled = own.kernels.compile_for(GPUTarget("hip", "gfx942", 64), own.variant(variant))
     assert compiled.metadata.shared == 0
     asm = compiled.asm["amdgcn"]
-    for what in ("private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"):
+    codes = variant.state is I8
+    # Scalars that are spilled, which a few of codes are, go to lanes of a vector register.
+    for what in ("private_segment_fixed_size", "vgpr_spill_count", *(["sgpr_spill_count"] if not codes else [])):
         assert set(re.findall(rf"\.{what}:\s+(\d+)", asm)) == {"0"}, what
-    assert int(re.search(r"\.vgpr_count:\s+(\d+)", asm)[1]) <= 64  # 8 waves on a SIMD
+    assert int(re.search(r"\.vgpr_count:\s+(\d+)", asm)[1]) <= (96 if codes else 64)  # 5, 8 waves on a SIMD
     assert not re.findall(r"\b(?:flat|scratch)_(?:load|store)_\w+", asm)
-    wide = [4 * d.itemsize for d in variant.streams]
+    wide = [4 * d.itemsize for d in variant.streams if d.itemsize > 1]
     for kind, sizes in (("load", wide), ("store", wide[:1] + wide[2:])):
         for size in (8, 16):  # unrolled loops and table entries add to them
             assert len(re.findall(rf"\bglobal_{kind}_dwordx{size // 4}\b", asm)) >= sizes.count(size)
@@ -69,7 +72,10 @@ kernels = importlib.import_module("kernels.multi_tensor")
 launches = torch.load(sys.argv[2])
 for rule, data, scalars, chunk in launches:
     variant = kernels.Variant(rule, *[kernels.tl.float32] * 3)
-    rows = [[*(t.data_ptr() for t in x), *[0] * (5 - len(x)), x[0].numel(), i % 4, 1] for i, x in enumerate(data)]
+    rows = [
+        [*(t.data_ptr() for t in x), *[0] * (5 - len(x)), x[0].numel(), i % 4, 3, *[0] * 8]
+        for i, x in enumerate(data)
+    ]
     chunks = [[i, c] for i, x in enumerate(data) for c in range(-(-x[0].numel() // chunk))]
     constexprs, options = kernels.config(variant, 32)
     tables = torch.tensor(rows), torch.tensor(chunks, dtype=torch.int32), torch.tensor(scalars), torch.ones(1)

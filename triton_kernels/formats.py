@@ -1,7 +1,16 @@
-"""How a value is stored, for Triton: read exactly into fp32, written with one rounding, to nearest even."""
+"""How a value is stored, for Triton: ``csrc/formats.h``, with its names and its bits. Everything is read into fp32.
+
+Tiles are [threads, elements of each]; what a thread's elements share (a scale, a counter) is [threads].
+"""
 
 import triton
 import triton.language as tl
+
+QUANT_BLOCK = tl.constexpr(128)  # elements that share a scale
+NAN_BF16 = tl.constexpr(0x7FC0)
+LEAST_NORMAL = tl.constexpr(0x00800000)
+INFINITE = tl.constexpr(0x7F800000)
+NEAREST = tl.constexpr(0x80000)  # as if these bits had been drawn
 
 
 @triton.jit
@@ -12,3 +21,202 @@ def load(pointers, mask):
 @triton.jit
 def store(pointers, x, mask):
     tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bits(x):
+    """Of an fp32 or a 16-bit float."""
+    return x.to(tl.int32 if x.dtype.primitive_bitwidth == 32 else tl.int16, bitcast=True)
+
+
+@triton.jit
+def bf16(x, add):
+    """The bf16 of the high bits once ``add`` has rounded them."""
+    return tl.where(x != x, NAN_BF16, (bits(x) + add) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+# ---- Stochastic rounding.
+
+
+@triton.jit
+def places(row, base):
+    """Where element ``base`` of a row lies among all elements of its parameter, for ``number``."""
+    run = tl.load(row + 14)
+    skip = tl.load(row + 15)
+    first = tl.load(row + 13) + base + base // run * skip
+    # A run longer than any chunk has one end at most in it, where it stays if the run is shortened: 32 bits do.
+    short = tl.minimum(run, 1 << 30)
+    begin = short - tl.minimum(run - base % run, short)
+    return first, skip, short.to(tl.uint32), begin.to(tl.uint32)
+
+
+@triton.jit
+def number(at, i):
+    first, skip, run, begin = at
+    return first + i + ((begin + i.to(tl.uint32)) // run).to(tl.int64) * skip
+
+
+@triton.jit
+def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr):
+    """The word of each element of a tile of 4 a thread; i [threads] are the first of each, ``end`` is that of all."""
+    seed = tl.load(row + 11)  # each time: of a seed that stays, 20 keys would, in registers
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    index = tl.load(row + 12).to(tl.uint32)
+    if NEIGHBOURS:
+        group = number(at, i) >> 2
+        w0, w1, w2, w3 = tl.philox_impl(group.to(tl.uint32), (group >> 32).to(tl.uint32), step, index, k0, k1)
+    else:
+        w0 = tl.zeros_like(i).to(tl.uint32)
+        w1 = w0
+        w2 = w0
+        w3 = w0
+        # A loop, since side by side they take 20 registers more.
+        for k in range(tl.minimum(tl.cdiv(end, 32), 4)):
+            n = number(at, i + 32 * k)
+            group = n >> 2
+            x0, x1, x2, x3 = tl.philox_impl(group.to(tl.uint32), (group >> 32).to(tl.uint32), step, index, k0, k1)
+            x = tl.where(n & 2 == 0, tl.where(n & 1 == 0, x0, x1), tl.where(n & 1 == 0, x2, x3))
+            w0 = tl.where(k == 0, x, w0)
+            w1 = tl.where(k == 1, x, w1)
+            w2 = tl.where(k == 2, x, w2)
+            w3 = tl.where(k == 3, x, w3)
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(i.shape[0], 4).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def for_parameter(word):
+    return (word >> 16) & 0xFFFF
+
+
+@triton.jit
+def for_second_moment(word):
+    return word & 0xFFFF
+
+
+@triton.jit
+def for_first_moment(word):
+    return ((word.to(tl.uint32, bitcast=True) * 0x9E3779B9) >> 16).to(tl.int32)
+
+
+# ---- Masters.
+
+
+@triton.jit
+def read(pointers, extra, mask, MASTER: tl.constexpr):
+    """A parameter, with the digits that its extra stream has."""
+    stored = tl.load(pointers, mask=mask)
+    p = stored.to(tl.float32)
+    if MASTER == "kahan":
+        c = load(extra, mask)
+        half = tl.fma(c, 0.5, p).to(stored.dtype)
+        p = tl.where(bits(half) == bits(stored), p + c, p)
+    elif MASTER == "split16":
+        x = (bits(p) + tl.load(extra, mask=mask).to(tl.int32)).to(tl.float32, bitcast=True)
+        p = tl.where(bits(bf16(x, 0x8000)) == bits(stored), x, p)
+    elif MASTER == "fp32":
+        master = tl.load(extra, mask=mask)
+        p = tl.where(bits(rounded(master, stored.dtype)) == bits(stored), master, p)
+    return p
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """To nearest; bf16 with ties away from zero."""
+    return bf16(x, 0x8000) if DTYPE.is_bf16() else x.to(DTYPE)
+
+
+@triton.jit
+def write(pointers, extra, x, random, mask, MASTER: tl.constexpr):
+    """Of what ``read`` has read; ``random`` is None, or 16 bits of each element."""
+    DTYPE: tl.constexpr = pointers.dtype.element_ty
+    if MASTER == "kahan":
+        p = x.to(DTYPE)
+        store(extra, x - p.to(tl.float32), mask)
+    elif MASTER == "split16":
+        p = bf16(x, 0x8000)
+        tl.store(extra, tl.where(x != x, 0, bits(x)).to(tl.int16), mask=mask)
+    elif MASTER == "fp32":
+        p = rounded(x, DTYPE)
+        tl.store(extra, x, mask=mask)
+    elif random is not None:
+        p = bf16(x, random)
+    else:
+        p = x.to(DTYPE)
+    tl.store(pointers, p, mask=mask)
+
+
+# ---- Moments; int8 has a scale for each QUANT_BLOCK of them.
+
+
+@triton.jit
+def spread(x, like):
+    """[threads] as a tile."""
+    return tl.broadcast_to(x[:, None], like.shape)
+
+
+@triton.jit
+def load_moment(pointers, scales, mask, some, SECOND: tl.constexpr):
+    """``scales`` of each thread, where it has ``some`` elements; None where moments are no codes."""
+    x = tl.load(pointers, mask=mask)
+    if scales is None:
+        x = x.to(tl.float32)
+    else:
+        code = x.to(tl.int32)
+        scale = tl.load(scales, mask=some)
+        if SECOND:
+            code = code & 0xFF
+            x = ((code + 762) << 20).to(tl.float32, bitcast=True) * spread(scale, code)
+            x = tl.where(code == 0, 0.0, x)
+            x = tl.where(code == 255, float("nan"), x)
+        else:
+            x = (code * tl.abs(code)).to(tl.float32) * spread(tl.div_rn(scale, 16129.0), code)
+            x = tl.where(code == -128, float("nan"), x)
+    return x
+
+
+@triton.jit
+def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
+    """To nearest where ``word`` is None."""
+    if scales is not None:
+        magnitude = bits(x) & 0x7FFFFFFF
+        scale = scale_of(magnitude, mask)
+        first = tl.arange(0, scale.shape[0]) % 32 == 0
+        tl.store(scales, scale, mask=first if some is None else first & some)
+        factor = spread(tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale)), x)
+        part = magnitude.to(tl.float32, bitcast=True) * factor
+        if SECOND:
+            code = ((bits(part) + (NEAREST if word is None else for_second_moment(word) << 4 | 8)) >> 20) - 762
+            code = tl.minimum(tl.maximum(code, 1), 254)
+            code = tl.where((magnitude == 0) | (factor == 0), 0, code)
+            code = tl.where(magnitude >= INFINITE, 255, code)
+        else:
+            root = tl.sqrt_rn(part) * 127.0
+            if word is None:
+                # The last bits of a sum with 2^23 are the nearest whole number, to even.
+                code = bits(root + 8388608.0) & 0xFF
+            else:
+                code = root.to(tl.int32)
+                below = code.to(tl.float32)
+                drawn = (for_first_moment(word).to(tl.float32) + 0.5) * (1 / 65536)
+                up = part * 16129.0 - below * below > drawn * (below + below + 1.0)
+                code = tl.minimum(code + up.to(tl.int32), 127)
+            code = tl.where(bits(x) < 0, -code, code)
+            code = tl.where(magnitude >= INFINITE, -128, code)
+        tl.store(pointers, code.to(tl.int8), mask=mask)
+    elif word is None:
+        store(pointers, x, mask)
+    else:
+        tl.store(pointers, bf16(x, for_second_moment(word)), mask=mask)
+
+
+@triton.jit
+def scale_of(magnitude, mask):
+    """Of the block of each thread. 32 threads have a block, so that the maximum is one of a warp."""
+    own = tl.where((magnitude < LEAST_NORMAL) | (magnitude >= INFINITE), 0, magnitude)
+    if mask is not None:
+        own = tl.where(mask, own, 0)
+    own = tl.max(own, axis=1)
+    BLOCKS: tl.constexpr = own.shape[0] // 32
+    largest = tl.max(own.reshape(BLOCKS, 32), axis=1)
+    return tl.broadcast_to(largest[:, None], (BLOCKS, 32)).reshape(own.shape[0]).to(tl.float32, bitcast=True)

@@ -15,15 +15,24 @@ from .multi_tensor import (
     step_kernel,
 )
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
 INTERPRETED = not hasattr(step_kernel, "device_caches")  # TRITON_INTERPRET=1 when triton was imported
 
 
 class TritonKernels:
-    """``fused_adamw.launch.Kernels`` of a rule and its dtypes on a device; raises what Triton raises."""
+    """``fused_adamw.launch.Kernels`` of a rule and its formats on a device; raises what Triton raises."""
 
-    def __init__(self, device: torch.device, rule: str, p: torch.dtype, g: torch.dtype, state: torch.dtype) -> None:
-        variant = Variant(rule, DTYPES[p], DTYPES[g], DTYPES[p if rule == "sgd" else state])
+    def __init__(
+        self,
+        device: torch.device,
+        rule: str,
+        p: torch.dtype,
+        g: torch.dtype,
+        state: torch.dtype,
+        master: str,
+        stochastic: bool,
+    ) -> None:
+        variant = Variant(rule, DTYPES[p], DTYPES[g], DTYPES[p if rule == "sgd" else state], master, stochastic)
         self.adam = rule.startswith("adam")
         if INTERPRETED:
             self._configure(variant, 32)

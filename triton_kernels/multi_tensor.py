@@ -10,7 +10,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from .formats import load, store
+from .formats import (
+    QUANT_BLOCK,
+    for_parameter,
+    load,
+    load_moment,
+    places,
+    read,
+    store,
+    store_moment,
+    words,
+    write,
+)
 from .rules import adam, sgd
 
 
@@ -21,7 +32,13 @@ class Variant:
     rule: str  # "adam", "adam_amsgrad", "sgd", "sgd_momentum"
     p_dtype: tl.dtype
     g_dtype: tl.dtype
-    state_dtype: tl.dtype
+    state_dtype: tl.dtype  # int8: codes, with a scale for each QUANT_BLOCK of them
+    master: str = "none"  # "kahan", "split16", "fp32"
+    stochastic: bool = False
+
+
+COLUMNS = tl.constexpr(16)  # of a row
+SCALARS = tl.constexpr(9)  # of a row of scalars, of which the last is the step
 
 
 @triton.jit
@@ -38,51 +55,91 @@ def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.con
 def place(rows, chunks, chunk):
     """A program's row, its first element, and the number of its elements."""
     entry = chunks + tl.program_id(0).to(tl.int64) * 2
-    row = rows + tl.load(entry).to(tl.int64) * 8
+    row = rows + tl.load(entry).to(tl.int64) * COLUMNS
     base = tl.load(entry + 1).to(tl.int64) * chunk
     n = tl.minimum(tl.load(row + 5) - base, chunk).to(tl.int32)
     return row, base, n
 
 
 @triton.jit
+def tile(ALIGNED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Elements of a block of them, [THREADS, WIDTH], and the first of each thread.
+
+    A thread has neighbours where it can access them at once, and else every 32nd, so that 32 threads do. Either way
+    32 threads have 32 * WIDTH elements that follow one another.
+    """
+    thread = tl.arange(0, THREADS)
+    if ALIGNED:
+        first = thread * WIDTH
+        return first[:, None] + tl.arange(0, WIDTH)[None, :], first
+    first = thread // 32 * (32 * WIDTH) + thread % 32
+    return first[:, None] + tl.arange(0, WIDTH)[None, :] * 32, first
+
+
+@triton.jit
 def step_span(
-    row, base, begin, end, s,
+    row, base, begin, end, s, at,
     ALIGNED: tl.constexpr, RULE: tl.constexpr,
-    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
+    MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole blocks and needs no mask."""
+    """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole tiles and needs no mask."""
+    ADAM: tl.constexpr = RULE == "adam" or RULE == "adam_amsgrad"
+    CODES: tl.constexpr = STATE_DTYPE.is_int8()
+    RANDOM_P: tl.constexpr = STOCHASTIC and P_DTYPE.is_bf16() and MASTER == "none"
+    RANDOM_M: tl.constexpr = STOCHASTIC and CODES
+    RANDOM_V: tl.constexpr = RANDOM_M or (STOCHASTIC and ADAM and STATE_DTYPE.is_bf16())
     p_at = stream(row, 0, base, P_DTYPE, ALIGNED)
     g_at = stream(row, 1, base, G_DTYPE, ALIGNED)
+    extra_at = p_at
+    if MASTER != "none":
+        EXTRA_DTYPE: tl.constexpr = P_DTYPE if MASTER == "kahan" else tl.int16 if MASTER == "split16" else tl.float32
+        extra_at = stream(row, 8, base, EXTRA_DTYPE, ALIGNED)
     if RULE != "sgd":
         state0_at = stream(row, 2, base, STATE_DTYPE, ALIGNED)
-    if RULE == "adam" or RULE == "adam_amsgrad":
+    if ADAM:
         state1_at = stream(row, 3, base, STATE_DTYPE, ALIGNED)
     if RULE == "adam_amsgrad":
         state2_at = stream(row, 4, base, STATE_DTYPE, ALIGNED)
+    if CODES:
+        scales0_at = stream(row, 9, base // QUANT_BLOCK, tl.float32, False)
+        scales1_at = stream(row, 10, base // QUANT_BLOCK, tl.float32, False)
 
-    for start in range(begin, end, BLOCK):
+    own, first = tile(ALIGNED, THREADS, WIDTH)
+    for start in range(begin, end, THREADS * WIDTH):
         if ALIGNED:
-            start = tl.multiple_of(start, BLOCK)
-        i = start + tl.arange(0, BLOCK)
+            start = tl.multiple_of(start, THREADS * WIDTH)
+        i = start + own
         mask = None if ALIGNED else i < end
-        p = load(p_at + i, mask)
+        p = read(p_at + i, extra_at + i, mask, MASTER)
         g = load(g_at + i, mask)
+        scales0, scales1, some, random_p, word_m, word_v = None, None, None, None, None, None
+        if CODES:
+            block = (start + first) // QUANT_BLOCK
+            some = None if ALIGNED else block * QUANT_BLOCK < end
+            scales0 = scales0_at + block
+            scales1 = scales1_at + block
+        if RANDOM_P or RANDOM_V:
+            word = words(row, at, s[8].to(tl.uint32), start + first, end - start, ALIGNED)
+            random_p = for_parameter(word) if RANDOM_P else None
+            word_m = word if RANDOM_M else None
+            word_v = word if RANDOM_V else None
         if RULE == "sgd":
             p, _ = sgd(s, p, g, g, MOMENTUM=False)
         elif RULE == "sgd_momentum":
-            b = load(state0_at + i, mask)
+            b = load_moment(state0_at + i, scales0, mask, some, SECOND=False)
             p, b = sgd(s, p, g, b, MOMENTUM=True)
-            store(state0_at + i, b, mask)
+            store_moment(state0_at + i, scales0, b, word_m, mask, some, SECOND=False)
         else:
-            m = load(state0_at + i, mask)
-            v = load(state1_at + i, mask)
+            m = load_moment(state0_at + i, scales0, mask, some, SECOND=False)
+            v = load_moment(state1_at + i, scales1, mask, some, SECOND=True)
             vmax = load(state2_at + i, mask) if RULE == "adam_amsgrad" else v
             p, m, v, vmax = adam(s, p, g, m, v, vmax, AMSGRAD=RULE == "adam_amsgrad")
-            store(state0_at + i, m, mask)
-            store(state1_at + i, v, mask)
+            store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=False)
+            store_moment(state1_at + i, scales1, v, word_v, mask, some, SECOND=True)
             if RULE == "adam_amsgrad":
                 store(state2_at + i, vmax, mask)
-        store(p_at + i, p, mask)
+        write(p_at + i, extra_at + i, p, random_p, mask, MASTER)
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -90,7 +147,8 @@ def step_kernel(
     rows, chunks, scalars, factor, chunk,
     RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    THREADS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One program per entry of ``chunks``; ``chunk`` is the number of elements of each, a multiple of 8.
 
@@ -100,18 +158,21 @@ def step_kernel(
     if f < 0:
         return
     row, base, n = place(rows, chunks, chunk)
-    at = scalars + tl.load(row + 6) * 8
-    s = (tl.load(at), tl.load(at + 1), f * tl.load(at + 2), tl.load(at + 3),
-         tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7))  # fmt: skip
+    start = places(row, base) if STOCHASTIC else None
+    at = scalars + tl.load(row + 6) * SCALARS
+    s = (tl.load(at), tl.load(at + 1), f * tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
+         tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8))  # fmt: skip
     whole = 0
     if tl.load(row + 7) & 1 != 0:
-        whole = n // BLOCK * BLOCK
+        whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
     # In regions of their own, so that nothing either needs is kept for both: fp32 Adam takes 41 to 43 registers on
     # sm_80 to 90 instead of 45 or 46.
     if whole > 0:
-        step_span(row, base, 0, whole, s, True, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE, BLOCK)
+        step_span(row, base, 0, whole, s, start, True, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
+                  MASTER, STOCHASTIC, THREADS, WIDTH)  # fmt: skip
     if whole < n:
-        step_span(row, base, whole, n, s, False, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE, TAIL)
+        step_span(row, base, whole, n, s, start, False, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
+                  MASTER, STOCHASTIC, THREADS, TAIL)  # fmt: skip
 
 
 @triton.jit
@@ -166,7 +227,8 @@ def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
     tl.store(counter, count)
     step = count.to(tl.int32)
     lr = tl.load(h)
-    to = scalars + row * 8
+    to = scalars + row * SCALARS
+    tl.store(to + 8, count)
     tl.store(to, (lr / tl.load(h + 1) * tl.load(h + 2)).to(tl.float32))
     tl.store(to + 1, tl.load(h + 3).to(tl.float32))
     tl.store(to + 2, tl.load(h + 4).to(tl.float32))
@@ -201,20 +263,26 @@ SCALARS_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     """(constexprs of ``step_kernel``, compile options): static: nothing is tuned on live tensors."""
-    threads = NUM_WARPS * warp_size
+    codes = variant.state_dtype == tl.int8
     constexprs = {
         "RULE": variant.rule,
         "P_DTYPE": variant.p_dtype,
         "G_DTYPE": variant.g_dtype,
         "STATE_DTYPE": variant.state_dtype,
-        # 4 elements per thread, 16 bytes of fp32. With 8, a mix of 2 and 4 bytes reads the fp32 streams at a stride
-        # of 32 bytes (sector efficiency 0.6) and writes them through shared memory, and Adam in 2 bytes spills.
-        "BLOCK": 4 * threads,
-        # Another size than BLOCK: blocks of one size are loaded in one layout, in which the masked accesses, of
-        # one element each, have a sector efficiency of 0.25, and stores go through shared memory.
-        "TAIL": 2 * threads,
+        "MASTER": variant.master,
+        "STOCHASTIC": variant.stochastic,
+        "THREADS": NUM_WARPS * warp_size,
+        # 16 bytes of fp32. With 8, a mix of 2 and 4 bytes reads the fp32 streams at a stride of 32 bytes (sector
+        # efficiency 0.6), and Adam in 2 bytes spills.
+        "WIDTH": 4,
+        # fp32 Adam takes 2 to 6 registers more with 4, which blocks of codes and the words of a counter come in.
+        "TAIL": 4 if codes or variant.stochastic else 2,
     }
-    return constexprs, OPTIONS
+    if not codes and not variant.stochastic:
+        return constexprs, OPTIONS
+    # Left to itself ptxas takes up to 96 registers, and spills; codes beside words or a master would spill at 64.
+    more = codes and (variant.stochastic or variant.master != "none")
+    return constexprs, OPTIONS | {"maxnreg": 80 if more else 64}
 
 
 def square_constexprs(g_dtype: tl.dtype, warp_size: int) -> dict:
