@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -75,6 +76,14 @@ def parser() -> argparse.ArgumentParser:
     of = "lengths of the lists (default: 148 1000)"
     host.add_argument("--tensors", type=positive, nargs="+", default=[148, 1000], metavar="N", help=of)
 
+    memory = commands.add_parser("memory", help="bytes per parameter of every format, as allocated")
+    memory.add_argument("--workload", type=workload, default="gpt2", metavar="NAME", help="(default: %(default)s)")
+
+    study = commands.add_parser("formats", help="what a small GPT and the digits learn in bf16 and with int8 moments")
+    study.add_argument("--steps", type=positive, default=400, help="of the GPT (default: %(default)s)")
+    study.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: %(default)s)")
+    study.add_argument("--out", type=target_directory, default=out, help="for formats.png (default: %(default)s)")
+
     paper = commands.add_parser("paper", help="the claims of the paper, on scikit-learn's digits: figures and a table")
     paper.add_argument("--quick", action="store_true", help="a coarse version, in a minute instead of ten")
     paper.add_argument("--out", type=target_directory, default=out, help="for what it writes (default: %(default)s)")
@@ -104,13 +113,16 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     for command in (step, host, limit, report):
         command.add_argument("--rounds", type=positive, default=21, help="timings of each arm (default: %(default)s)")
-    for command in (demo, step, limit, report):
+    for command in (demo, step, limit, report, memory, study):
         command.add_argument("--threads", type=positive, help="of torch (default: 2, or fewer where there are fewer)")
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return the exit code; 130, as shells have it, after Ctrl-C."""
+    # What rounding to nearest loses is what some of the rows show.
+    for start in ("Parameters in bfloat16 or float16 are", "Second moments in torch", "Moments in int8 are"):
+        warnings.filterwarnings("ignore", start, RuntimeWarning)
     try:
         args = parser().parse_args(argv)
         try:

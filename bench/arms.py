@@ -31,14 +31,32 @@ ALGORITHMS = {
     "sgdw": Algorithm("SGDW", SGD, "SGD"),  # torch has no SGDW
     "sgd": Algorithm("SGD", SGD, "SGD"),
 }
-# Dtypes of parameters (and gradients), and of the state; torch keeps the state in the parameters' dtype.
+
+
+class Storage(NamedTuple):
+    """Dtypes of parameters (and gradients), and of the state; torch keeps the state in the parameters' dtype."""
+
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    options: dict[str, Any] = {}  # noqa: RUF012 (of our arms; these are compared with the oracle by the tests alone)
+
+
+F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16+fp32": (torch.bfloat16, torch.float32),
-    "fp16+fp32": (torch.float16, torch.float32),
+    "fp32": Storage(F32, F32),
+    "bf16": Storage(BF16, BF16),
+    "bf16+fp32": Storage(BF16, F32),
+    "fp16+fp32": Storage(torch.float16, F32),
+    "bf16-stochastic": Storage(BF16, BF16, {"rounding": "stochastic"}),
+    "bf16+fp32-stochastic": Storage(BF16, F32, {"rounding": "stochastic"}),
+    **{f"bf16+fp32-{master}": Storage(BF16, F32, {"master": master}) for master in ("kahan", "split16", "fp32")},
+    "fp32+int8": Storage(F32, torch.int8),
+    "bf16+int8": Storage(BF16, torch.int8),
+    "bf16+int8-stochastic": Storage(BF16, torch.int8, {"rounding": "stochastic"}),
+    "bf16+int8-split16": Storage(BF16, torch.int8, {"master": "split16"}),
 }
-SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHORT = {F32: "fp32", torch.float64: "fp64", BF16: "bf16", torch.float16: "fp16"}
+SHORT |= {torch.int8: "int8", torch.uint8: "int8", torch.int16: "int16"}
 FUSED = "torch fused"
 MOST_GRAPHS = 8  # groups that torch.compile is given: the compilation of 465 takes longer than all the rest
 
@@ -60,7 +78,7 @@ class Missing(Exception):
     """Why an arm cannot run here."""
 
 
-def ours(algorithm: Algorithm, state_dtype: torch.dtype, device: torch.device, everything: bool) -> list[Arm]:
+def ours(algorithm: Algorithm, storage: Storage, device: torch.device, everything: bool) -> list[Arm]:
     """Our backends that step this device; PyTorch operators ("reference") only where everything is asked for."""
     arms = []
     for backend in backends.BACKENDS:
@@ -68,16 +86,18 @@ def ours(algorithm: Algorithm, state_dtype: torch.dtype, device: torch.device, e
             continue
 
         def make(groups: Groups, capturable: bool, backend: str = backend.name) -> torch.optim.Optimizer:
-            dtypes = {p.dtype for group in groups for p in group["params"]} | {state_dtype}
+            dtypes = {p.dtype for group in groups for p in group["params"]}
             if why := backends.named(backend).refuses(device, dtypes, capturable):
                 raise Missing(why)
             more = {"capturable": True} if capturable else {}
             more["max_grad_norm"] = algorithm.max_grad_norm
             cls = getattr(fused_adamw, algorithm.ours)
-            return cls(groups, **algorithm.options, state_dtype=state_dtype, backend=backend, **more)
+            kept = {"state_dtype": storage.state_dtype, **storage.options}
+            return cls(groups, **algorithm.options, **kept, backend=backend, **more)
 
         # The oracle steps pieces of the tensors, which have another norm: tests/test_clipping.py compares.
-        more = {"same_rule": algorithm.max_grad_norm is None}
+        same = algorithm.max_grad_norm is None and not storage.options and storage.state_dtype is not torch.int8
+        more = {"same_rule": same}
         arms += _with_graph(f"fused_adamw {backend.name}", make, device, backend.capturable, **more)
     return arms
 
@@ -173,16 +193,14 @@ def peer(name: str, algorithm: str, state_dtype: torch.dtype, device: torch.devi
     return [Arm(name, make, foreign=True)]
 
 
-def arms_of(
-    algorithm: str, state_dtype: torch.dtype, device: torch.device, against: list[str], reference: bool
-) -> list[Arm]:
+def arms_of(algorithm: str, storage: Storage, device: torch.device, against: list[str], reference: bool) -> list[Arm]:
     """All arms of a case, ours first."""
-    found = ours(ALGORITHMS[algorithm], state_dtype, device, reference)
+    found = ours(ALGORITHMS[algorithm], storage, device, reference)
     for name in against:
         if name in TORCH:
             found += torchs(name, ALGORITHMS[algorithm], device)
         else:
-            found += peer(name, algorithm, state_dtype, device)
+            found += peer(name, algorithm, storage.state_dtype, device)
     return found
 
 

@@ -5,6 +5,7 @@ import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -64,9 +65,16 @@ class GPT(nn.Module):
 class Run:
     """A model in training, with its optimizer and schedule, and its losses so far."""
 
-    def __init__(self, kind: type[torch.optim.Optimizer], seed: int, steps: int, **options: bool) -> None:
+    def __init__(
+        self,
+        kind: type[torch.optim.Optimizer],
+        seed: int,
+        steps: int,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
         torch.manual_seed(seed)
-        self.model = GPT()
+        self.model = GPT().to(dtype)
         matrices = [p for p in self.model.parameters() if p.dim() == 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]

@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(n: int, args: argparse.Namespace, device: torch.device, report: dict[str, Any]) -> None:
     """One size."""
-    dtype, state_dtype = DTYPES[args.dtype]
+    storage = DTYPES[args.dtype]
     calls, results, shape = {}, [], None
-    for arm in arms_of(args.algorithm, state_dtype, device, ["fused"], False):
-        params = cases.parameters([(n,)], dtype, str(device))
+    for arm in arms_of(args.algorithm, storage, device, ["fused"], False):
+        params = cases.parameters([(n,)], storage.dtype, str(device))
         cases.set_gradients(params, 0)
         try:
             optimizer = arm.make(measures.grouped(params, [([(n,)], {})]))

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             for algorithm in args.algorithm:
                 for dtypes in args.dtype:
                     case = Case(name, algorithm, dtypes)
-                    arms = arms_of(algorithm, DTYPES[dtypes][1], device, against, args.all)
+                    arms = arms_of(algorithm, DTYPES[dtypes], device, against, args.all)
                     measure(case, arms, device, args.rounds, args.warm, report)
     except KeyboardInterrupt:
         interrupted = True
@@ -171,7 +171,7 @@ def probe(arm: Arm, case: Case, device: torch.device) -> tuple[float | None]:
     workload = cases.WORKLOADS[case.workload]
     like = workload.groups(1) if device.type == "cuda" or arm.compiled else workload.groups(workload.layers)
     count = sum(len(shapes) for shapes, _ in like)
-    params = cases.parameters([(1,)] * count, DTYPES[case.dtypes][0], str(device))
+    params = cases.parameters([(1,)] * count, DTYPES[case.dtypes].dtype, str(device))
     cases.set_gradients(params, 0)
     optimizer = arm.make(measures.grouped(params, like))
     if arm.compiled:
@@ -186,7 +186,7 @@ class Bench:
     def __init__(self, case: Case, arms: list[Arm], device: torch.device, warm: bool) -> None:
         self.case, self.device, self.warm = case, device, warm
         self.algorithm = ALGORITHMS[case.algorithm]
-        self.dtype, self.state_dtype = DTYPES[case.dtypes]
+        self.dtype, self.state_dtype, _ = DTYPES[case.dtypes]
         self.results: list[Result] = []
         self.calls: dict[str, Callable[[], object]] = {}
         self.refusal = self._fit(arms)
@@ -203,7 +203,7 @@ class Bench:
         workload = cases.WORKLOADS[self.case.workload]
         states = 3 if self.case.algorithm == "amsgrad" else 2
         temporary = 8 if any(not a.name.startswith(("fused_adamw", FUSED)) for a in arms) else 0
-        own = states * self.state_dtype.itemsize
+        own = states * self.state_dtype.itemsize + (4 if "master" in DTYPES[self.case.dtypes].options else 0)
         free = 0.8 * available_memory(self.device)
         for layers in range(workload.layers, 0, -1):
             self.groups, self.layers = workload.groups(layers), layers
@@ -298,8 +298,8 @@ class Bench:
         """Dtypes of the parameter, its gradient and its state, as found."""
         p = max((p for group in optimizer.param_groups for p in group["params"]), key=Tensor.numel)
         state = [t for key, t in optimizer.state[p].items() if isinstance(t, Tensor) and key != "step" and t.dim()]
-        dtypes = dict.fromkeys((p.dtype, p.grad.dtype, *(t.dtype for t in state)))
-        return "+".join(SHORT.get(d, str(d).removeprefix("torch.")) for d in dtypes)
+        dtypes = (p.dtype, p.grad.dtype, *(t.dtype for t in state if t.numel() == p.numel()))
+        return "+".join(dict.fromkeys(SHORT.get(d, str(d).removeprefix("torch.")) for d in dtypes))
 
     def add_ceilings(self) -> None:
         """The streams of the shapes that the arms have, and a copy, as arms of their own."""
@@ -313,7 +313,7 @@ class Bench:
             name = "ceiling: stream" + (f" {i + 1}" if i else "")
             self.calls[name] = each.call
             empty = dict.fromkeys(("first_ms", "host_us", "launches", "extra_bytes", "match", "max_ulp"))
-            storage = "+".join(SHORT[d] for d in dict.fromkeys((*shape.written, *shape.read)))
+            storage = "+".join(dict.fromkeys(SHORT[d] for d in (*shape.written, *shape.read)))
             self.results.append(
                 self._result(name, each.bytes, storage=storage, formula=str(shape), shape=shape, sets=1, **empty)
             )
@@ -383,7 +383,7 @@ def table(results: list[Result]) -> Table:
         cold = "" if r["sets"] == max(x["sets"] for x in results) or r["arm"].startswith("ceiling") else " (warm)"
         match = "" if r["match"] is None else f"{'✓' if r['match'] else '✗'} {r['max_ulp']:.2f} ulp"
         if r["match"] is None and not r["arm"].startswith("ceiling"):
-            match = "other rule"
+            match = "not compared"
         shown.add_row(
             r["arm"] + cold,
             r["storage"],

@@ -1,5 +1,6 @@
 """The ceiling: arrays of the dtypes that a step touches, read and written once, with next to nothing computed."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,11 +14,15 @@ LARGEST = 1 << 26  # elements an array: 1.9 GB in all for float32 AdamW
 LENGTH = 4096  # what lengths are multiples of: blocks of the CPU's stream, and of the GPU's
 
 
+LETTERS = {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "vmax", "momentum_buffer": "buf"}
+
+
 class Shape(NamedTuple):
     """The traffic of a step, by element: dtypes of the arrays that are read and written, and of those only read."""
 
     written: tuple[torch.dtype, ...]
     read: tuple[torch.dtype, ...]
+    states: tuple[str, ...] = ()  # the names of what is written beside the parameter
 
     @property
     def bytes(self) -> int:
@@ -25,21 +30,26 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         """The formula of its bytes."""
-        names = ("m", "v", "vmax") if len(self.written) > 2 else ("buf",)
-        state = [f"{name} {SHORT[d]}" for name, d in zip(names, self.written[1:], strict=False)]
+        names = (LETTERS.get(name.removesuffix("_codes"), name) for name in self.states)
+        state = [f"{name} {SHORT[d]}" for name, d in zip(names, self.written[1:], strict=True)]
         p, g = f"p {SHORT[self.written[0]]}", f"g {SHORT[self.read[0]]}"
         return f"{self.bytes} bytes an element: read {', '.join([p, g, *state])}; write {', '.join([p, *state])}"
 
 
 def shape_of(optimizer: torch.optim.Optimizer) -> Shape | None:
-    """The traffic of a step of an optimizer all of whose parameters are alike; None where they are not."""
-    found = set()
+    """The traffic of a step of an optimizer nearly all of whose elements are alike; None where they are not.
+
+    Scales, one to 128 elements, are left out.
+    """
+    found: Counter[Shape] = Counter()
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        states = [t for key, t in optimizer.state[p].items() if isinstance(t, torch.Tensor) and key != "step"]
-        if any(t.numel() != p.numel() or t.dtype not in SHORT for t in states):
+        own = {key: t for key, t in optimizer.state[p].items() if isinstance(t, torch.Tensor) and key != "step"}
+        own = {key: t for key, t in own.items() if not key.endswith("_scales")}
+        if any(t.numel() != p.numel() or t.dtype not in SHORT for t in own.values()):
             return None
-        found.add(Shape((p.dtype, *(t.dtype for t in states)), (p.grad.dtype,)))
-    return found.pop() if len(found) == 1 else None
+        found[Shape((p.dtype, *(t.dtype for t in own.values())), (p.grad.dtype,), tuple(own))] += p.numel()
+    shape, count = found.most_common(1)[0]
+    return shape if count >= 0.99 * found.total() else None
 
 
 class Stream(NamedTuple):
@@ -57,7 +67,7 @@ def stream(shape: Shape, elements: int, device: torch.device, cold: bool = True)
     if cold:
         elements = max(elements, 4 * last_level_cache(device) // shape.bytes)
     elements = max(1, min(elements, LARGEST) // LENGTH) * LENGTH
-    written, read = ([torch.zeros(elements, dtype=d, device=device) for d in part] for part in shape)
+    written, read = ([torch.zeros(elements, dtype=d, device=device) for d in part] for part in shape[:2])
     if device.type == "cpu":
         if backends.native() is None:
             raise RuntimeError(backends.BACKENDS[0].missing())

@@ -5,7 +5,7 @@
 
 namespace fused_adamw {
 
-constexpr int64_t kStreamBlock = 64;  // elements
+constexpr int64_t kStreamBlock = 128;  // elements: of one byte, two lines
 constexpr int kMaxArrays = 8;
 
 // An array of `blocks` * kStreamBlock elements of `width` bytes each.

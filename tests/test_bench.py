@@ -23,7 +23,9 @@ import torch.nn.functional as F
 import fused_adamw
 from bench import claims, digits, measures, paper, step
 from bench.__main__ import main
-from bench.arms import ALGORITHMS, PEERS, TORCH, Arm, arms_of
+from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of
+from bench.formats import Run
+from bench.memory import FORMS
 from bench.timing import last_level_cache
 from fused_adamw import backends
 from tests import cases
@@ -254,7 +256,7 @@ def test_peers_that_fail_are_skipped_and_ours_are_not(monkeypatch: pytest.Monkey
     case = step.Case("1x131k", "adamw", "fp32")
     device = torch.device("cpu")
     monkeypatch.setitem(PEERS, "optimi", PEERS["optimi"]._replace(module="no.such.module"))
-    (arm,) = arms_of("adamw", torch.float32, device, ["optimi"], False)[1:]
+    (arm,) = arms_of("adamw", DTYPES["fp32"], device, ["optimi"], False)[1:]
     report = {"skipped": [], "results": []}
     made = []
 
@@ -273,14 +275,14 @@ def test_peers_that_fail_are_skipped_and_ours_are_not(monkeypatch: pytest.Monkey
         step.measure(case, [Arm("fused_adamw cpu", broken)], device, 1, True, report)
 
 
-@pytest.mark.parametrize("dtypes", [("float32",) * 4, ("bfloat16", "float32", "float32", "bfloat16")])
+@pytest.mark.parametrize("dtypes", [("float32",) * 4, ("bfloat16", "float32", "int8", "bfloat16")])
 @pytest.mark.parametrize("written", [1, 3, 4])
 def test_stream(dtypes: tuple[str, ...], written: int, one_thread_then_two) -> None:
-    """Each line of 64 bytes that is written gains the sum of all lines of its block of 64 elements in all arrays."""
+    """Each line of 64 bytes that is written gains the sum of all lines of its block of 128 elements in all arrays."""
     native = backends.native()
     blocks = 37
     for _ in one_thread_then_two:
-        arrays = [torch.empty(64 * blocks, dtype=getattr(torch, d)) for d in dtypes]
+        arrays = [torch.empty(128 * blocks, dtype=getattr(torch, d)) for d in dtypes]
         lines = [t.view(torch.int64).view(blocks, -1, 8) for t in arrays]
         for i, t in enumerate(lines):
             t.copy_(torch.arange(t.numel()).view(t.shape) * (i + 1))
@@ -293,14 +295,14 @@ def test_stream(dtypes: tuple[str, ...], written: int, one_thread_then_two) -> N
 
 def test_stream_refuses() -> None:
     native = backends.native()
-    with pytest.raises(ValueError, match="a multiple of 64"):
-        native.stream([torch.zeros(65)], 1)
+    with pytest.raises(ValueError, match="a multiple of 128"):
+        native.stream([torch.zeros(129)], 1)
     with pytest.raises(ValueError, match="of one length"):
-        native.stream([torch.zeros(64), torch.zeros(128)], 1)
+        native.stream([torch.zeros(128), torch.zeros(256)], 1)
     with pytest.raises(ValueError, match="up to 8 tensors"):
-        native.stream([torch.zeros(64)] * 9, 1)
+        native.stream([torch.zeros(128)] * 9, 1)
     with pytest.raises(ValueError, match="writes 1 to 1 tensors"):
-        native.stream([torch.zeros(64)], 2)
+        native.stream([torch.zeros(128)], 2)
 
 
 @pytest.fixture
@@ -385,6 +387,41 @@ TINY = paper.Plan(seeds=2, epochs=1, octaves=(1, 3), decays=(0, 3, 6), long=15, 
 
 
 @pytest.mark.slow
+def test_memory() -> None:
+    out = bench("memory", "--workload", "resnet50", "--threads", "1")
+    found = {}
+    for line in out.splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("│").split("│"))
+        if cells:
+            found[name] = [float(cell or 0) for cell in cells]
+    assert found.keys() == FORMS.keys()
+    for name, (parameter, moments, master, held, with_gradient) in found.items():
+        size = 2 if "bf16" in name else 4
+        assert parameter == size
+        assert moments == pytest.approx(2.06 if "int8" in name else 4 if name.startswith("all") else 8, abs=0.04)
+        assert master == (4 if "fp32 master" in name else 2 if "kahan" in name or "split16" in name else 0)
+        assert held == pytest.approx(parameter + moments + master, abs=0.011)
+        assert with_gradient == pytest.approx(held + size, abs=0.011)
+
+
+@pytest.mark.slow
+def test_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, threads) -> None:
+    """Every form is trained and compared; the moments of fp32 are those of its shadow, those of int8 near them."""
+    monkeypatch.setattr("bench.formats.EPOCHS", 1)
+    found = {}
+    true = Run.moment_errors
+    monkeypatch.setattr(Run, "moment_errors", lambda run: found.setdefault(len(found), true(run)))
+    assert main(["formats", "--steps", "3", "--seeds", "1", "--threads", "1", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(f"│ {name} " in out for name in FORMS)
+    assert (tmp_path / "formats.png").read_bytes().startswith(b"\x89PNG")
+    for name, errors in zip(FORMS, found.values(), strict=True):
+        for moment, (error, angle) in errors.items():
+            exact = "int8" not in name and not name.startswith("all")
+            assert error < 1e-12 if exact else 1e-7 < error < 0.02, (name, moment)
+            assert angle < (1e-12 if exact else 0.01)
+
+
 def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """It draws and states everything; what is there is not trained again, what is missing or of other versions is."""
     trained = []

@@ -1,0 +1,165 @@
+"""What models learn in bf16 and with int8 moments, beside float32: the GPT of the demo, the digits of bench paper."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import fused_adamw
+from bench import demo, digits
+from bench.memory import FORMS, Form
+from bench.timing import console, environment, print_head
+from fused_adamw import formats
+
+FP32 = "fp32"
+EPOCHS, DIGITS_LR, DIGITS_DECAY = 60, 3e-3, 0.05
+NOTES = """\
+Each model has the same first weights and batches in every row, forward and backward in float32, and gradients in the
+dtype of its parameters. Loss of the GPT: mean of the last {last} steps; beside it the difference from fp32, of the same
+seed: mean, least and most. Digits: test error of the network of bench paper after {epochs} epochs, in percent, with
+int8 moments also of its small tensors.
+m and v: error of the moments at the end of seed 0, |x - y|^2 / |y|^2 and 1 - cosine, against float32 moments of the
+same gradients."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train all, print the table, draw formats.png."""
+    head = environment(args.threads)
+    print_head("bf16 parameters and int8 moments", head)
+    args.out.mkdir(parents=True, exist_ok=True)
+    training, held_out = demo.corpus()
+    del held_out
+    jobs = [(name, seed) for seed in range(args.seeds) for name in FORMS]
+    losses: dict[str, list[list[float]]] = {name: [] for name in FORMS}
+    errors: dict[str, list[float]] = {name: [] for name in FORMS}
+    moments: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, seed in track(jobs, "training", console=console, transient=True, disable=not console.is_terminal):
+        trained = Run(FORMS[name], seed, args.steps, shadowed=seed == 0)
+        for _, text in zip(range(args.steps), demo.batches(training, seed), strict=False):
+            trained.train(text)
+        losses[name].append(trained.losses)
+        errors[name].append(digits_error(FORMS[name], seed))
+        if seed == 0:
+            moments[name] = trained.moment_errors()
+    console.print(table(losses, errors, moments))
+    console.print(NOTES.format(last=min(demo.LAST, args.steps), epochs=EPOCHS))
+    path = args.out / "formats.png"
+    plot(losses, path)
+    console.print(f"wrote {path}")
+    return 0
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """In float32, whatever the dtype of the parameters."""
+    return functional_call(model, {name: p.float() for name, p in model.named_parameters()}, x)
+
+
+class Run(demo.Run):
+    """A GPT in training, and float32 moments of its gradients beside it if they are to be compared."""
+
+    def __init__(self, form: Form, seed: int, steps: int, shadowed: bool) -> None:
+        super().__init__(fused_adamw.AdamW, seed, steps, dtype=form.dtype, **form.options)
+        self.shadow = None
+        if shadowed:
+            copies = [nn.Parameter(p.detach().float()) for p in self.model.parameters()]
+            self.shadow = fused_adamw.AdamW(copies, lr=0.0, betas=(0.9, 0.99))
+            self.optimizer.register_step_pre_hook(lambda *_: self._follow())
+
+    def loss(self, text: Tensor) -> Tensor:
+        return F.cross_entropy(logits(self.model, text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+
+    def _follow(self) -> None:
+        for q, p in zip(self.shadow.param_groups[0]["params"], self.model.parameters(), strict=True):
+            q.grad = p.grad.float()
+        self.shadow.step()
+
+    def moment_errors(self) -> dict[str, tuple[float, float]]:
+        """For each moment the squared error over all its elements, of the squared norm, and 1 - cosine."""
+        found = {}
+        plain = self.optimizer.export()["state"].values()
+        places = {p: i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
+        order = [places[p] for p in self.model.parameters()]
+        own = [list(plain)[i] for i in order]
+        for name in ("exp_avg", "exp_avg_sq"):
+            x = torch.cat([o[name].flatten().double() for o in own])
+            y = torch.cat([o[name].flatten().double() for o in self.shadow.state.values()])
+            found[name] = float((x - y).square().sum() / y.square().sum()), float(1 - F.cosine_similarity(x, y, dim=0))
+        return found
+
+
+def digits_error(form: Form, seed: int) -> float:
+    """Percent of the test images that the network gets wrong."""
+    x, y, test_x, test_y = digits.digits(seed)
+    model = digits.network(seed).to(form.dtype)
+    small, formats.SMALL = formats.SMALL, 1
+    try:
+        optimizer = fused_adamw.AdamW(model.parameters(), DIGITS_LR, weight_decay=DIGITS_DECAY, **form.options)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * digits.STEPS_PER_EPOCH)
+        shuffle = torch.Generator().manual_seed(seed)
+        for _ in range(EPOCHS):
+            for picked in torch.randperm(digits.TRAINING, generator=shuffle).split(digits.BATCH):
+                optimizer.zero_grad()
+                F.cross_entropy(logits(model, x[picked]), y[picked]).backward()
+                optimizer.step()
+                schedule.step()
+    finally:
+        formats.SMALL = small
+    with torch.no_grad():
+        return 100 * (logits(model, test_x).argmax(1) != test_y).double().mean().item()
+
+
+def final(losses: list[float]) -> float:
+    return float(np.mean(losses[-demo.LAST :]))
+
+
+def table(
+    losses: dict[str, list[list[float]]],
+    errors: dict[str, list[float]],
+    moments: dict[str, dict[str, tuple[float, float]]],
+) -> Table:
+    """A line for each form."""
+    shown = Table("AdamW", "GPT, loss", "beside fp32", "digits, %", "m", "v")
+    fp32 = np.array([final(curve) for curve in losses[FP32]])
+    for name in FORMS:
+        ours = np.array([final(curve) for curve in losses[name]])
+        apart = ours - fp32
+        beside = "" if name == FP32 else f"{apart.mean():+.4f} ({apart.min():+.4f} to {apart.max():+.4f})"
+        cells: list[Any] = [f"{ours.mean():.4f}", beside, f"{np.mean(errors[name]):.2f}"]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            error, angle = moments[name][moment]
+            cells.append("" if error < 1e-12 or not math.isfinite(error) else f"{error:.1e}, {angle:.1e}")
+        shown.add_row(name, *cells)
+    return shown
+
+
+def plot(losses: dict[str, list[list[float]]], path: Path) -> None:
+    """How far each form's loss is from that of fp32, smoothed, mean of the seeds."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=150, layout="constrained")
+    fp32 = np.array(losses[FP32])
+    window = max(1, fp32.shape[1] // 10)
+    for name in FORMS:
+        if name == FP32:
+            continue
+        apart = (np.array(losses[name]) - fp32).mean(0)
+        smooth = np.convolve(apart, np.ones(window) / window, "valid")
+        axes.plot(np.arange(window, fp32.shape[1] + 1), smooth, label=name, linewidth=1.5)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="training step", ylabel="loss - loss of fp32 (nats per character)")
+    axes.set_title(f"A character GPT, beside the same one in fp32; mean of {len(fp32)} seeds and {window} steps")
+    axes.legend(frameon=False, fontsize="small", ncols=2)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
