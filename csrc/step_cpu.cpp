@@ -590,8 +590,8 @@ int second_moment_of(Rule rule) {
                                                           : Sgd<false>::kSecondMoment;
 }
 
-// The beginning of a row. Small tensors end before the processor sees that they are streams: the launch of
-// 10,000 of 64 elements takes two thirds of the time.
+// The beginning of a row. Small tensors end before the processor sees that they are streams: without this a
+// step of 10,000 of 64 elements takes 1.2 times as long.
 FUSED_HD void prefetch(const Row& row) {
   const auto lines = [&row](const void* stream, Format format) {
     const int64_t bytes = std::min(kBlock, row.numel) * kItemsize[int(format)];

@@ -13,7 +13,7 @@ max_exp_avg_sq.
 
 *Masters* hold the digits for which a 16-bit parameter has no room, under a name of their own in the state:
 
-- ``kahan``: ``compensation`` c, in the parameter's dtype; the value is p + c (arXiv 2010.06192, Algorithm 2).
+- ``kahan``: ``compensation`` c, bfloat16 as the parameter; the value is p + c (arXiv 2010.06192, Algorithm 2).
 - ``split16``: ``remainder``, int16; with a bfloat16 parameter as its upper half the value is a float32, exactly.
 - ``fp32``: ``master``, float32.
 
@@ -116,7 +116,7 @@ def warn_of_losses(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], 
             "Parameters in bfloat16 or float16 are trained with rounding to nearest and no master: an update of less "
             "than half an ulp (1/512 of a bfloat16, 1/4096 of a float16) is lost, and weight decay is the first to go. "
             'Cures, as arguments of the optimizer: rounding="stochastic" (bfloat16, no more memory), master="kahan" or '
-            '"split16" (2 bytes more a parameter), master="fp32" (4 bytes).'
+            '"split16" (bfloat16, 2 bytes more a parameter), master="fp32" (4 bytes).'
         )
     if form.int8 and not form.stochastic:
         _warn_once(

@@ -449,9 +449,9 @@ class Adam(FusedOptimizer):
             rounded up or down with the probability that makes the mean right, by random bits of Philox 4x32-10, a
             function of seed, step, parameter and element: the same on every replica, backend and shard, and after a
             resume.
-        master: of bfloat16 and float16 parameters: ``"kahan"``, a compensation in the parameter's dtype; ``"split16"``,
-            the lower half of a float32 of which a bfloat16 parameter is the upper; ``"fp32"``, a float32. Updates act
-            on these, and the parameter is their rounded value. See :meth:`refresh_masters`.
+        master: of bfloat16 parameters: ``"kahan"``, a compensation in bfloat16; ``"split16"``, the lower half of a
+            float32 of which the parameter is the upper; ``"fp32"``, a float32, of float16 ones too. Updates act on
+            these, and the parameter is their rounded value. See :meth:`refresh_masters`.
         seed: of stochastic rounding; the only part of it that is state.
         backend: "cpu", "triton", "cuda" or "reference"; by default the best that runs on the device of a tensor.
         max_grad_norm: clip by the global norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the
