@@ -90,7 +90,7 @@ def extensions() -> dict:
     arguments = {
         "name": "fused_adamw._C",
         "sources": ["csrc/bindings.cpp", "csrc/step_cpu.cpp", "csrc/norm_cpu.cpp", "csrc/stream_cpu.cpp"],
-        "depends": ["csrc/rules.h", "csrc/formats.h", "csrc/step.h", "csrc/stream.h"],
+        "depends": ["csrc/rules.h", "csrc/formats.h", "csrc/scalars.h", "csrc/step.h", "csrc/stream.h"],
         "extra_link_args": ["-fopenmp"] if "-fopenmp" in flags and sys.platform == "linux" else [],
     }
     cpu = cpp_extension.CppExtension(**arguments, extra_compile_args={"cxx": flags})

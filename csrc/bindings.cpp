@@ -8,11 +8,17 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "scalars.h"
 #include "step.h"
 #include "stream.h"
 
@@ -61,6 +67,9 @@ const at::Tensor* tensor_of(PyObject* object) {
   return is ? &THPVariable_Unpack(object) : nullptr;
 }
 
+// Whether it is a wrapper of other tensors, such as a DTensor.
+bool is_wrapper(const at::Tensor& t) { return t.unsafeGetTensorImpl()->is_python_dispatch(); }
+
 // The tensor whose memory is stepped: of a DTensor, which holds the rest, the shard of this rank; any other
 // tensor itself.
 struct Local {
@@ -78,7 +87,7 @@ Local local_of(const at::Tensor& t, PyObject* object = nullptr) {
     return Local{&THPVariable_Unpack(shard), object, shard, DTensorType::read(object, dtensor.spec)};
   };
   if (object && Py_IS_TYPE(object, dtensor.type)) return inside(object);
-  if (!t.unsafeGetTensorImpl()->is_python_dispatch()) return {&t};
+  if (!is_wrapper(t)) return {&t};
   if (!dtensor.type) dtensor.find();
   object = THPVariable_Wrap(t);
   Py_DECREF(object);  // t keeps it
@@ -111,7 +120,7 @@ uint64_t layout_of(const at::Tensor& t) {
 FUSED_HD void prefetch(const void* object, size_t size) {
   const auto begin = reinterpret_cast<uintptr_t>(object);
   if (!object) return;
-  for (uintptr_t line = begin & ~uintptr_t(63); line < begin + size; line += 64)
+  for (uintptr_t line = begin & ~uintptr_t(63); size && line < begin + size; line += 64)
     FUSED_PREFETCH(reinterpret_cast<const void*>(line));
 }
 
@@ -125,9 +134,10 @@ struct Objects {
       : python(object), owner(t.dtensor ? THPVariable_Unpack(t.dtensor).unsafeGetTensorImpl() : nullptr),
         shard(t.shard), impl(t->unsafeGetTensorImpl()),
         storage(t->has_storage() ? t->storage().unsafeGetStorageImpl() : nullptr) {}
-  FUSED_HD void prefetch() const {
+  // `read` bytes are read of a DTensor itself.
+  FUSED_HD void prefetch(size_t read) const {
     fused_adamw::prefetch(python, kPython);
-    fused_adamw::prefetch(owner, sizeof(at::TensorImpl));
+    fused_adamw::prefetch(owner, read);
     fused_adamw::prefetch(shard, kPython);
     fused_adamw::prefetch(impl, sizeof(at::TensorImpl));
     fused_adamw::prefetch(storage, 64);  // the address, and the flags of who may read it
@@ -139,13 +149,27 @@ struct Objects {
     FUSED_PREFETCH(shard);
     FUSED_PREFETCH(impl);
   }
-  static constexpr size_t kPython = 64;  // of a DTensor with its slots
+  static constexpr size_t kPython = 64;    // of a DTensor with its slots
+  static constexpr size_t kGradient = 32;  // of a tensor up to where its gradient is
 };
 constexpr size_t kAhead = 4;  // tensors
+
+// Whether f(i) holds for every i below n. Waiting for memory, two threads of one core do it in half the time.
+template <class F> bool all(size_t n, bool parallel, const F& f) {
+  bool holds = true;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) reduction(&& : holds) if (parallel && !omp_in_parallel())
+#endif
+  for (size_t i = 0; i < n; ++i) holds = holds && f(i);
+  return holds;
+}
+constexpr size_t kParallel = 1000;  // tensors, from which on
 
 struct Slot {  // one entry of a group's "params"
   py::object param;
   int group;
+  Py_ssize_t place;  // in the list
+  bool wrapped;      // a DTensor
   const void* p;
   uint64_t p_layout, g_layout = 0;  // 0: no gradient
   Objects p_objects, g_objects;
@@ -160,14 +184,114 @@ struct Live {  // what a step takes from a slot and puts there, close together
   int scalars = -1;
 };
 
-struct Seen {  // one entry of the optimizer's state, held so that its address stays its own
+struct Seen {  // one entry of a parameter's state, held so that its address stays its own
   py::object key, value;
+  bool plain;  // a tensor of torch's own type, and no wrapper
   const void* address;
-  uint64_t layout;
+  uint64_t layout;  // 0 for what is no tensor
   Objects objects;
 };
 
-// A row of scalars.py; pybind's own conversion to a vector takes 7 times as long.
+struct State {  // one entry of the optimizer's state
+  py::object key, value;
+  Py_ssize_t place;    // in the dict
+  const void* keys;    // of the value, a dict; to prefetch
+  size_t first, last;  // what was seen in it
+};
+
+// Whether nothing can change in it while it stays the same object.
+bool is_constant(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i)
+      if (!is_constant(PyTuple_GET_ITEM(value, i))) return false;
+    return true;
+  }
+  return value == Py_None || PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
+         PyUnicode_CheckExact(value) || THPDtype_Check(value);
+}
+
+// What a step takes from one of the optimizer's groups.
+class Group {
+public:
+  // kind(group): what of it plans depend on; hyper(group): the numbers that kHyper tells of.
+  Group(PyObject* group, const py::object& kind) { see(group, kind); }
+
+  // Whether its plans still hold. Options are compared by identity, 2 ns each; asking for the kind takes 170.
+  bool holds(PyObject* group, const py::object& kind) {
+    if (constant_ && is_as_seen(group)) return true;
+    const py::object before = kind_;
+    see(group, kind);
+    return kind_.equal(before);
+  }
+
+  template <bool kAdam> py::tuple row(PyObject* group, const py::object& hyper, double count) {
+    if (!read_) read<kAdam>(group, hyper);
+    std::array<double, kScalars> values;
+    const auto power = [](double x, double n) { return std::pow(x, n); };
+    scalars_of<kAdam>(hyper_.data(), count, power, values.data());
+    py::tuple row(kScalars);
+    for (int i = 0; i < kScalars; ++i) PyTuple_SET_ITEM(row.ptr(), i, PyFloat_FromDouble(values[i]));
+    return row;
+  }
+
+private:
+  struct Item {
+    py::object key, value;
+  };
+
+  void see(PyObject* group, const py::object& kind) {
+    items_.clear();
+    constant_ = true, read_ = false, lr_ = -1;
+    PyObject *key, *value;
+    for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value);) {
+      const auto is = [key](const char* name) {
+        return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
+      };
+      if (is("lr")) lr_ = ptrdiff_t(items_.size());
+      if (!is("params") && !is("param_names")) constant_ &= is_constant(value);
+      items_.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value)});
+    }
+    kind_ = kind(py::handle(group));
+  }
+
+  // A schedule sets another lr at every step, so that is taken at once.
+  bool is_as_seen(PyObject* group) {
+    if (size_t(PyDict_Size(group)) != items_.size()) return false;
+    PyObject *key, *value;
+    size_t k = 0;
+    for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value); ++k) {
+      if (key != items_[k].key.ptr()) return false;
+      if (value == items_[k].value.ptr()) continue;
+      if (ptrdiff_t(k) != lr_ || !PyFloat_CheckExact(value)) return false;
+      items_[k].value = py::reinterpret_borrow<py::object>(value);
+      hyper_[0] = PyFloat_AS_DOUBLE(value);
+      read_ &= 0 <= hyper_[0] && hyper_[0] < HUGE_VAL;
+    }
+    return true;
+  }
+
+  template <bool kAdam> void read(PyObject* group, const py::object& hyper) {
+    const auto numbers = py::tuple(hyper(py::handle(group)));
+    for (int i = 0; i < kHyper; ++i) hyper_[i] = numbers[i].cast<double>();
+    hyper_[0] = py::float_(py::handle(group)["lr"]);  // which may be a tensor
+    // Dampening may be any number, and so may the sign.
+    const auto in = [](double x, double end) { return 0 <= x && x < end; };
+    bool good = hyper_[1] > 0;
+    for (const int i : {0, 2, 3, 5, 7}) good &= in(hyper_[i], HUGE_VAL);
+    if (kAdam) good &= in(hyper_[5], 1) && in(hyper_[6], 1);
+    if (!good) throw py::value_error("a hyperparameter of a group is out of range");
+    read_ = true;
+  }
+
+  std::vector<Item> items_;  // held, so that an address stays its own
+  py::object kind_;
+  std::array<double, kHyper> hyper_;
+  ptrdiff_t lr_;   // which of the items it is
+  bool constant_;  // the values of all items are
+  bool read_;      // hyper_ is that of the items
+};
+
+// A row of scalars; pybind's own conversion to a vector takes 7 times as long.
 std::array<double, kScalars> numbers_of(py::handle row) {
   std::array<double, kScalars> values;
   if (!PyTuple_Check(row.ptr()) || PyTuple_GET_SIZE(row.ptr()) != kScalars)
@@ -182,63 +306,57 @@ std::array<double, kScalars> numbers_of(py::handle row) {
 // What the plans of an optimizer were built from. plan.Watch is the same in Python.
 class Watch {
 public:
-  // on_device: for each parameter, whether its steps are counted there.
-  Watch(const py::list& groups, const py::dict& state, const std::vector<bool>& on_device)
-      : groups_(groups), state_(state) {
-    int g = 0;
+  // on_device: for each parameter, whether its steps are counted there. kind, hyper: of Group.
+  Watch(const py::list& groups, const py::dict& state, const std::vector<bool>& on_device, py::object kind,
+        const std::string& rule, py::object hyper)
+      : groups_(groups), state_(state), kind_(std::move(kind)), hyper_(std::move(hyper)),
+        adam_(rule == "adam") {
     for (const py::handle& group : groups) {
-      for (const py::handle& param : group["params"].cast<py::list>())
-        add(param, g, on_device.at(slots_.size()));
-      ++g;
+      const auto params = group["params"].cast<py::list>();
+      settings_.emplace_back(group.ptr(), kind_);
+      for (size_t k = 0; k < params.size(); ++k) add(params[k], on_device.at(slots_.size()), Py_ssize_t(k));
     }
-    walk([this](PyObject* key, PyObject* value, const Local& t) {
-      seen_.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value),
-                       t.tensor ? address_of(*t) : nullptr, t.tensor ? layout_of(*t) : 0,
-                       t.tensor ? Objects(value, t) : Objects()});
-      if (PyDict_Check(value)) {
-        seen_.back().objects.python = value;
-        seen_.back().objects.impl = reinterpret_cast<PyDictObject*>(value)->ma_keys;
-      }
-      return true;
-    });
+    PyObject *key, *value;
+    for (Py_ssize_t i = 0, place = 0; PyDict_Next(state.ptr(), &i, &key, &value); place = i)
+      add(key, value, place);
+    parallel_ = parallel_ && slots_.size() >= kParallel;
   }
 
   // Whether the plans still hold: same groups, parameters, states, layouts. Addresses of gradients may
   // change.
   bool poll(const py::list& groups, const py::dict& state) {
-    if (groups.ptr() != groups_.ptr() || state.ptr() != state_.ptr()) return false;
-    size_t i = 0;
-    for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
-      PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups.ptr(), g), params_key_.ptr());
-      if (!params || !PyList_Check(params)) return false;
-      for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k, ++i) {
-        if (i + kAhead < slots_.size()) {
-          const Slot& next = slots_[i + kAhead];
-          next.p_objects.prefetch();
-          next.g_objects.prefetch();
-          FUSED_PREFETCH(next.autograd);
-        }
-        if (i == slots_.size() || slots_[i].group != g ||
-            PyList_GET_ITEM(params, k) != slots_[i].param.ptr() || !same(slots_[i], live_[i]))
-          return false;
-      }
+    if (groups.ptr() != groups_.ptr() || state.ptr() != state_.ptr() || groups.size() != settings_.size() ||
+        state.size() != states_.size())
+      return false;
+    std::vector<PyObject*> params(groups.size());
+    size_t n = 0;
+    for (size_t g = 0; g < params.size(); ++g) {
+      PyObject* const group = PyList_GET_ITEM(groups.ptr(), g);
+      if (!PyDict_Check(group) || !settings_[g].holds(group, kind_)) return false;
+      params[g] = PyDict_GetItem(group, params_key_.ptr());
+      if (!params[g] || !PyList_Check(params[g])) return false;
+      n += PyList_GET_SIZE(params[g]);
     }
-    if (i != slots_.size()) return false;
-    size_t j = 0;
-    const bool all = walk([this, &j](PyObject* key, PyObject* value, const Local& t) {
-      if (j == seen_.size()) return false;
-      if (j + 4 * kAhead < seen_.size()) seen_[j + 4 * kAhead].objects.prefetch();
-      const Seen& was = seen_[j++];
-      return was.key.ptr() == key && was.value.ptr() == value &&
-             was.address == (t.tensor ? address_of(*t) : nullptr) &&
-             was.layout == (t.tensor ? layout_of(*t) : 0);
-    });
-    return all && j == seen_.size();
+    if (n != slots_.size()) return false;
+    return all(n, parallel_,
+               [&](size_t i) {
+                 if (i + kAhead < n) {
+                   const Slot& next = slots_[i + kAhead];
+                   next.p_objects.prefetch(Objects::kGradient);
+                   next.g_objects.prefetch(sizeof(at::TensorImpl));
+                   FUSED_PREFETCH(next.autograd);
+                 }
+                 const Slot& slot = slots_[i];
+                 PyObject* const list = params[slot.group];
+                 return slot.place < PyList_GET_SIZE(list) &&
+                        PyList_GET_ITEM(list, slot.place) == slot.param.ptr() && same(slots_[i], live_[i]);
+               }) &&
+           all(states_.size(), parallel_, [this](size_t i) { return same_state(i); });
   }
 
-  // The distinct (group, number of the step to come), and for each slot which of them is its own.
-  py::list steps() {
-    py::list distinct;
+  // The rows of scalars of the step to come, one for each distinct (group, step); a slot knows its own.
+  py::list rows() {
+    py::list rows;
     int first = 0, n = 0, group = -1;
     std::vector<float> counts;
     for (size_t i = 0; i < live_.size(); ++i) {
@@ -253,18 +371,20 @@ public:
       int k = first;
       while (k < n && counts[k] != count) ++k;
       if (k == n) {
+        PyObject* const options = PyList_GET_ITEM(groups_.ptr(), group);
         counts.push_back(count);
-        distinct.append(py::make_tuple(group, count));
+        rows.append(adam_ ? settings_[group].row<true>(options, hyper_, count)
+                          : settings_[group].row<false>(options, hyper_, count));
         ++n;
       }
       s.scalars = k;
     }
-    return distinct;
+    return rows;
   }
 
   // Count the step, and tell autograd that the parameters have changed.
   void advance() {
-    for (size_t i = 0; i < live_.size(); ++i) {
+    all(live_.size(), parallel_, [this](size_t i) {
       if (i + kAhead < live_.size()) slots_[i + kAhead].p_objects.prefetch_version();
       if (slots_[i].g_layout) {
         const at::Tensor& p = THPVariable_Unpack(slots_[i].param.ptr());
@@ -273,7 +393,8 @@ public:
         if (local.shard) local->unsafeGetTensorImpl()->bump_version();
       }
       if (live_[i].step) ++*live_[i].step;
-    }
+      return true;
+    });
   }
 
   // Bring the tables of a launch to this step in one copy: the rows if any changed or `all` is set, and the
@@ -330,11 +451,19 @@ private:
     return changed;
   }
 
-  void add(py::handle param, int group, bool on_device) {
+  void add(py::handle param, bool on_device, Py_ssize_t place) {
+    const int group = int(settings_.size()) - 1;
     const at::Tensor* owner = tensor_of(param.ptr());
     if (!owner) throw py::type_error("a parameter is no tensor");
     const Local p = local_of(*owner, param.ptr());
-    Slot s{py::reinterpret_borrow<py::object>(param), group, address_of(*p), layout_of(*p)};
+    Slot s{py::reinterpret_borrow<py::object>(param),
+           group,
+           place,
+           is_wrapper(*owner),
+           address_of(*p),
+           layout_of(*p)};
+    // Without a GIL of their own, threads may call nothing of Python's, nor count a version that would throw.
+    parallel_ = parallel_ && !s.wrapped && !owner->is_inference();
     const at::Tensor& grad = owner->unsafeGetTensorImpl()->grad();
     Live live;
     live.group = group;
@@ -359,12 +488,31 @@ private:
     slots_.push_back(std::move(s));
   }
 
+  void add(PyObject* key, PyObject* value, Py_ssize_t place) {
+    const size_t first = seen_.size();
+    PyObject *name, *item;
+    for (Py_ssize_t i = 0; PyDict_Check(value) && PyDict_Next(value, &i, &name, &item);) {
+      const at::Tensor* tensor = tensor_of(item);
+      const Local t = tensor ? local_of(*tensor, item) : Local();
+      const bool plain = tensor && THPVariable_CheckExact(item) && !is_wrapper(*tensor);
+      seen_.push_back({py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(item),
+                       plain, tensor ? address_of(*t) : nullptr, tensor ? layout_of(*t) : 0,
+                       tensor ? Objects(item, t) : Objects()});
+      parallel_ = parallel_ && (plain || !tensor);
+    }
+    states_.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value),
+                       place, PyDict_Check(value) ? reinterpret_cast<PyDictObject*>(value)->ma_keys : nullptr,
+                       first, seen_.size()});
+  }
+
   static bool same(Slot& s, Live& live) {
     const at::Tensor& owner = THPVariable_Unpack(s.param.ptr());
+    if (!s.wrapped && is_wrapper(owner)) return false;
     const Local p = local_of(owner, s.param.ptr());
     if (address_of(*p) != s.p || layout_of(*p) != s.p_layout) return false;
     const at::Tensor& grad = owner.unsafeGetTensorImpl()->grad();
     if (!grad.defined()) return !s.g_layout;
+    if (!s.wrapped && is_wrapper(grad)) return false;
     const Local g = local_of(grad);
     if (layout_of(*g) != s.g_layout || !placed_as_before(s, g)) return false;
     live.g = address_of(*g);
@@ -382,27 +530,42 @@ private:
     return true;
   }
 
-  // Every (key, value, value as a tensor) of the state and of the dicts in it, in their order, until `visit`
-  // says no.
-  template <typename Visit> bool walk(const Visit& visit) const {
-    PyObject *key, *value, *name, *item;
-    for (Py_ssize_t i = 0; PyDict_Next(state_.ptr(), &i, &key, &value);) {
-      if (!visit(key, value, Local())) return false;
-      if (!PyDict_Check(value)) continue;
-      for (Py_ssize_t j = 0; PyDict_Next(value, &j, &name, &item);) {
-        const at::Tensor* t = tensor_of(item);
-        if (!visit(name, item, t ? local_of(*t, item) : Local())) return false;
-      }
+  bool same_state(size_t i) const {
+    if (i + kAhead < states_.size()) {
+      const State& next = states_[i + kAhead];
+      prefetch(next.value.ptr(), Objects::kPython);
+      prefetch(next.keys, 3 * 64);  // of the dict
+      for (size_t j = next.first; j < next.last; ++j) seen_[j].objects.prefetch(0);
     }
-    return true;
+    const State& s = states_[i];
+    PyObject *key, *value, *item;
+    Py_ssize_t place = s.place;
+    if (!PyDict_Next(state_.ptr(), &place, &key, &value) || key != s.key.ptr() || value != s.value.ptr())
+      return false;
+    size_t j = s.first;
+    for (Py_ssize_t k = 0; PyDict_Check(value) && PyDict_Next(value, &k, &key, &item); ++j) {
+      if (j == s.last || key != seen_[j].key.ptr() || item != seen_[j].value.ptr()) return false;
+      const Seen& was = seen_[j];
+      if (!was.layout) continue;
+      const at::Tensor& tensor = THPVariable_Unpack(item);
+      if (was.plain && is_wrapper(tensor)) return false;
+      const Local t = was.plain ? Local{&tensor} : local_of(tensor, item);
+      if (was.address != address_of(*t) || was.layout != layout_of(*t)) return false;
+    }
+    return j == s.last;
   }
 
   py::list groups_;
   py::dict state_;
   py::str params_key_{"params"};
+  py::object kind_, hyper_;
+  bool adam_;
+  std::vector<Group> settings_;
   std::vector<Slot> slots_;
   std::vector<Live> live_;
   std::vector<Seen> seen_;
+  std::vector<State> states_;
+  bool parallel_ = true;  // whether threads may share a poll
 };
 
 Format format_of(at::ScalarType dtype) {
@@ -594,9 +757,10 @@ void stream(const std::vector<at::Tensor>& tensors, size_t written) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fused_adamw;
   py::class_<Watch>(m, "Watch")
-      .def(py::init<const py::list&, const py::dict&, const std::vector<bool>&>())
+      .def(py::init<const py::list&, const py::dict&, const std::vector<bool>&, py::object,
+                    const std::string&, py::object>())
       .def("poll", &Watch::poll)
-      .def("steps", &Watch::steps)
+      .def("rows", &Watch::rows)
       .def("advance", &Watch::advance)
       .def("upload", &Watch::upload)
       .def("scalars_of", &Watch::scalars_of);

@@ -4,12 +4,12 @@
 
 #include <type_traits>
 
+#include "scalars.h"
 #include "step.h"
 
 namespace fused_adamw {
 namespace {
 
-constexpr int kHyper = 8;  // numbers of a row of hyperparameters
 // At least 8 blocks on a multiprocessor: 64 KiB of fp32 Adam's loads in flight, 1.5 times what 8 TB/s at a
 // latency of 0.8 us asks of each of 148. Left to itself ptxas takes 40 registers here and there, and spills.
 constexpr int kThreads = 128;
@@ -305,50 +305,26 @@ template <class G> __global__ void __launch_bounds__(kThreads)
 }
 
 // x^n for n >= 0, as triton_kernels/multi_tensor.py has it, to the bit.
-__device__ double power(double x, int n) {
-  double y = 1;
-  for (; n > 0; n >>= 1, x *= x)
-    if (n & 1) y *= x;
-  return y;
-}
+struct Power {
+  FUSED_HD double operator()(double x, double count) const {
+    double y = 1;
+    for (int n = int(count); n > 0; n >>= 1, x *= x)
+      if (n & 1) y *= x;
+    return y;
+  }
+};
 
-// fused_adamw/scalars.py in CUDA; fused_adamw/launch.py tells what is in `hyper`.
+// fused_adamw/launch.py tells what is in `hyper`.
 template <bool kAdam>
 __global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* __restrict__ steps,
                                const float* __restrict__ factor, float* __restrict__ scalars, int64_t n) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= n) return;
-  const double* h = hyper + row * kHyper;
-  float* to = scalars + row * kScalars;
   float* counter = stream<float>(steps + row, 0, 0);
   if (*factor < 0) return;
   const float count = *counter + 1;
   *counter = count;
-  to[kStep] = count;
-  const int step = int(count);
-  const double lr = h[0];
-  to[0] = float(lr / h[1] * h[2]);
-  to[1] = float(h[3]);
-  to[2] = float(h[4]);
-  if constexpr (kAdam) {
-    const double beta1 = h[5], beta2 = h[6];
-    to[3] = float(1 - beta1);
-    to[4] = float(1 - beta2);
-    to[5] = float(lr / (1 - power(beta1, step)));
-    to[6] = float(1 / sqrt(1 - power(beta2, step)));
-    to[7] = float(h[7]);
-  } else {
-    const double momentum = h[5], dampening = h[6];
-    const int flags = int(h[7]);
-    const bool nesterov = flags & 1, lr_in_momentum = flags & 2;
-    const double into = lr_in_momentum ? lr : 1;
-    const bool direct = momentum == 0 || nesterov;
-    to[3] = float(momentum);
-    to[4] = float(into * (step > 1 ? 1 - dampening : 1));
-    to[5] = float(lr_in_momentum ? 1 : lr);
-    to[6] = float(direct ? into : 0);
-    to[7] = float(direct ? momentum : 1);
-  }
+  scalars_of<kAdam>(hyper + row * kHyper, count, Power(), scalars + row * kScalars);
 }
 
 using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, const float*, int);

@@ -40,7 +40,7 @@ def native() -> ModuleType | None:
     return _load_native()[0]
 
 
-Scalars = list[Adam] | list[Sgd]
+Scalars = list[tuple[float, ...]]  # the fields of Adam or Sgd
 
 
 class Launch(Protocol):
@@ -102,10 +102,11 @@ class _Reference:
         self.scalars = scalars
 
     def _scalars_of(self, row: "Row") -> Adam | Sgd:
+        adam = row.rule.startswith("adam")
         if not row.on_device:
-            return self.scalars[self.watch.scalars_of(row.slot)]
+            return (Adam if adam else Sgd)(*self.scalars[self.watch.scalars_of(row.slot)])
         row.step += 1
-        return ROWS["adam" if row.rule.startswith("adam") else "sgd"](self.groups[row.group], row.step.item())
+        return ROWS["adam" if adam else "sgd"](self.groups[row.group], row.step.item())
 
     def sum_squares(self) -> torch.Tensor:
         norms = torch._foreach_norm([row.grad() for row in self.rows], dtype=torch.float64)

@@ -25,7 +25,7 @@ _REFUSED = {
 class FusedOptimizer(Optimizer):
     """What the four classes share: a step of all tensors in one launch per device, on the best backend there."""
 
-    _rule: str  # a key of scalars.ROWS
+    rule: str  # a key of scalars.ROWS
     _decoupled: bool | None = None  # None: a matter of the group
     # Options that torch's class has not, and their defaults. A group holds them where they are set, so that at the
     # defaults its keys are torch's: torch.distributed.checkpoint asks a checkpoint for each key of the group that it is
@@ -49,7 +49,7 @@ class FusedOptimizer(Optimizer):
     _watch: Any = None
     _plans: Sequence[plan.Plan] = ()
     _alone: dict[Tensor, tuple] | None = None  # what step_parameter has prepared
-    _rules: Sequence[Any] = ()
+    _scaling: tuple[bool, bool] = (False, False)
     _captured: Sequence[plan.Plan] = ()
     _loading: dict[str, Any] | None = None
 
@@ -141,20 +141,20 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        rules = [self._skips(), self.scales(), *map(self._kind_of, groups)]
-        if self._watch is None or rules != self._rules or not self._watch.poll(groups, self.state):
+        scaling = self._skips(), self.scales()
+        if self._watch is None or scaling != self._scaling or not self._watch.poll(groups, self.state):
             self._drop_plans()
             with torch.no_grad():
                 self._watch, self._plans, _ = plan.build(self)
-            self._rules = rules
-        self._move(self._watch, self._plans, groups)
+            self._scaling = scaling
+        self._move(self._watch, self._plans)
         return loss
 
     _observed_step = Optimizer.profile_hook_step(_step)
     # A graph break under torch.compile, as for torch's own classes; the decorator costs 15 us, so only there.
     _untraced_step = torch._disable_dynamo(_observed_step)
 
-    def _kind_of(self, group: dict[str, Any]) -> tuple:
+    def kind_of(self, group: dict[str, Any]) -> tuple:
         """What of a group, changed, makes plans stale."""
         return self.rule_of(group), *map(group.get, ("state_dtype", "capturable", "rounding", "master", "seed"))
 
@@ -173,9 +173,9 @@ class FusedOptimizer(Optimizer):
         """Whether p's steps are counted on its device: where only that knows whether a step is skipped, or replayed."""
         return bool(group.get("capturable")) or (self._skips() and p.is_cuda)
 
-    def _move(self, watch: Any, plans: Sequence[plan.Plan], groups: list[dict[str, Any]]) -> None:
+    def _move(self, watch: Any, plans: Sequence[plan.Plan]) -> None:
         try:
-            rows = scalars.rows_of(self._rule, groups, watch.steps())
+            rows = watch.rows()
         except (ValueError, ArithmeticError):
             for i, group in enumerate(self.param_groups):
                 self.check(group, i)
@@ -224,13 +224,13 @@ class FusedOptimizer(Optimizer):
         prepared = self._alone.get(p)
         if prepared is None or not self._still_holds(p, *prepared):
             if prepared is not None:
-                self._retire(prepared[4])
+                self._retire(prepared[3])
             self._alone.pop(p, None)
             i, j = self._place_of(p)
             with torch.no_grad():
-                self._alone[p] = prepared = i, j, self._kind_of(self.param_groups[i]), *plan.build(self, p)
-        i, _, _, watch, plans, _ = prepared
-        self._move(watch, plans, [self.param_groups[i]])
+                self._alone[p] = prepared = i, j, *plan.build(self, p)
+        _, _, watch, plans, _ = prepared
+        self._move(watch, plans)
         self._opt_called = True  # for schedulers, which warn where they are stepped before the optimizer
 
     _untraced_step_parameter = torch._disable_dynamo(_step_parameter)
@@ -245,15 +245,13 @@ class FusedOptimizer(Optimizer):
             "this optimizer: use add_param_group"
         )
 
-    def _still_holds(self, p: Tensor, i: int, j: int, kind: tuple, watch: Any, _: Any, watched: tuple) -> bool:
-        params = self.param_groups[i]["params"] if i < len(self.param_groups) else ()
-        return (
-            j < len(params)
-            and params[j] is p
-            and self._kind_of(self.param_groups[i]) == kind
-            and self.state.get(p) is watched[1][p]
-            and watch.poll(*watched)
-        )
+    def _still_holds(self, p: Tensor, i: int, j: int, watch: Any, _: Any, watched: tuple) -> bool:
+        group = self.param_groups[i] if i < len(self.param_groups) else {"params": ()}
+        if j >= len(group["params"]) or group["params"][j] is not p or self.state.get(p) is not watched[1][p]:
+            return False
+        ((own,), _) = watched
+        own.update(group, params=own["params"])
+        return watch.poll(*watched)
 
     def init_state(self) -> None:
         """Make what a first step would make, zero moments and no step counted, for all that requires a gradient.
@@ -469,7 +467,7 @@ class Adam(FusedOptimizer):
         RuntimeError: for an argument or a backend that cannot be had, with what to do instead.
     """
 
-    _rule = "adam"
+    rule = "adam"
 
     def __init__(
         self,
@@ -638,7 +636,7 @@ class SGD(FusedOptimizer):
     Raises: as :class:`Adam`.
     """
 
-    _rule = "sgd"
+    rule = "sgd"
     _decoupled = False
     _ours = FusedOptimizer._ours | {"lr_in_momentum": False, "capturable": False, "decoupled_weight_decay": False}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_adamw import backends, formats, state
+from fused_adamw import backends, formats, scalars, state
 
 if TYPE_CHECKING:
     from fused_adamw.optimizers import FusedOptimizer
@@ -118,8 +118,10 @@ class Plan:
 class Watch:
     """What plans were built from, compared anew at each step: ``_C.Watch`` in Python, for when that is not built."""
 
-    def __init__(self, groups: list[dict], state: dict, on_device: list[bool]) -> None:
-        self.groups, self.state = groups, state
+    def __init__(
+        self, groups: list[dict], state: dict, on_device: list[bool], kind: Callable, rule: str, _: Callable
+    ) -> None:
+        self.groups, self.state, self.kind, self.rule = groups, state, kind, rule
         self.slots = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
         self.step = [
             None if there or p.grad is None or p not in state else state[p]["step"]
@@ -153,19 +155,19 @@ class Watch:
             )
             for p, own in self.state.items()
         ]
-        return [params, states]
+        return [params, states, [self.kind(group) for group in self.groups]]
 
     def poll(self, groups: list[dict], state: dict) -> bool:
         """Whether the plans still hold."""
         return groups is self.groups and state is self.state and self._look() == self.seen
 
-    def steps(self) -> list[tuple[int, float]]:
-        """The distinct (group, number of the step to come), one row of scalars each."""
+    def rows(self) -> "backends.Scalars":
+        """The rows of scalars of the step to come, one for each distinct (group, step); a slot knows its own."""
         distinct: dict[tuple[int, float], int] = {}
         for slot, ((group, _), step) in enumerate(zip(self.slots, self.step, strict=True)):
             if step is not None:
                 self.index[slot] = distinct.setdefault((group, float(step) + 1), len(distinct))
-        return list(distinct)
+        return [scalars.ROWS[self.rule](self.groups[group], step) for group, step in distinct]
 
     def advance(self) -> None:
         """Count the step, and tell autograd that the parameters have changed."""
@@ -227,7 +229,8 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
         live, chosen, index = {0: live[slot]}, {0: chosen[slot]}, {0: slot}
         watched = [{**group, "params": [only]}], {only: optimizer.state[only]}
     watch = backends.native().Watch if backends.native() else Watch
-    watch = watch(*watched, [optimizer.counts_on_device(group, p) for group in watched[0] for p in group["params"]])
+    there = [optimizer.counts_on_device(group, p) for group in watched[0] for p in group["params"]]
+    watch = watch(*watched, there, optimizer.kind_of, optimizer.rule, scalars.HYPER[optimizer.rule])
     later = _overlaps({slot: local(p) for slot, (*_, p) in live.items()})
     buckets: dict[Any, tuple[backends.Backend, list[Row]]] = {}
     for slot, (_, i, group, param) in live.items():
@@ -243,9 +246,9 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
         plain = same_layout(grad, dense_like(p)) and not grad.is_conj() and not grad.is_neg()
         plain = plain and not _pending(param.grad)  # its memory is out of the watch's sight, at every step anew
         g = None if plain else torch.empty_like(dense, dtype=real(grad).dtype)
-        there = optimizer.counts_on_device(group, p)
+        counted_there = optimizer.counts_on_device(group, p)
         kind = form, extra, scales, int(group.get("seed", 0)), index[slot], place
-        row = Row(slot, i, there, rule, param, dense, states, own["step"], g, *kind)
+        row = Row(slot, i, counted_there, rule, param, dense, states, own["step"], g, *kind)
         backend = chosen[slot]
         over = sharded_over(param) if optimizer.scales() else ()
         key = later.get(slot, 0), over, p.device, backend.name, backend.bucket(row)

@@ -6,7 +6,7 @@ of the structs in ``csrc/rules.h``.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -86,18 +86,19 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
 
 
 def adam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """What ``adam`` depends on, in the order of the Triton kernel that computes its rows on the device."""
-    return (*_decay_hyper(group), *group["betas"], group["eps"])
+    """What ``adam`` depends on, in the order of ``Kernels.scalars`` in ``launch.py``."""
+    beta1, beta2 = group["betas"]
+    return (*_decay_hyper(group), beta1, beta2, group["eps"])
 
 
 def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """What ``sgd`` depends on, in the order of the Triton kernel that computes its rows on the device."""
+    """What ``sgd`` depends on, in the order of ``Kernels.scalars`` in ``launch.py``."""
     flags = bool(group["nesterov"]) + 2 * bool(group.get("lr_in_momentum"))
     return (*_decay_hyper(group), group["momentum"], group["dampening"], flags)
 
 
 def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """lr (0 for a tensor: the device reads it), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
+    """lr (0 for a tensor, read where the row is made), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
     lr = 0.0 if hasattr(group["lr"], "device") else group["lr"]
     base_lr = _base_lr(group) if group.get("decouple_lr") else 1.0
     weight_decay = float(group["weight_decay"])
@@ -157,26 +158,3 @@ _NOT_NEGATIVE = {
 # By the optimizer's rule.
 HYPER: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {"adam": adam_hyper, "sgd": sgd_hyper}
 ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Sgd]] = {"adam": adam, "sgd": sgd}
-
-
-def rows_of(rule: str, groups: Sequence[Mapping[str, Any]], steps: Iterable[tuple[int, float]]) -> list[Adam | Sgd]:
-    """The row of each (index of a group, step); groups that are alike share theirs.
-
-    To tell takes a third of the time of a row, and hundreds of groups, of layer-wise rates, have a few dozen settings.
-    """
-    row_of, names = ROWS[rule], _READ[rule]
-    known: dict[tuple, Adam | Sgd] = {}
-    rows = []
-    for i, step in steps:
-        group = groups[i]
-        options = (step, *map(group.get, names), *group.get("betas", ()))  # which may be a list
-        row = known.get(options)
-        if row is None:
-            row = known[options] = row_of(group, step)
-        rows.append(row)
-    return rows
-
-
-# All of a group that a row depends on, but the betas.
-_OF_DECAY = ("lr", "weight_decay", "decoupled_weight_decay", "decouple_lr", "base_lr", "maximize")
-_READ = {"adam": (*_OF_DECAY, "eps"), "sgd": (*_OF_DECAY, "momentum", "dampening", "nesterov", "lr_in_momentum")}

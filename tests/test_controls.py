@@ -28,13 +28,14 @@ def fails(check, *args):
 
 def mutate_row(monkeypatch, **changes):
     """Rows of scalars with these fields computed from the true row."""
-    true = scalars.adam
+    watch = backends.native().Watch
+    true = watch.rows
 
-    def wrong(group, step):
-        row = true(group, step)
-        return row._replace(**{name: change(row) for name, change in changes.items()})
+    def wrong(self):
+        rows = [scalars.Adam(*row) for row in true(self)]
+        return [row._replace(**{name: change(row) for name, change in changes.items()}) for row in rows]
 
-    monkeypatch.setitem(scalars.ROWS, "adam", wrong)
+    monkeypatch.setattr(watch, "rows", wrong)
 
 
 MUTANTS = {

@@ -7,7 +7,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fused_adamw
-from fused_adamw import scalars
+from fused_adamw import backends, plan, scalars
 from tests import cases
 
 NAMES = ["AdamW", "Adam", "SGD"]
@@ -185,24 +185,58 @@ def test_momentum_switched_on_later_starts_as_in_torch(fresh, target):
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
 
 
+CHANGES = [
+    {},
+    {"lr": 0.25},
+    {"lr": 1},
+    {"lr": torch.tensor(0.125)},
+    {"lr": 0.5, "base_lr": 2.0},
+    {"weight_decay": 0.3},
+    {"decouple_lr": False},
+    {"decoupled_weight_decay": False},
+    {"maximize": True},
+    {"name": "mine"},
+    {"betas": [0.5, 0.75], "momentum": 0.9},
+    {"eps": 1e-3, "dampening": 0.25, "lr_in_momentum": True},
+    {"nesterov": True, "dampening": 0},
+]
+
+
+@pytest.mark.parametrize("watch", [backends.native().Watch, plan.Watch])
 @pytest.mark.parametrize("cls", [fused_adamw.AdamW, fused_adamw.SGDW])
-def test_groups_share_a_row_only_if_all_that_it_reads_is_the_same(cls):
-    read = set()
+def test_what_is_set_by_hand_is_in_the_next_row(cls, watch):
+    """The rows have the bits of scalars.py whatever changes, tensors and lists within themselves too."""
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    optimizer = cls(
+        [{"params": params[:2]}, {"params": params[2:], "lr": 2.0}], 0.5, weight_decay=0.1, decouple_lr=True
+    )
+    optimizer.init_state()
+    for i, p in enumerate(params):
+        p.grad = torch.ones(1)
+        optimizer.state[p]["step"].fill_(9.0 * i)
+    groups = optimizer.param_groups
+    row_of, hyper = scalars.ROWS[optimizer.rule], scalars.HYPER[optimizer.rule]
+    seen = watch(groups, optimizer.state, [False] * 3, lambda group: 0, optimizer.rule, hyper)
 
-    class Group(dict):
-        def __getitem__(self, name):
-            read.add(name)
-            return super().__getitem__(name)
+    def rows():
+        return [list(row) for row in seen.rows()]
 
-        def get(self, name, default=None):
-            read.add(name)
-            return super().get(name, default)
-
-    (group,) = cls([torch.nn.Parameter(torch.ones(1))], lr=0.5, weight_decay=0.1, decouple_lr=True).param_groups
-    row_of = scalars.ROWS[cls._rule]
-    for options in ({}, {"decouple_lr": False}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
-        row_of(Group(group | options), 2.0)
-    assert read <= {"betas", *scalars._READ[cls._rule]}
-    groups = [group, group | {"lr": 0.25}, group, group | {"betas": [0.5, 0.5], "maximize": True}]
-    steps = [(0, 2.0), (0, 3.0), (1, 2.0), (2, 2.0), (3, 2.0)]
-    assert scalars.rows_of(cls._rule, groups, steps) == [row_of(groups[i], step) for i, step in steps]
+    for change in CHANGES:
+        groups[1].update(change)
+        assert seen.poll(groups, optimizer.state)
+        assert rows() == [
+            list(row_of(group, step)) for group, step in zip([groups[0], *groups], (1, 10, 19), strict=True)
+        ]
+        assert [seen.scalars_of(i) for i in range(3)] == [0, 1, 2]
+    groups[1]["lr"] = torch.tensor(0.5)
+    for value in (0.75, 0.25):
+        groups[1]["lr"].fill_(value)
+        groups[1]["betas"] = [0.5, value]
+        for beta in (0.875, 0.625):
+            groups[1]["betas"][0] = beta
+            assert seen.poll(groups, optimizer.state)
+            assert rows()[2] == list(row_of(groups[1], 19))
+    groups[1].pop("lr")
+    with pytest.raises(KeyError, match="lr"):
+        seen.poll(groups, optimizer.state)
+        rows()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_adamw import backends, plan
+from fused_adamw import backends, plan, scalars
 from tests import cases
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}
@@ -351,6 +351,50 @@ def test_states_changed_in_place(edit, text, watch):
     else:
         optimizer.step()
         assert optimizer.state[p]["exp_avg"].dtype is torch.float32
+
+
+def swap(own, key, value):
+    own[key] = value
+
+
+def swap_data(t):
+    t.data = t.data.clone()
+
+
+STALE = {
+    "another parameter": lambda group, state, k: swap(group["params"], k, cases.parameters([(2,)])[0]),
+    "one less": lambda group, state, k: group["params"].pop(k),
+    "its memory": lambda group, state, k: swap_data(group["params"][k]),
+    "no gradient": lambda group, state, k: setattr(group["params"][k], "grad", None),
+    "another state": lambda group, state, k: swap(state, group["params"][k], dict(state[group["params"][k]])),
+    "no state": lambda group, state, k: state.pop(group["params"][k]),
+    "more state": lambda group, state, k: swap(state, torch.ones(1), {}),
+    "another moment": lambda group, state, k: swap(state[group["params"][k]], "exp_avg", torch.ones(2)),
+    "a moment's memory": lambda group, state, k: swap_data(state[group["params"][k]]["exp_avg_sq"]),
+    "one moment less": lambda group, state, k: state[group["params"][k]].pop("exp_avg_sq"),
+    "one moment more": lambda group, state, k: swap(state[group["params"][k]], "extra", 1),
+}
+
+
+@pytest.mark.parametrize("k", [0, 700, 1199])
+@pytest.mark.parametrize("change", STALE)
+def test_a_long_list_is_watched_by_threads_alike(change, k):
+    """From 1000 tensors on."""
+    params = cases.parameters([(2,)] * 1200)
+    optimizer = cases.make("AdamW", params, {})
+    cases.set_gradients(params, 0)
+    optimizer.init_state()
+    args = optimizer.kind_of, "adam", scalars.HYPER["adam"]
+    watch = backends.native().Watch(optimizer.param_groups, optimizer.state, [False] * len(params), *args)
+    versions = [p._version for p in params]
+    for t in (1, 2):
+        cases.set_gradients(params, t)
+        assert watch.poll(optimizer.param_groups, optimizer.state)
+        watch.advance()
+        assert {p._version - version for p, version in zip(params, versions, strict=True)} == {t}
+        assert {own["step"].item() for own in optimizer.state.values()} == {t}
+    STALE[change](optimizer.param_groups[0], optimizer.state, k)
+    assert not watch.poll(optimizer.param_groups, optimizer.state)
 
 
 def test_parameters_that_share_memory_are_stepped_one_after_the_other(target):
