@@ -438,38 +438,52 @@ template <bool kRandom> FUSED_AVX2 inline __m256i encode8(First, __m256 x, __m25
   }
   return _mm256_sign_epi32(c, _mm256_castps_si256(x));
 }
+// Without what only a negative value needs, which no block has that comes here, and without the upper bound,
+// which a ratio of 1 does not pass.
 template <bool kRandom>
 FUSED_AVX2 inline __m256i encode8(Second, __m256 x, __m256 by, const uint32_t* words) {
-  const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(magnitude(x), by));
-  __m256i random = _mm256_set1_epi32(int(Second::added(false, 0)));
+  const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(x, by));
+  __m256i add = _mm256_set1_epi32(int(Second::added(false, 0)) - (762 << 20));
   if constexpr (kRandom) {
-    random = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-    random = _mm256_slli_epi32(_mm256_and_si256(random, _mm256_set1_epi32(0xffff)), 4);
-    random = _mm256_or_si256(random, _mm256_set1_epi32(8));
+    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+    const __m256i random = _mm256_slli_epi32(_mm256_and_si256(word, _mm256_set1_epi32(0xffff)), 4);
+    add = _mm256_add_epi32(random, _mm256_set1_epi32(8 - (762 << 20)));
   }
-  __m256i c = _mm256_srli_epi32(_mm256_add_epi32(bits, random), 20);
-  c = _mm256_sub_epi32(c, _mm256_set1_epi32(762));
-  c = _mm256_min_epi32(_mm256_max_epi32(c, _mm256_set1_epi32(1)), _mm256_set1_epi32(254));
-  const __m256i some = _mm256_castps_si256(magnitude(x));
-  return _mm256_and_si256(c, _mm256_cmpgt_epi32(some, _mm256_setzero_si256()));
+  const __m256i c = _mm256_srai_epi32(_mm256_add_epi32(bits, add), 20);
+  return _mm256_max_epi32(c, _mm256_min_epu32(_mm256_castps_si256(x), _mm256_set1_epi32(1)));
 }
 
+FUSED_AVX2 inline __m256 unsigned_of(First, __m256 x) { return magnitude(x); }
+FUSED_AVX2 inline __m256 unsigned_of(Second, __m256 x) { return x; }
+// The largest magnitude of a full block, as an integer; beyond all numbers where a second moment is negative.
+template <class Q> FUSED_AVX2 inline uint32_t largest_of(Q q, const float* from) {
+  __m256i most = _mm256_setzero_si256();
+  for (int i = 0; i < kQuantBlock; i += 8)
+    most = _mm256_max_epu32(most, _mm256_castps_si256(unsigned_of(q, _mm256_loadu_ps(from + i))));
+  __m128i last = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0x4e));
+  last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0xb1));
+  return uint32_t(_mm_cvtsi128_si32(last));
+}
+
+// n: at most kTile.
 template <class Q, bool kRandom>
 FUSED_AVX2 void encode_avx2(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {
   uint8_t* to = static_cast<uint8_t*>(codes);
-  for (; n > 0; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock, ++scales) {
-    __m256i most = _mm256_setzero_si256();
-    for (int i = 0; i < kQuantBlock && n >= kQuantBlock; i += 8)
-      most = _mm256_max_epi32(most, _mm256_castps_si256(magnitude(_mm256_loadu_ps(from + i))));
-    __m128i last = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-    last = _mm_max_epi32(last, _mm_shuffle_epi32(last, 0x4e));
-    last = _mm_max_epi32(last, _mm_shuffle_epi32(last, 0xb1));
-    const uint32_t largest = uint32_t(_mm_cvtsi128_si32(last));
-    if (n < kQuantBlock || largest < kLeastNormal || largest >= kInfinite) {
+  // All scales first: each takes a chain of 40 cycles, in which the others are under way.
+  const int64_t full = n / kQuantBlock;
+  uint32_t largest[kTile / kQuantBlock];
+  float inverses[kTile / kQuantBlock];
+  for (int64_t b = 0; b < full; ++b) {
+    largest[b] = largest_of(Q(), from + b * kQuantBlock);
+    inverses[b] = inverse(bit_cast<float>(largest[b]));
+  }
+  for (int64_t b = 0; n > 0; ++b, n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock, ++scales) {
+    if (b >= full || largest[b] < kLeastNormal || largest[b] >= kInfinite) {
       encode_loop<Q, kRandom>(from, to, scales, words, std::min<int64_t>(n, kQuantBlock));
     } else {
-      *scales = bit_cast<float>(largest);
-      const __m256 by = _mm256_set1_ps(inverse(*scales));
+      *scales = bit_cast<float>(largest[b]);
+      const __m256 by = _mm256_set1_ps(inverses[b]);
       for (int i = 0; i < kQuantBlock; i += 32) {
         __m256i c[4];
         for (int k = 0; k < 4; ++k)

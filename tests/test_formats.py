@@ -352,6 +352,31 @@ def test_codes_of_second_moments_have_the_right_mean():
     assert y.unique().numel() == 2
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("spread", [1, 30, 60])
+def test_codes_of_every_magnitude_are_those_of_every_instruction_set(spread, rounding):
+    """Blocks of one magnitude, of many, with zeros, infinities and NaN, of nothing but subnormals, and a rest."""
+    generator = torch.Generator().manual_seed(spread)
+    n, C = 128 * 400 + 37, backends.native()
+    block = torch.randint(-22, 22, (n // 128 + 1,), generator=generator).repeat_interleave(128)[:n]
+    digits = torch.randn(n, generator=generator, dtype=torch.float64)
+    g = (digits * 10.0 ** (block - spread * torch.rand(n, generator=generator, dtype=torch.float64))).float()
+    g[::7], g[1000:1256], g[2560:2688], g[3000:3100], g[4000] = 0, 1e-23, 0, torch.inf, torch.nan
+    kept = []
+    try:
+        for isa in C.cpu_isas():
+            C.use_cpu_isa(isa)
+            p = torch.nn.Parameter(torch.zeros(n))
+            p.grad = g.clone()
+            optimizer = cases.make("AdamW", [p], {"betas": (0.0, 0.0), "state_dtype": "int8", "rounding": rounding})
+            optimizer.step()
+            kept.append(cases.tensors_of(optimizer))
+    finally:
+        C.use_cpu_isa(C.cpu_isas()[-1])
+    for other in kept[1:]:
+        cases.assert_same_bits(kept[0], other)
+
+
 @pytest.mark.parametrize("options", [o for o in MOMENTS if "int8" in o.values()], ids=cases.name_of)
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_int8_moments_follow_float32_ones(options, name, target):
