@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # bench paper spreads over processes, which would all be pinned to the first CPU.
-    if sys.argv[1:2] != ["paper"]:
+    # The processes that these start would all be pinned to the first CPU.
+    if sys.argv[1:2] not in (["paper"], ["report"]):
         from bench import pinning
 
         pinning.pin()

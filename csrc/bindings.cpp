@@ -154,7 +154,8 @@ struct Objects {
 };
 constexpr size_t kAhead = 4;  // tensors
 
-// Whether f(i) holds for every i below n. Waiting for memory, two threads of one core do it in half the time.
+// Whether f(i) holds for every i below n. What takes the time is to wait for memory: two threads need half of
+// it.
 template <class F> bool all(size_t n, bool parallel, const F& f) {
   bool holds = true;
 #ifdef _OPENMP
@@ -306,14 +307,14 @@ std::array<double, kScalars> numbers_of(py::handle row) {
 // What the plans of an optimizer were built from. plan.Watch is the same in Python.
 class Watch {
 public:
-  // on_device: for each parameter, whether its steps are counted there. kind, hyper: of Group.
-  Watch(const py::list& groups, const py::dict& state, const std::vector<bool>& on_device, py::object kind,
-        const std::string& rule, py::object hyper)
-      : groups_(groups), state_(state), kind_(std::move(kind)), hyper_(std::move(hyper)),
-        adam_(rule == "adam") {
+  // on_device: for each parameter, whether its steps are counted there. kind, hyper: of Group. `kind`, which
+  // knows the optimizer, is not kept: the optimizer keeps this, and the garbage collector would see no cycle.
+  Watch(const py::list& groups, const py::dict& state, const std::vector<bool>& on_device,
+        const py::object& kind, const std::string& rule, py::object hyper)
+      : groups_(groups), state_(state), hyper_(std::move(hyper)), adam_(rule == "adam") {
     for (const py::handle& group : groups) {
       const auto params = group["params"].cast<py::list>();
-      settings_.emplace_back(group.ptr(), kind_);
+      settings_.emplace_back(group.ptr(), kind);
       for (size_t k = 0; k < params.size(); ++k) add(params[k], on_device.at(slots_.size()), Py_ssize_t(k));
     }
     PyObject *key, *value;
@@ -324,7 +325,7 @@ public:
 
   // Whether the plans still hold: same groups, parameters, states, layouts. Addresses of gradients may
   // change.
-  bool poll(const py::list& groups, const py::dict& state) {
+  bool poll(const py::list& groups, const py::dict& state, const py::object& kind) {
     if (groups.ptr() != groups_.ptr() || state.ptr() != state_.ptr() || groups.size() != settings_.size() ||
         state.size() != states_.size())
       return false;
@@ -332,7 +333,7 @@ public:
     size_t n = 0;
     for (size_t g = 0; g < params.size(); ++g) {
       PyObject* const group = PyList_GET_ITEM(groups.ptr(), g);
-      if (!PyDict_Check(group) || !settings_[g].holds(group, kind_)) return false;
+      if (!PyDict_Check(group) || !settings_[g].holds(group, kind)) return false;
       params[g] = PyDict_GetItem(group, params_key_.ptr());
       if (!params[g] || !PyList_Check(params[g])) return false;
       n += PyList_GET_SIZE(params[g]);
@@ -558,7 +559,7 @@ private:
   py::list groups_;
   py::dict state_;
   py::str params_key_{"params"};
-  py::object kind_, hyper_;
+  py::object hyper_;
   bool adam_;
   std::vector<Group> settings_;
   std::vector<Slot> slots_;
@@ -757,7 +758,7 @@ void stream(const std::vector<at::Tensor>& tensors, size_t written) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fused_adamw;
   py::class_<Watch>(m, "Watch")
-      .def(py::init<const py::list&, const py::dict&, const std::vector<bool>&, py::object,
+      .def(py::init<const py::list&, const py::dict&, const std::vector<bool>&, const py::object&,
                     const std::string&, py::object>())
       .def("poll", &Watch::poll)
       .def("rows", &Watch::rows)

@@ -142,7 +142,7 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         groups = self.param_groups
         scaling = self._skips(), self.scales()
-        if self._watch is None or scaling != self._scaling or not self._watch.poll(groups, self.state):
+        if self._watch is None or scaling != self._scaling or not self._watch.poll(groups, self.state, self.kind_of):
             self._drop_plans()
             with torch.no_grad():
                 self._watch, self._plans, _ = plan.build(self)
@@ -251,7 +251,7 @@ class FusedOptimizer(Optimizer):
             return False
         ((own,), _) = watched
         own.update(group, params=own["params"])
-        return watch.poll(*watched)
+        return watch.poll(*watched, self.kind_of)
 
     def init_state(self) -> None:
         """Make what a first step would make, zero moments and no step counted, for all that requires a gradient.

@@ -121,17 +121,17 @@ class Watch:
     def __init__(
         self, groups: list[dict], state: dict, on_device: list[bool], kind: Callable, rule: str, _: Callable
     ) -> None:
-        self.groups, self.state, self.kind, self.rule = groups, state, kind, rule
+        self.groups, self.state, self.rule = groups, state, rule
         self.slots = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
         self.step = [
             None if there or p.grad is None or p not in state else state[p]["step"]
             for there, (_, p) in zip(on_device, self.slots, strict=True)
         ]
         self.index = [-1] * len(self.slots)
-        self.seen = self._look()
+        self.seen = self._look(kind)
         self.held = [list(own.items()) for own in state.values()]  # an id is good while its object lives
 
-    def _look(self) -> list:
+    def _look(self, kind: Callable) -> list:
         def tensor(t: Tensor | None) -> tuple:
             if t is None:
                 return ()
@@ -155,11 +155,11 @@ class Watch:
             )
             for p, own in self.state.items()
         ]
-        return [params, states, [self.kind(group) for group in self.groups]]
+        return [params, states, [kind(group) for group in self.groups]]
 
-    def poll(self, groups: list[dict], state: dict) -> bool:
+    def poll(self, groups: list[dict], state: dict, kind: Callable) -> bool:
         """Whether the plans still hold."""
-        return groups is self.groups and state is self.state and self._look() == self.seen
+        return groups is self.groups and state is self.state and self._look(kind) == self.seen
 
     def rows(self) -> "backends.Scalars":
         """The rows of scalars of the step to come, one for each distinct (group, step); a slot knows its own."""

@@ -192,6 +192,16 @@ def test_report(tmp_path: Path) -> None:
         main(["report", str(file)])
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are pinned on Linux alone")
+def test_report_pins_the_threads_of_its_runs() -> None:
+    """Each to a CPU of its own; those of a process that was pinned itself have one CPU for all."""
+    free = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    command = [sys.executable, "-m", "bench", "report", "--runs", "1", "--rounds", "2", "--workload", "1x131k"]
+    out = subprocess.run(command, cwd=ROOT, env=free, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert f"threads: {min(2, len(os.sched_getaffinity(0)))}, OMP_PROC_BIND=true" in out
+
+
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, threads) -> None:
     """Ctrl-C in the second round: the first is printed and written."""
     true = step.progress_range

@@ -1,6 +1,8 @@
 """The classes as a user of torch.optim meets them."""
 
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -185,6 +187,19 @@ def test_momentum_switched_on_later_starts_as_in_torch(fresh, target):
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
 
 
+def test_an_optimizer_that_is_dropped_is_freed(target):
+    """With its parameters and states: what it watches them with does not hold it in turn."""
+    p = cases.parameters([(3,)], device=target.device)[0]
+    p.grad = torch.ones_like(p)
+    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
+    optimizer.step()
+    optimizer.step_parameter(p)
+    seen = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert seen() is None
+
+
 CHANGES = [
     {},
     {"lr": 0.25},
@@ -216,14 +231,15 @@ def test_what_is_set_by_hand_is_in_the_next_row(cls, watch):
         optimizer.state[p]["step"].fill_(9.0 * i)
     groups = optimizer.param_groups
     row_of, hyper = scalars.ROWS[optimizer.rule], scalars.HYPER[optimizer.rule]
-    seen = watch(groups, optimizer.state, [False] * 3, lambda group: 0, optimizer.rule, hyper)
+    kind = bool
+    seen = watch(groups, optimizer.state, [False] * 3, kind, optimizer.rule, hyper)
 
     def rows():
         return [list(row) for row in seen.rows()]
 
     for change in CHANGES:
         groups[1].update(change)
-        assert seen.poll(groups, optimizer.state)
+        assert seen.poll(groups, optimizer.state, kind)
         assert rows() == [
             list(row_of(group, step)) for group, step in zip([groups[0], *groups], (1, 10, 19), strict=True)
         ]
@@ -234,9 +250,9 @@ def test_what_is_set_by_hand_is_in_the_next_row(cls, watch):
         groups[1]["betas"] = [0.5, value]
         for beta in (0.875, 0.625):
             groups[1]["betas"][0] = beta
-            assert seen.poll(groups, optimizer.state)
+            assert seen.poll(groups, optimizer.state, kind)
             assert rows()[2] == list(row_of(groups[1], 19))
     groups[1].pop("lr")
     with pytest.raises(KeyError, match="lr"):
-        seen.poll(groups, optimizer.state)
+        seen.poll(groups, optimizer.state, kind)
         rows()

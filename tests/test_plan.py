@@ -389,12 +389,12 @@ def test_a_long_list_is_watched_by_threads_alike(change, k):
     versions = [p._version for p in params]
     for t in (1, 2):
         cases.set_gradients(params, t)
-        assert watch.poll(optimizer.param_groups, optimizer.state)
+        assert watch.poll(optimizer.param_groups, optimizer.state, optimizer.kind_of)
         watch.advance()
         assert {p._version - version for p, version in zip(params, versions, strict=True)} == {t}
         assert {own["step"].item() for own in optimizer.state.values()} == {t}
     STALE[change](optimizer.param_groups[0], optimizer.state, k)
-    assert not watch.poll(optimizer.param_groups, optimizer.state)
+    assert not watch.poll(optimizer.param_groups, optimizer.state, optimizer.kind_of)
 
 
 def test_parameters_that_share_memory_are_stepped_one_after_the_other(target):
