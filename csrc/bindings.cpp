@@ -220,13 +220,16 @@ public:
   // Whether its plans still hold. Options are compared by identity, 2 ns each; asking for the kind takes 170.
   bool holds(PyObject* group, const py::object& kind) {
     if (constant_ && is_as_seen(group)) return true;
-    const py::object before = kind_;
-    see(group, kind);
-    return kind_.equal(before);
+    Group now(group, kind);
+    const bool same = now.kind_.equal(kind_);
+    *this = std::move(now);  // not where one of these has thrown
+    return same;
   }
 
   template <bool kAdam> py::tuple row(PyObject* group, const py::object& hyper, double count) {
     if (!read_) read<kAdam>(group, hyper);
+    if (!(count >= 1))
+      throw py::value_error("a parameter's 'step' is negative: load a checkpoint, or set it to 0");
     std::array<double, kScalars> values;
     const auto power = [](double x, double n) { return std::pow(x, n); };
     scalars_of<kAdam>(hyper_.data(), count, power, values.data());
@@ -273,8 +276,9 @@ private:
 
   template <bool kAdam> void read(PyObject* group, const py::object& hyper) {
     const auto numbers = py::tuple(hyper(py::handle(group)));
-    for (int i = 0; i < kHyper; ++i) hyper_[i] = numbers[i].cast<double>();
-    hyper_[0] = py::float_(py::handle(group)["lr"]);  // which may be a tensor
+    for (int i = 0; i < kHyper; ++i)
+      hyper_[i] =
+          py::float_(i ? py::object(numbers[i]) : py::object(py::handle(group)["lr"]));  // lr: a tensor, too
     // Dampening may be any number, and so may the sign.
     const auto in = [](double x, double end) { return 0 <= x && x < end; };
     bool good = hyper_[1] > 0;

@@ -155,7 +155,7 @@ class FusedOptimizer(Optimizer):
     _untraced_step = torch._disable_dynamo(_observed_step)
 
     def kind_of(self, group: dict[str, Any]) -> tuple:
-        """What of a group, changed, makes plans stale."""
+        """What of a group, changed, makes plans stale; asked where an option of the group has changed."""
         return self.rule_of(group), *map(group.get, ("state_dtype", "capturable", "rounding", "master", "seed"))
 
     def _skips(self) -> bool:
@@ -176,7 +176,7 @@ class FusedOptimizer(Optimizer):
     def _move(self, watch: Any, plans: Sequence[plan.Plan]) -> None:
         try:
             rows = watch.rows()
-        except (ValueError, ArithmeticError):
+        except (TypeError, ValueError, ArithmeticError):
             for i, group in enumerate(self.param_groups):
                 self.check(group, i)
             raise
@@ -250,7 +250,9 @@ class FusedOptimizer(Optimizer):
         if j >= len(group["params"]) or group["params"][j] is not p or self.state.get(p) is not watched[1][p]:
             return False
         ((own,), _) = watched
-        own.update(group, params=own["params"])
+        alone = own["params"]
+        own.clear()
+        own.update(group, params=alone)
         return watch.poll(*watched, self.kind_of)
 
     def init_state(self) -> None:

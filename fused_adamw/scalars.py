@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 
 class Adam(NamedTuple):
     """A row of the rule ``reference.adam``."""
@@ -41,7 +43,7 @@ class Sgd(NamedTuple):
 def adam(group: Mapping[str, Any], step: float) -> Adam:
     """The row of Adam and AdamW at their ``step``-th step (1 at the first)."""
     lr = float(group["lr"])
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = map(float, group["betas"])
     decay, l2, sign = _decay(group, lr)
     return Adam(
         decay=decay,
@@ -51,7 +53,7 @@ def adam(group: Mapping[str, Any], step: float) -> Adam:
         w2=1 - beta2,
         step_size=lr / (1 - beta1**step),
         inv_sqrt_bc2=1 / math.sqrt(1 - beta2**step),
-        eps=group["eps"],
+        eps=float(group["eps"]),
         step=step,
     )
 
@@ -63,7 +65,7 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     (``lr_in_momentum``); the two are the same as long as the learning rate stays the same.
     """
     lr = float(group["lr"])
-    momentum = group["momentum"]
+    momentum = float(group["momentum"])
     decay, l2, sign = _decay(group, lr)
     into, out = (lr, 1.0) if group.get("lr_in_momentum") else (1.0, lr)
     if not momentum:
@@ -77,7 +79,7 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
         l2=l2,
         grad_factor=sign,
         momentum=momentum,
-        c1=into * (1 - group["dampening"] if step > 1 else 1.0),
+        c1=into * (1 - float(group["dampening"]) if step > 1 else 1.0),
         c2=out,
         take_g=take_g,
         take_b=take_b,
@@ -99,7 +101,7 @@ def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
 
 def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     """lr (0 for a tensor, read where the row is made), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
-    lr = 0.0 if hasattr(group["lr"], "device") else group["lr"]
+    lr = 0.0 if isinstance(group["lr"], Tensor) else group["lr"]
     base_lr = _base_lr(group) if group.get("decouple_lr") else 1.0
     weight_decay = float(group["weight_decay"])
     parts = (weight_decay, 0.0) if group.get("decoupled_weight_decay") else (0.0, weight_decay)

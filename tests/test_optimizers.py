@@ -4,6 +4,7 @@ import gc
 import inspect
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -198,6 +199,43 @@ def test_an_optimizer_that_is_dropped_is_freed(target):
     del optimizer
     gc.collect()
     assert seen() is None
+
+
+def test_an_option_deleted_by_hand_is_missed_by_step_parameter_too():
+    found = []
+    for alone in (False, True):
+        p = cases.parameters([(3,)])[0]
+        optimizer = cases.make("SGD", [p], {"lr": 0.5, "momentum": 0.9, "lr_in_momentum": True})
+        for t in range(3):
+            cases.set_gradients([p], t)
+            optimizer.step_parameter(p) if alone else optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.125
+            optimizer.param_groups[0].pop("lr_in_momentum", None)
+        found.append(cases.tensors_of(optimizer))
+    cases.assert_same_bits(*found)
+
+
+def test_what_a_step_cannot_use_is_an_error_at_every_step():
+    """Not only at the first, which has seen it."""
+    p = cases.parameters([(3,)])[0]
+    optimizer = cases.make("AdamW", [p], {"lr": np.float64(0.5)})
+    cases.set_gradients([p], 0)
+    optimizer.step()
+    (group,), own, before = optimizer.param_groups, optimizer.state[p], p.detach().clone()
+    assert scalars.adam_hyper(group)[0] == 0.5
+    for name, error in (("amsgrad", KeyError), ("eps", TypeError), ("lr", TypeError)):
+        for _ in range(2):
+            with pytest.raises(error):
+                value = group.pop(name)
+                group.update({name: None} if error is TypeError else {})
+                try:
+                    optimizer.step()
+                finally:
+                    group[name] = value
+    own["step"].fill_(-1)
+    with pytest.raises(ValueError, match="'step' is negative"):
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), before, rtol=0, atol=0)
 
 
 CHANGES = [
