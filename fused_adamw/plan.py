@@ -246,9 +246,8 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
         plain = same_layout(grad, dense_like(p)) and not grad.is_conj() and not grad.is_neg()
         plain = plain and not _pending(param.grad)  # its memory is out of the watch's sight, at every step anew
         g = None if plain else torch.empty_like(dense, dtype=real(grad).dtype)
-        counted_there = optimizer.counts_on_device(group, p)
         kind = form, extra, scales, int(group.get("seed", 0)), index[slot], place
-        row = Row(slot, i, counted_there, rule, param, dense, states, own["step"], g, *kind)
+        row = Row(slot, i, there[slot], rule, param, dense, states, own["step"], g, *kind)
         backend = chosen[slot]
         over = sharded_over(param) if optimizer.scales() else ()
         key = later.get(slot, 0), over, p.device, backend.name, backend.bucket(row)

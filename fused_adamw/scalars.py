@@ -2,7 +2,8 @@
 
 The only code that tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row
 are the arguments of the rules in ``reference.py``, and the step, which formats draw random bits by; their order is that
-of the structs in ``csrc/rules.h``.
+of the structs in ``csrc/rules.h``. Steps that are counted on the host take their rows from ``csrc/scalars.h``, which
+computes the same from ``HYPER``; this is for when that is not built, and what it is tested against.
 """
 
 import math
