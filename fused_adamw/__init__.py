@@ -14,3 +14,7 @@ __all__ = [
     "normalized_weight_decay",
     "param_groups",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

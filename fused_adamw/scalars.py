@@ -128,8 +128,13 @@ def _base_lr(group: Mapping[str, Any]) -> float:
 
 
 def check(group: Mapping[str, Any]) -> None:
-    """Raise ValueError, in torch's words, for a hyperparameter that no step could use."""
+    """Raise ValueError, in torch's words, for a hyperparameter that no step could use; TypeError for no number."""
     lr = group["lr"]
+    given = {name: group[name] for name in (*_NOT_NEGATIVE, "dampening") if name in group}
+    for name, value in (*given.items(), *(("beta", beta) for beta in group.get("betas", ()))):
+        if not hasattr(value, "__float__"):
+            yaml = ": in YAML, 1e-3 is a string, 1.0e-3 a number" if isinstance(value, str) else ""
+            raise TypeError(f"{name} must be a number, and is {value!r}{yaml}")
     if getattr(lr, "numel", int)() > 1:
         raise ValueError("Tensor lr must be 1-element")
     for name, text in _NOT_NEGATIVE.items():

@@ -150,6 +150,8 @@ def name_of(case: Any) -> str:
     """A test's id for a case."""
     if isinstance(case, dict):
         return ",".join(f"{k}={v.tolist() if isinstance(v, Tensor) else v}" for k, v in case.items()) or "defaults"
+    if isinstance(case, (list, tuple)) and not isinstance(case, Target):
+        return "-".join(map(name_of, case))
     return str(case).removeprefix("torch.")
 
 

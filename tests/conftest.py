@@ -1,11 +1,24 @@
-"""Devices and backends: every test that takes ``target`` runs once on each of them."""
+"""Devices and backends: every test that takes ``target`` runs once on each of them, and is left out where it cannot."""
+
+from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch
+from allpairspy import AllPairs
 
 from fused_adamw import backends
 from tests import cases
-from tests.gpu_kernels import cpu_step  # noqa: F401
+from tests.gpu_kernels import PTXSIM, cpu_step  # noqa: F401
+
+# What a test may need that is no package, by its marker, and why there is none.
+ABSENT = {}
+if not torch.cuda.is_available():
+    ABSENT["gpu"] = "there is no CUDA device"
+if not PTXSIM.is_dir():
+    ABSENT["emulator"] = "the emulator of PTX is no part of this repository"
+collect_ignore = [] if find_spec("vgpu") else ["test_gpu_controls.py"]  # which break that virtual GPU on purpose
+LEFT_OUT = pytest.StashKey[str]()
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -20,15 +33,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         wide = metafunc.definition.get_closest_marker("float64")
         targets = [t for t in cases.TARGETS if t.float64 or not wide]
-        marked = [pytest.param(t, marks=pytest.mark.gpu if t.device == "cuda" else (), id=str(t)) for t in targets]
-        metafunc.parametrize("target", marked)
+        pairwise = metafunc.definition.get_closest_marker("pairwise")
+        axes = pairwise.kwargs if pairwise else {}
+        rows = []
+        for device in ("cpu", "cuda"):  # apart, so that neither counts on what runs on the other
+            some = [*axes.values(), [t for t in targets if t.device == device]]
+            chosen = AllPairs([range(len(values)) for values in some]) if axes else ([i] for i in range(len(some[0])))
+            rows += [[values[i] for values, i in zip(some, picked, strict=True)] for picked in chosen]
+        marked = [
+            pytest.param(*row, marks=pytest.mark.gpu if row[-1].device == "cuda" else (), id=cases.name_of(row))
+            for row in rows
+        ]
+        metafunc.parametrize([*axes, "target"], marked)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what cannot run here: to show thousands as skipped would hide the few that should not be."""
+    needs = [next((name for name in ABSENT if item.get_closest_marker(name)), None) for item in items]
+    config.hook.pytest_deselected(items=[item for item, name in zip(items, needs, strict=True) if name])
+    items[:] = [item for item, name in zip(items, needs, strict=True) if not name]
+    counts = Counter(filter(None, needs))
+    config.stash[LEFT_OUT] = ", ".join(f"{n} marked {name} ({ABSENT[name]})" for name, n in counts.items())
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
+    return f"deselected: {config.stash[LEFT_OUT]}" if config.stash.get(LEFT_OUT, "") else []
 
 
 def pytest_configure(config: pytest.Config) -> None:
