@@ -402,6 +402,7 @@ class FusedOptimizer(Optimizer):
             if i < len(own):  # how the state is kept is this optimizer's matter, not the checkpoint's
                 for key in _KEPT:
                     self._set(group, key, own[i].get(key))
+            options.name_dtype(group)
         if self._loading is not None:
             # torch has cast every state to its parameter's dtype (bf16 parameters: a loss); take the saved ones again.
             for key, group, p in self._loaded_params(self._loading):
@@ -527,6 +528,7 @@ def _floats(betas: Sequence[float | Tensor]) -> tuple[float, ...]:
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
     for i, beta in enumerate(betas):
+        scalars.check_number("beta", beta)
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{i}] must be 1-element")
     return tuple(float(beta) for beta in betas)

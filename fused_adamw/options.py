@@ -1,6 +1,7 @@
 """The arguments of the four classes: their types, and a text for each, of which their docstrings are made."""
 
 import inspect
+import textwrap
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
@@ -78,10 +79,9 @@ def documented(cls: Class) -> Class:
     """Put a text for each argument of ``cls``, with its default, where the docstring says ``Args:``."""
     lines = ["Args:"]
     for name, parameter in inspect.signature(cls).parameters.items():
-        first, *rest = _TEXTS[name].split("\n")
         default = "" if parameter.default is parameter.empty else f" (default: {parameter.default!r})"
-        lines += [f"    {name}: {first}", *(f"        {line}" for line in rest)]
-        lines[-1] = lines[-1].removesuffix(".") + f"{default}."
+        text = f"{name}: {_TEXTS[name].removesuffix('.')}{default}."
+        lines += textwrap.wrap(text, 100, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
     if cls.__doc__:  # not under python -OO
         cls.__doc__ = inspect.cleandoc(cls.__doc__).replace("Args:", "\n".join(lines) + "\n" + _REST.rstrip())
     return cls

@@ -132,9 +132,7 @@ def check(group: Mapping[str, Any]) -> None:
     lr = group["lr"]
     given = {name: group[name] for name in (*_NOT_NEGATIVE, "dampening") if name in group}
     for name, value in (*given.items(), *(("beta", beta) for beta in group.get("betas", ()))):
-        if not hasattr(value, "__float__"):
-            yaml = ": in YAML, 1e-3 is a string, 1.0e-3 a number" if isinstance(value, str) else ""
-            raise TypeError(f"{name} must be a number, and is {value!r}{yaml}")
+        check_number(name, value)
     if getattr(lr, "numel", int)() > 1:
         raise ValueError("Tensor lr must be 1-element")
     for name, text in _NOT_NEGATIVE.items():
@@ -154,6 +152,13 @@ def check(group: Mapping[str, Any]) -> None:
             "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
             f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"
         )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError for what is no number."""
+    if not hasattr(value, "__float__"):
+        yaml = ": in YAML, 1e-3 is a string, 1.0e-3 a number" if isinstance(value, str) else ""
+        raise TypeError(f"{name} must be a number, and is {value!r}{yaml}")
 
 
 _NOT_NEGATIVE = {

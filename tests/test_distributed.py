@@ -1,4 +1,4 @@
-"""Several ranks: DTensor parameters, FSDP2, DDP, ZeRO, distributed checkpoints. The tests share the ranks of a world."""
+"""Several ranks: DTensor parameters, FSDP2, DDP, ZeRO, distributed checkpoints. The tests share their ranks."""
 
 import contextlib
 import copy
