@@ -155,6 +155,26 @@ def name_of(case: Any) -> str:
     return str(case).removeprefix("torch.")
 
 
+def pairwise(sizes: list[int]) -> list[list[int]]:
+    """Rows of one index for each axis, in which every two indices of different axes meet: few, and always the same."""
+    axes = range(len(sizes))
+    missing = {
+        (i, a, j, b) for i, j in itertools.combinations(axes, 2) for a in range(sizes[i]) for b in range(sizes[j])
+    }
+    rows = []
+    while missing:
+        i, a, j, b = min(missing)
+        row = {i: a, j: b}
+        for k in (k for k in axes if k not in row):
+            met = [
+                sum((*min((k, c), own), *max((k, c), own)) in missing for own in row.items()) for c in range(sizes[k])
+            ]
+            row[k] = met.index(max(met))
+        rows.append([row[k] for k in axes])
+        missing -= {(k, row[k], m, row[m]) for k, m in itertools.combinations(axes, 2)}
+    return rows
+
+
 def parameters(
     shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> list[torch.nn.Parameter]:

@@ -5,7 +5,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from allpairspy import AllPairs
 
 from fused_adamw import backends
 from tests import cases
@@ -38,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = []
         for device in ("cpu", "cuda"):  # apart, so that neither counts on what runs on the other
             some = [*axes.values(), [t for t in targets if t.device == device]]
-            chosen = AllPairs([range(len(values)) for values in some]) if axes else ([i] for i in range(len(some[0])))
+            chosen = cases.pairwise(list(map(len, some))) if axes else [[i] for i in range(len(some[0]))]
             rows += [[values[i] for values, i in zip(some, picked, strict=True)] for picked in chosen]
         marked = [
             pytest.param(*row, marks=pytest.mark.gpu if row[-1].device == "cuda" else (), id=cases.name_of(row))
