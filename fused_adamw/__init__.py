@@ -1,5 +1,7 @@
 """Fused AdamW, Adam, SGDW and SGD: one optimizer step of a whole model in one launch."""
 
+from pathlib import Path as _Path
+
 from fused_adamw._version import __version__
 from fused_adamw.optimizers import SGD, SGDW, Adam, AdamW
 from fused_adamw.schedules import CosineWarmRestarts, normalized_weight_decay, param_groups
@@ -14,6 +16,11 @@ __all__ = [
     "normalized_weight_decay",
     "param_groups",
 ]
+
+# Where a checkout was copied without its links, triton_kernels lies beside the package alone.
+_package = _Path(__file__).resolve().parent
+if not (_package / "triton_kernels").is_dir() and (_package.parent / "triton_kernels" / "multi_tensor.py").is_file():
+    __path__.append(str(_package.parent))
 
 
 def __dir__() -> list[str]:

@@ -230,11 +230,14 @@ def test_no_number(name, option, text):
         cls([a], **option)
     with pytest.raises(TypeError, match=rf"({text}).*\(group 1\)"):
         cls([{"params": [a]}, {"params": [b], **option}])
-    optimizer = cls([a])
-    cases.set_gradients([a], 1)
-    optimizer.param_groups[0].update(option)
-    with pytest.raises(TypeError, match=text):
-        optimizer.step()
+    for steps in (0, 1):
+        optimizer = cls([a])
+        cases.set_gradients([a], 1)
+        for _ in range(steps):
+            optimizer.step()
+        optimizer.param_groups[0].update(option)
+        with pytest.raises(TypeError, match=text):
+            optimizer.step()
 
 
 def test_typing_error_in_an_argument():
