@@ -1,4 +1,4 @@
-# make demo · make test · make test-integrations · make bench · make lint: each sets up .venv first, once.
+# make demo · make test · make quick · make test-integrations · make bench · make lint: each sets up .venv first, once.
 # A torch of your own:  make test VENV=/path/to/env CONSTRAINTS=/dev/null
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,13 +11,17 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 CUDA_BIN = $(abspath $(CUDA_VENV))/bin
 
-.PHONY: demo test test-integrations bench lint format clean cuda-check
+.PHONY: demo test quick test-integrations bench lint format clean cuda-check
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Without what takes more than five seconds a test.
+quick: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
 
 # What the frameworks themselves warn of is not an error of ours.
 test-integrations: $(VENV)/.integrations
@@ -30,6 +34,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -174,6 +174,16 @@ def test_bad_option_of_a_group():
         optimizer.add_param_group({"params": [b], "momentum": -1})
 
 
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+def test_capturable_on_the_cpu(backend):
+    p = cases.parameters([(3,)])[0]
+    optimizer = fused_adamw.AdamW([p], capturable=True, backend=backend)
+    cases.set_gradients([p], 1)
+    with pytest.raises(RuntimeError, match=r"group 0, parameter 0 .*: move the parameters there .* or leave out capt"):
+        optimizer.step()
+    assert not optimizer.state
+
+
 @pytest.mark.parametrize("option", [{"foreach": True}, {"fused": False}, {"differentiable": True}])
 def test_refused_with_a_remedy(option):
     with pytest.raises(RuntimeError, match=r"Adam\(.*\) is not supported: .*(use|drop)"):
