@@ -6,6 +6,9 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.fused_adamw
 
+# Processes that share the CPUs, a file of tests each; threads that spin would wait for threads that cannot run.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 # With make cuda-check; any CUDA build of torch whose major version of CUDA is that of nvcc.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
@@ -17,11 +20,11 @@ demo: $(READY)
 	$(BIN)/python -m bench demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# Without what takes more than five seconds a test.
+# Without what takes more than two seconds a test.
 quick: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # What the frameworks themselves warn of is not an error of ours.
 test-integrations: $(VENV)/.integrations

@@ -1,5 +1,7 @@
 """Devices and backends: every test that takes ``target`` runs once on each of them, and is left out where it cannot."""
 
+import os
+import sys
 from collections import Counter
 from importlib.util import find_spec
 
@@ -36,8 +38,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         axes = pairwise.kwargs if pairwise else {}
         rows = []
         for device in ("cpu", "cuda"):  # apart, so that neither counts on what runs on the other
-            some = [*axes.values(), [t for t in targets if t.device == device]]
-            chosen = cases.pairwise(list(map(len, some))) if axes else [[i] for i in range(len(some[0]))]
+            own = [t for t in targets if t.device == device]
+            some = [*axes.values(), own]
+            chosen = cases.pairwise(list(map(len, some))) if axes and own else [[i] for i in range(len(own))]
             rows += [[values[i] for values, i in zip(some, picked, strict=True)] for picked in chosen]
         marked = [
             pytest.param(*row, marks=pytest.mark.gpu if row[-1].device == "cuda" else (), id=cases.name_of(row))
@@ -53,11 +56,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item, name in zip(items, needs, strict=True) if name])
     items[:] = [item for item, name in zip(items, needs, strict=True) if not name]
     counts = Counter(filter(None, needs))
-    config.stash[LEFT_OUT] = ", ".join(f"{n} marked {name} ({ABSENT[name]})" for name, n in counts.items())
+    told = ", ".join(f"{n} marked {name} ({ABSENT[name]})" for name, n in counts.items())
+    config.stash[LEFT_OUT] = told
+    if hasattr(config, "workeroutput"):  # of a process of pytest-xdist, for the one that reports
+        config.workeroutput["left out"] = told
 
 
-def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
-    return f"deselected: {config.stash[LEFT_OUT]}" if config.stash.get(LEFT_OUT, "") else []
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", "")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if told := config.stash.get(LEFT_OUT, ""):
+        terminalreporter.line(f"deselected: {told}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of ``-n auto``: tests that use a GPU have it for themselves; else a process a CPU, of two threads where asked."""
+    return 1 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -452,6 +452,7 @@ def test_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, thread
             assert angle < (1e-12 if exact else 0.01)
 
 
+@pytest.mark.slow
 def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """It draws and states everything; what is there is not trained again, what is missing or of other versions is."""
     trained = []
@@ -497,6 +498,7 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert json.loads((tmp_path / "paper.json").read_text("utf-8"))["claims"] == report["claims"]
 
 
+@pytest.mark.slow
 def test_paper_in_several_processes() -> None:
     batches = [digits.Batch("AdamW", "cosine", 1, 1, ((1e-2, decay, 0),)) for decay in (0.0, 0.1)]
     found = dict(paper.results(batches, 2))

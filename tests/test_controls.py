@@ -225,6 +225,7 @@ def test_pairwise_leaves_no_pair_out(sizes):
     assert len(rows) <= 2 * largest * next_largest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutated_kernel_is_seen(name, tmp_path):

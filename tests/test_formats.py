@@ -238,7 +238,7 @@ def test_a_parameter_that_is_overwritten_is_what_counts(options, dtype, target):
 @pytest.mark.parametrize("options", CURES, ids=cases.name_of)
 def test_weight_decay_in_bf16(options):
     """1000 steps at lr * wd = 1e-4 with zero gradients: torch's 1 stays 1, ours comes to 0.9048."""
-    n, expected = 1_000_000, (1 - 1e-4) ** 1000
+    n, expected = 200_000, (1 - 1e-4) ** 1000
     p = torch.nn.Parameter(torch.ones(n if options == CURES[0] else 1000, dtype=BF16))
     q = torch.nn.Parameter(torch.ones(1000, dtype=BF16))
     p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
