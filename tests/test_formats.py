@@ -635,7 +635,7 @@ def test_options_set_by_hand_are_checked():
         ({"rounding": "Stochastic"}, "rounding='Stochastic': must be one of 'nearest', 'stochastic' .group 0."),
         ({"master": "bogus"}, "master='bogus': must be None or one of"),
         ({"seed": -1}, "seed=-1: must be a whole number"),
-        ({"state_dtype": "int4"}, "state_dtype=int4: must be one of"),
+        ({"state_dtype": "int4"}, "state_dtype='int4': must be one of"),
         ({"amsgrad": True}, "amsgrad=True is not supported"),
     ):
         optimizer = trained("AdamW", {"state_dtype": "int8", "rounding": "stochastic"}, cases.CPU)
@@ -726,7 +726,7 @@ def test_a_seed_is_saved_however_the_rounding_was_chosen():
         ({"master": "bf16"}, "master='bf16': must be None or one of 'kahan', 'split16', 'fp32'"),
         ({"seed": -1}, "seed=-1: must be a whole number from 0 to 2**63 - 1"),
         ({"seed": 1.5}, "seed=1.5: must be a whole number"),
-        ({"state_dtype": "int4"}, "state_dtype=int4: must be one of torch.float32"),
+        ({"state_dtype": "int4"}, "state_dtype='int4': must be one of torch.float32"),
         ({"state_dtype": "int8", "amsgrad": True}, "state_dtype='int8' with amsgrad=True is not supported"),
     ],
     ids=cases.name_of,
