@@ -50,8 +50,8 @@ def bars(report: dict[str, Any], path: Path) -> None:
     finish(figure, report, path)
 
 
-def curves(report: dict[str, Any], path: Path) -> None:
-    """GB/s against the bytes that a step moves, with the ceiling."""
+def curves(report: dict[str, Any], path: Path, ceiling: float | None = None) -> None:
+    """GB/s against the bytes that a step moves, with the stream of each size, and the best of all as a line."""
     series: dict[str, list[dict[str, Any]]] = {}
     for r in report["results"]:
         series.setdefault(r["arm"], []).append(r)
@@ -60,6 +60,8 @@ def curves(report: dict[str, Any], path: Path) -> None:
         x, y = [r["bytes"] / 1e6 for r in rows], [r["gb_per_s"] for r in rows]
         style = "--" if arm == "ceiling: copy" else "-"
         axes.plot(x, y, style, marker=".", color=color_of(arm), label=arm)
+    if ceiling:
+        axes.axhline(ceiling, color=CEILING, linewidth=0.8, linestyle=":", label=f"the best stream: {ceiling:.0f} GB/s")
     axes.set(xscale="log", yscale="log", xlabel="MB moved by a step of one tensor", ylabel="GB/s")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)

@@ -1,0 +1,51 @@
+"""The lines of JSON that stages write, and the time that they have."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+FILE = "results.jsonl"
+MARGIN = 3.0  # seconds before its limit at which a stage starts nothing more
+
+
+class Record:
+    """What a stage writes to, and how long it may go on."""
+
+    def __init__(self, folder: Path, stage: str, seconds: float = 0.0, tiny: bool = False) -> None:
+        self.folder, self.stage, self.tiny = folder, stage, tiny
+        self.end = time.monotonic() + seconds - MARGIN
+
+    def emit(self, **row: Any) -> None:
+        """Write a row, at once: a run that is cut off leaves what it has. One write, so that several may go on."""
+        with (self.folder / FILE).open("a") as file:
+            file.write(json.dumps({"stage": self.stage, **row}, default=str) + "\n")
+
+    def note(self, text: str) -> None:
+        """Say something that belongs beside the stage in the summary."""
+        print(text, flush=True)
+        self.emit(kind="note", text=text)
+
+    def time_left(self, what: str) -> bool:
+        """Whether something may be started; else a note says that it was not."""
+        if time.monotonic() < self.end:
+            return True
+        self.note(f"not run, no time was left: {what}")
+        return False
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """Every row; a line that was cut off when its process ended is left out."""
+    path = folder / FILE
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace all rows."""
+    (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))

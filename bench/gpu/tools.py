@@ -1,0 +1,173 @@
+"""What other programs do: the build of the extension, pytest, compute-sanitizer, ncu."""
+
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import torch
+
+import fused_adamw
+from bench.gpu.record import Record
+from bench.stream import random
+from tests import cases
+
+ROOT = Path(__file__).resolve().parents[2]
+HAS_CUDA = "import sys; from fused_adamw import backends; sys.exit(not hasattr(backends.native(), 'CudaKernels'))"
+
+
+def build(record: Record) -> None:
+    """Build the extension with its CUDA part into the checkout, unless it is there.
+
+    Nothing is installed, and pyproject.toml is not read, which asks for a newer setuptools than may be there.
+    """
+    if importlib.util.find_spec("fused_adamw.triton_kernels") is None:  # where an installed package has it
+        (ROOT / "fused_adamw" / "triton_kernels").symlink_to("../triton_kernels")
+    if subprocess.run([sys.executable, "-c", HAS_CUDA], cwd=ROOT).returncode == 0:
+        print("the extension is built")
+        return
+    major, minor = torch.cuda.get_device_capability()
+    environment = {"FUSED_ADAMW_CPU": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}+PTX", **os.environ}
+    folder = ROOT / "build" / "gpu"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", folder)
+    (folder / "csrc").symlink_to(ROOT / "csrc")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(ROOT)]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    if subprocess.run([sys.executable, "-c", HAS_CUDA], cwd=ROOT).returncode:
+        record.note("built without the CUDA part: see logs/build.log")
+        raise SystemExit(1)
+
+
+# ---- pytest
+
+
+def tests(record: Record) -> None:
+    """Run the tests marked gpu, on several processes where pytest-xdist is there."""
+    results = record.folder / "logs" / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-x", "tests/test_backends.py"] if record.tiny else ["tests"]
+    if importlib.util.find_spec("xdist") and not record.tiny:
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_PROC_BIND": "false"}
+    status = subprocess.run([*command, f"--junitxml={results}"], cwd=ROOT, env=environment).returncode
+    if results.exists():
+        count(record, results)
+        results.unlink()
+    raise SystemExit(status)
+
+
+def count(record: Record, results: Path) -> None:
+    """Write how many tests passed, and which failed, with the first line of the error."""
+    cases_of = list(ET.parse(results).iter("testcase"))
+    bad = [(case, found) for case in cases_of for found in case if found.tag in ("failure", "error")]
+    skipped = sum(found.tag == "skipped" for case in cases_of for found in case)
+    for case, found in bad:
+        name = f"{case.get('classname')}::{case.get('name')}"
+        record.emit(kind="test", name=name, wrong=(found.get("message") or found.tag).splitlines()[0][:200])
+    names = {id(case) for case, _ in bad}
+    passed = len(cases_of) - len(names) - skipped
+    record.note(f"tests marked gpu: {passed} passed, {len(names)} failed, {skipped} skipped")
+
+
+# ---- NVIDIA's tools
+
+
+def found(record: Record, tool: str) -> str:
+    """Where a tool is; else say that it is not there, and end well."""
+    places = [shutil.which(tool), *sorted(map(str, Path("/opt/nvidia").glob(f"nsight-compute/*/{tool}")))[::-1]]
+    for place in filter(None, [*places, shutil.which(tool, path="/usr/local/cuda/bin")]):
+        return place
+    record.note(f"not run: there is no {tool} here")
+    raise SystemExit(0)
+
+
+def sanitize(record: Record, tool: str, backend: str) -> None:
+    """Run compute-sanitizer's memcheck or racecheck over small steps on a backend."""
+    command = [found(record, "compute-sanitizer"), "--tool", tool, "--print-limit", "5", "--error-exitcode", "9"]
+    # Without torch's cache an access beyond a tensor is one beyond an allocation.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [*command, *part(record, "small_steps", backend)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    print(done.stdout, done.stderr)
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout) or [f"no summary, status {done.returncode}"]
+    record.note(f"{tool}, {backend}: {summary[-1]}")
+    raise SystemExit(done.returncode)
+
+
+def small_steps(record: Record, backend: str) -> None:
+    """Two steps of tensors of awkward sizes, by each kind of kernel; what compute-sanitizer runs."""
+    bf16, f32 = torch.bfloat16, torch.float32
+    shapes = [(n,) for n in (1, 7, 64, 127, 128, 129, 511, 513, 4096, 5003, 20_011)]
+    for name, dtype, options in (
+        ("AdamW", f32, {}),
+        ("SGDW", f32, {"momentum": 0.9}),
+        ("AdamW", bf16, {"state_dtype": "int8", "rounding": "stochastic"}),
+        ("AdamW", bf16, {"master": "split16"}),
+        ("AdamW", f32, {"max_grad_norm": 1.0}),
+        ("AdamW", f32, {"capturable": True}),
+    ):
+        params = cases.parameters(shapes, dtype, "cuda")
+        params.append(torch.nn.Parameter(torch.ones(1010, dtype=dtype, device="cuda")[3:1003]))
+        optimizer = cases.make(name, params, options, backend=backend)
+        for t in range(2):
+            cases.set_gradients(params, t)
+            optimizer.step()
+        torch.cuda.synchronize()
+
+
+def ncu(record: Record, backend: str) -> None:
+    """Write the counters of one launch over a large tensor, float32 and bfloat16."""
+    command = [found(record, "ncu"), "--clock-control", "none", "-k", "regex:step_kernel", "--csv", "--page", "details"]
+    command += ["--launch-skip", "2", "--launch-count", "1", "--target-processes", "all"]
+    for section in (
+        "SpeedOfLight",
+        "MemoryWorkloadAnalysis",
+        "Occupancy",
+        "LaunchStats",
+        "SchedulerStats",
+        "WarpStateStats",
+    ):
+        command += ["--section", section]
+    for dtype in ("float32", "bfloat16"):
+        if not record.time_left(f"{backend}, {dtype}"):
+            return
+        steps = part(record, "large_steps", backend, dtype)
+        done = subprocess.run([*command, *steps], cwd=ROOT, capture_output=True, text=True)
+        print(done.stdout, done.stderr)
+        counters = list(counters_of(done.stdout))
+        for name, unit, value in counters:
+            record.emit(kind="counter", backend=backend, dtype=dtype, name=name, unit=unit, value=value)
+        if not counters:
+            record.note(f"{backend}, {dtype}: ncu gave nothing, status {done.returncode}: see its log")
+
+
+def counters_of(text: str) -> list[tuple[str, str, str]]:
+    """Name, unit and value of each metric in ncu's CSV, which what the program prints may stand before."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    rows = csv.DictReader(lines)
+    return [(row["Metric Name"], row["Metric Unit"], row["Metric Value"]) for row in rows if row.get("Metric Name")]
+
+
+def large_steps(record: Record, backend: str, dtype: str) -> None:
+    """Four steps of one tensor; what ncu runs."""
+    storage = getattr(torch, dtype)
+    p = torch.nn.Parameter(random(5000 if record.tiny else 1 << 26, storage, torch.device("cuda")))
+    p.grad = random(p.numel(), storage, torch.device("cuda"))
+    optimizer = fused_adamw.AdamW([p], backend=backend, state_dtype=storage)
+    for _ in range(4):
+        optimizer.step()
+    torch.cuda.synchronize()
+
+
+def part(record: Record, function: str, *arguments: str) -> list[str]:
+    """The command that runs a function of this module in a process of its own."""
+    common = [str(record.folder), record.stage, "1000", *(["--tiny"] if record.tiny else [])]
+    return [sys.executable, "-m", "bench.gpu", *common, f"bench.gpu.tools.{function}", *arguments]
