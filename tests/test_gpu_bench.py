@@ -87,6 +87,12 @@ def test_no_stage_is_begun_without_time(tmp_path: Path) -> None:
     assert "not run: no time was left" in (tmp_path / "summary.md").read_text()
 
 
+def test_what_a_stage_gave_stays_where_there_is_no_time_for_it(tmp_path: Path) -> None:
+    Record(tmp_path, "well").emit(kind="stage", rc=0, seconds=1.0, note="")
+    assert not gpu.run_stages({"well": stage(60, ("chatter", "a"))}, tmp_path, gpu.RESERVE)
+    assert rows_of(tmp_path) == [{"stage": "well", "kind": "stage", "rc": 0, "seconds": 1.0, "note": ""}]
+
+
 def test_stages_fit_their_minutes() -> None:
     """Every limit is a share of the whole that a stage may be given, and every part is there."""
     assert all(gpu.LEAST <= each.seconds <= 60 * gpu.MINUTES for each in gpu.STAGES.values())
@@ -337,7 +343,7 @@ def test_the_stream_stays_in_range() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "random", lambda *args: kept.append(true(*args)) or kept[-1])
         run = stream.stream(shape, stream.LENGTH, device, cold=False)
-    before = [t.float() for t in kept]
+    before = [t.float().clone() for t in kept]
     run.call()
     total = before[3] + before[0] + before[1] + before[2]
     assert torch.equal(kept[0], total * 0.25)

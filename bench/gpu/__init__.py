@@ -105,16 +105,19 @@ def run_stages(stages: dict[str, Stage], folder: Path, seconds: float, tiny: boo
     end = time.monotonic() + seconds
     well = True
     for name, stage in stages.items():
-        write_rows(folder, [row for row in rows_of(folder) if row["stage"] != name])
+        before = [row for row in rows_of(folder) if row["stage"] == name]
         limit = min(stage.seconds * seconds / (60 * MINUTES), end - time.monotonic() - RESERVE)
         began = time.monotonic()
         if limit < LEAST * seconds / (60 * MINUTES):
             rc, note = None, "not run: no time was left"
         else:
+            write_rows(folder, [row for row in rows_of(folder) if row not in before])
+            before = []
             print(f"{name}: {stage.what} (at most {limit:.0f} s)", flush=True)
             rc, note = run_one(name, stage, folder, limit, tiny)
         took = time.monotonic() - began
-        Record(folder, name).emit(kind="stage", rc=rc, seconds=round(took, 1), note=note)
+        if not before:
+            Record(folder, name).emit(kind="stage", rc=rc, seconds=round(took, 1), note=note)
         print(f"{name}: {note or f'rc {rc}'}, {took:.0f} s", flush=True)
         well = well and rc == 0
         report.write(folder)

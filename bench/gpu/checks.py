@@ -161,12 +161,12 @@ def twins(
     return found[0], found[1]
 
 
-def next_gradients(optimizers: tuple[torch.optim.Optimizer, ...], t: int) -> None:
-    """Copy the gradients of step ``t`` to both."""
-    theirs = optimizers[1].param_groups[0]["params"]
+def next_gradients(optimizers: tuple[torch.optim.Optimizer, ...], t: int, into: list[Tensor] | None = None) -> None:
+    """Make the gradients of step ``t`` on the CPU, and copy them to the GPU: into these tensors, or where they are."""
+    ours, theirs = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
     cases.set_gradients(theirs, t)
-    for p, q in zip(optimizers[0].param_groups[0]["params"], theirs, strict=True):
-        p.grad.copy_(q.grad)
+    for g, q in zip(into or [p.grad for p in ours], theirs, strict=True):
+        g.copy_(q.grad)
 
 
 def same_bits(name: str, dtype: torch.dtype, options: dict[str, Any], backend: str, shapes: cases.Shapes) -> list[str]:
@@ -180,21 +180,21 @@ def same_bits(name: str, dtype: torch.dtype, options: dict[str, Any], backend: s
 
 
 def replayed(name: str, dtype: torch.dtype, options: dict[str, Any], backend: str) -> list[str]:
-    """Two steps, three replays with other hyperparameters, and a step with gradients at other addresses."""
+    """Replays of a graph, with other hyperparameters each, between steps whose gradients lie elsewhere."""
     pair = twins(name, dtype, options, backend, SHAPES, capturable=True)
-    graph = None
-    for t in range(6):
+    params = pair[0].param_groups[0]["params"]
+    static = [p.grad for p in params]
+    graph = torch.cuda.CUDAGraph()
+    for t, replays in enumerate((False, False, True, True, False, True, False)):
         for optimizer in pair:
             optimizer.param_groups[0]["weight_decay"] = 0.01 * t
-        if t == 5:
-            for p in pair[0].param_groups[0]["params"]:
-                p.grad = torch.zeros_like(p)
-        next_gradients(pair, t)
         if t == 2:
-            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 pair[0].step()
-        if 2 <= t < 5:
+            for p in params:
+                p.grad = torch.zeros_like(p)
+        next_gradients(pair, t, static if replays else None)
+        if replays:
             pair[0].refresh_captured()
             graph.replay()
         else:

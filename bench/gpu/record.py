@@ -26,6 +26,10 @@ class Record:
         print(text, flush=True)
         self.emit(kind="note", text=text)
 
+    def seconds_left(self) -> float:
+        """How long something may take; at least a second, so that it ends by itself."""
+        return max(1.0, self.end - time.monotonic())
+
     def time_left(self, what: str) -> bool:
         """Whether something may be started; else a note says that it was not."""
         if time.monotonic() < self.end:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -18,6 +19,7 @@ from bench.stream import random
 from tests import cases
 
 ROOT = Path(__file__).resolve().parents[2]
+ENDING = 12.0  # seconds that pytest takes to end its workers
 HAS_CUDA = "import sys; from fused_adamw import backends; sys.exit(not hasattr(backends.native(), 'CudaKernels'))"
 
 
@@ -56,7 +58,13 @@ def tests(record: Record) -> None:
     if importlib.util.find_spec("xdist") and not record.tiny:
         command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_PROC_BIND": "false"}
-    status = subprocess.run([*command, f"--junitxml={results}"], cwd=ROOT, env=environment).returncode
+    process = subprocess.Popen([*command, f"--junitxml={results}"], cwd=ROOT, env=environment)
+    try:
+        status = process.wait(max(1.0, record.seconds_left() - ENDING))
+    except subprocess.TimeoutExpired:
+        record.note("interrupted at the limit: not all tests have run")
+        process.send_signal(signal.SIGINT)  # it writes what there is
+        status = process.wait(ENDING)
     if results.exists():
         count(record, results)
         results.unlink()
@@ -93,13 +101,22 @@ def sanitize(record: Record, tool: str, backend: str) -> None:
     command = [found(record, "compute-sanitizer"), "--tool", tool, "--print-limit", "5", "--error-exitcode", "9"]
     # Without torch's cache an access beyond a tensor is one beyond an allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [*command, *part(record, "small_steps", backend)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    print(done.stdout, done.stderr)
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout) or [f"no summary, status {done.returncode}"]
+    status, text = output(record, [*command, *part(record, "small_steps", backend)], environment)
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text) or [f"no summary, status {status}"]
     record.note(f"{tool}, {backend}: {summary[-1]}")
-    raise SystemExit(done.returncode)
+    raise SystemExit(status)
+
+
+def output(record: Record, command: list[str], environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit status and output of a program, which is ended with the time of the stage: 124, and what it printed."""
+    try:
+        options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(command, **options, timeout=record.seconds_left())
+        status, text = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        status, text = 124, error.stdout or b""
+    print(text.decode(errors="replace"), flush=True)
+    return status, text.decode(errors="replace")
 
 
 def small_steps(record: Record, backend: str) -> None:
@@ -140,13 +157,12 @@ def ncu(record: Record, backend: str) -> None:
         if not record.time_left(f"{backend}, {dtype}"):
             return
         steps = part(record, "large_steps", backend, dtype)
-        done = subprocess.run([*command, *steps], cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout, done.stderr)
-        counters = list(counters_of(done.stdout))
+        status, text = output(record, [*command, *steps])
+        counters = counters_of(text)
         for name, unit, value in counters:
             record.emit(kind="counter", backend=backend, dtype=dtype, name=name, unit=unit, value=value)
         if not counters:
-            record.note(f"{backend}, {dtype}: ncu gave nothing, status {done.returncode}: see its log")
+            record.note(f"{backend}, {dtype}: ncu gave nothing, status {status}: see its log")
 
 
 def counters_of(text: str) -> list[tuple[str, str, str]]:
