@@ -6,7 +6,7 @@ import triton.language as tl
 
 
 def block_of(dtypes: set[torch.dtype]) -> int:
-    """Elements of a program of 128 threads: 16 bytes or more a thread.
+    """Return the elements of a program of 128 threads, 8 a thread, or 4 where widths are mixed.
 
     Where widths are mixed, 8 elements a thread of the narrow dtype would be laid out otherwise than 4 of the wide one,
     and every block would change its layout through shared memory.

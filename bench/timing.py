@@ -66,7 +66,7 @@ def _stream_for_a_while(device: torch.device) -> None:
 
 
 def output_under_load(command: list[str], load: Callable[[], None]) -> str:
-    """What a command prints while ``load`` is called again and again; nothing where it fails.
+    """Return what a command prints while ``load`` is called again and again; nothing where it fails.
 
     The clocks of an idle GPU say nothing: an H200 was seen at 345 of 1980 MHz.
     """

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from bench.gpu import predictions, report
 from bench.gpu.checks import differing
 from bench.gpu.models import GPT, resnet
 from bench.gpu.record import FILE, Record, rows_of
-from bench.gpu.tools import counters_of
+from bench.gpu.tools import count, counters_of
 from tests import cases
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,10 @@ def test_later_stages_run_whatever_became_of_earlier_ones(tmp_path: Path) -> Non
     assert [row["rc"] for row in found.values()] == [1, 124, 0]
     assert found["hanging"]["note"] == "ended at its limit: hanging"
     (child,) = (row["pid"] for row in rows_of(tmp_path) if row["kind"] == "child")
+    for _ in range(600):  # its end is not waited for where nobody reaps orphans
+        if not is_alive(child):
+            break
+        time.sleep(0.1)
     assert not is_alive(child)
     assert {row["text"] for row in rows_of(tmp_path) if row["kind"] == "note"} == {"a, tiny: False", "b, tiny: False"}
     summary = (tmp_path / "summary.md").read_text()
@@ -196,6 +201,26 @@ def test_counters_of_ncu() -> None:
     )
     assert counters_of(text) == [("Duration", "us", "10,5")]
     assert counters_of("==ERROR== no permission\n") == []
+
+
+def test_what_pytest_found_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite><testcase classname="tests.a" name="well"/>'
+        '<testcase classname="tests.a" name="not"><skipped message="no second GPU"/></testcase>'
+        '<testcase classname="tests.a" name="bad"><failure message="assert 1 == 2&#10;more"/></testcase>'
+        '<testcase classname="tests.a" name="worse"><failure message="a"/><error message="b"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    count(Record(tmp_path, "tests"), tmp_path / "tests.xml")
+    found = rows_of(tmp_path)
+    assert [(row["name"], row["wrong"]) for row in report.of_kind(found, "test")] == [
+        ("tests.a::bad", "assert 1 == 2"),
+        ("tests.a::worse", "a"),
+        ("tests.a::worse", "b"),
+    ]
+    assert [row["text"] for row in report.of_kind(found, "note")] == ["tests marked gpu: 1 passed, 2 failed, 1 skipped"]
+    report.write(tmp_path)
+    assert "- tests.a::bad: assert 1 == 2" in (tmp_path / "summary.md").read_text()
 
 
 def test_bits_are_compared() -> None:

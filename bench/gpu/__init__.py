@@ -1,4 +1,4 @@
-"""Checks and measurements on a machine with a GPU, in stages, and the folder that keeps what they gave.
+"""Check and measure everything on a machine with a GPU, in stages, and keep what they gave in a folder.
 
 Each stage is one process or several side by side, in process groups of their own, and ends at its limit; later stages
 run whatever became of earlier ones. After each the folder holds what there is.
@@ -25,7 +25,7 @@ KEPT = 120  # lines of a log, at its beginning and at its end
 
 
 class Stage(NamedTuple):
-    """What runs under one limit: functions of the modules of bench.gpu, with their arguments, side by side."""
+    """Describe what runs under one limit: functions of modules, with their arguments, side by side."""
 
     seconds: int  # of the MINUTES; in proportion where there are more or fewer
     what: str
@@ -57,9 +57,7 @@ STAGES = {
     "clipping": Stage(25, "clipping by the global norm", (("bench.gpu.times.clipping",),)),
     "curve": Stage(25, "GB/s against size", (("bench.gpu.times.curve",),)),
     "sweep": Stage(40, "other chunks, warps, widths, hints", (("bench.gpu.sweep.sweep",),)),
-    "ncu": Stage(
-        45, "ncu's counters of one launch", (("bench.gpu.tools.ncu", "triton"), ("bench.gpu.tools.ncu", "cuda"))
-    ),
+    "ncu": Stage(45, "ncu's counters of one launch", (("bench.gpu.tools.ncu",),)),
     "peers": Stage(45, "other projects' optimizers", (("bench.gpu.times.peers",),)),
 }
 
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def folder_name() -> str:
-    """Name of the GPU and date. The process that asks for the name keeps no memory of the GPU."""
+    """Return the GPU's name and the date; a process of its own asks, so that this one holds no GPU memory."""
     code = "import torch; print(torch.cuda.get_device_name())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
@@ -157,17 +155,15 @@ def run_one(name: str, stage: Stage, folder: Path, limit: float, tiny: bool) -> 
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process and all that it started; they may outlive it."""
+    """End a process and everything that it started, which may outlive it, and wait until it is gone."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(2)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
+        for _ in range(20):
+            process.poll()
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
 
 
 def shorten(log: Path) -> None:

@@ -1,4 +1,4 @@
-"""One part of a stage, in this process: python -m bench.gpu FOLDER STAGE SECONDS MODULE.FUNCTION [ARGUMENT...]"""
+"""Run one part of a stage in this process: python -m bench.gpu FOLDER STAGE SECONDS MODULE.FUNCTION [ARGUMENT...]"""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""The machine in words, and the bits of every optimizer and format on a GPU beside those of the CPU backend."""
+"""Describe the machine, and compare the bits of every optimizer and format with the CPU backend's."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def facts(record: Record) -> None:
 
 
 def version_of(package: str) -> str:
-    """The version of a package that is installed, or nothing."""
+    """Return the version of an installed package, or nothing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -81,7 +81,7 @@ def version_of(package: str) -> str:
 
 
 def output(command: list[str]) -> str:
-    """What a command prints; nothing where it cannot run."""
+    """Return what a command prints; nothing where it cannot run."""
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -92,7 +92,7 @@ def output(command: list[str]) -> str:
 
 
 def parity(record: Record, backend: str) -> None:
-    """Check every optimizer, format, graph and view on a backend; ends with status 1 where a bit differs."""
+    """Check every optimizer, format, graph and view on a backend; exit with status 1 where a bit differs."""
     right = checks = 0
     for name, check in checks_of(backend, record.tiny):
         if not record.time_left(f"{backend}: {name} and what follows"):
@@ -111,7 +111,7 @@ def parity(record: Record, backend: str) -> None:
 
 
 def checks_of(backend: str, tiny: bool) -> Iterator[tuple[str, Any]]:
-    """Names of the checks, and functions that return what is wrong."""
+    """Yield the name of each check and a function that returns what is wrong."""
     shapes = SHAPES if tiny else [*SHAPES, *LONG]
     plain = [(name, F32, options) for name, options in (*cases.SHARED, *cases.OURS)]
     if tiny:
@@ -126,12 +126,12 @@ def checks_of(backend: str, tiny: bool) -> Iterator[tuple[str, Any]]:
 
 
 def title(name: str, dtype: torch.dtype, options: dict[str, Any]) -> str:
-    """A check in words."""
+    """Name a check."""
     return f"{name} {cases.name_of(dtype)} {cases.name_of(options)}"
 
 
 def differing(x: Tensor, y: Tensor) -> int:
-    """Number of elements whose bits differ; all NaN are alike."""
+    """Count the elements whose bits differ; all NaN are alike."""
     x, y = x.detach().cpu(), y.detach().cpu()
     if x.shape != y.shape or x.dtype != y.dtype:
         return max(x.numel(), y.numel(), 1)
@@ -140,7 +140,7 @@ def differing(x: Tensor, y: Tensor) -> int:
 
 
 def compare(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> list[str]:
-    """The tensors of two optimizers whose bits differ."""
+    """List the tensors of two optimizers whose bits differ."""
     x, y = cases.tensors_of(ours), cases.tensors_of(theirs)
     if x.keys() != y.keys():
         return [f"other tensors: {sorted(x.keys() ^ y.keys())}"]
@@ -151,7 +151,7 @@ def compare(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> list[
 def twins(
     name: str, dtype: torch.dtype, options: dict[str, Any], backend: str, shapes: cases.Shapes, **more: Any
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """The same optimizer on the GPU and on the CPU; the gradients of the first stay where they are."""
+    """Make the same optimizer on the GPU and on the CPU, with gradients of zeros."""
     found = []
     for device, where, ours in (("cuda", backend, more), ("cpu", "cpu", {})):
         params = cases.parameters(shapes, dtype, device)
@@ -170,7 +170,7 @@ def next_gradients(optimizers: tuple[torch.optim.Optimizer, ...], t: int, into: 
 
 
 def same_bits(name: str, dtype: torch.dtype, options: dict[str, Any], backend: str, shapes: cases.Shapes) -> list[str]:
-    """Three steps on both devices."""
+    """Compare three steps on both devices."""
     pair = twins(name, dtype, options, backend, shapes)
     for t in range(3):
         next_gradients(pair, t)
@@ -180,7 +180,7 @@ def same_bits(name: str, dtype: torch.dtype, options: dict[str, Any], backend: s
 
 
 def replayed(name: str, dtype: torch.dtype, options: dict[str, Any], backend: str) -> list[str]:
-    """Replays of a graph, with other hyperparameters each, between steps whose gradients lie elsewhere."""
+    """Replay a graph, with other hyperparameters each time, between steps whose gradients lie elsewhere."""
     pair = twins(name, dtype, options, backend, SHAPES, capturable=True)
     params = pair[0].param_groups[0]["params"]
     static = [p.grad for p in params]
@@ -205,7 +205,7 @@ def replayed(name: str, dtype: torch.dtype, options: dict[str, Any], backend: st
 
 
 def unaligned(backend: str, offsets: range) -> list[str]:
-    """Views slid over a buffer of sentinels: nothing is missed, and nothing beside them is written."""
+    """Step views slid over a buffer of sentinels: none is missed, and nothing beside them is written."""
     wrong = []
     for n in (150, 4099):
         for offset in offsets:
@@ -223,7 +223,7 @@ def unaligned(backend: str, offsets: range) -> list[str]:
 
 
 def large(backend: str, n: int) -> list[str]:
-    """Both ends and the middle of one tensor, beside the CPU's step of these pieces."""
+    """Compare both ends and the middle of one long tensor with the CPU's step of these pieces."""
     p = torch.nn.Parameter(torch.empty(n, dtype=BF16, device="cuda").normal_())
     p.grad = torch.empty(n, dtype=BF16, device="cuda").normal_()
     places = [0, n // 2, n - 4096]

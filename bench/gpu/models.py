@@ -1,4 +1,4 @@
-"""What a user feels: training steps of a GPT-2 small and a ResNet-50 on made-up data, forward and backward too."""
+"""Time whole training steps, as a user feels them: GPT-2 small and ResNet-50 on made-up data."""
 
 import gc
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Optimizers = dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]
 
 
 class GPT(nn.Module):
-    """GPT-2 small: 148 parameters, 124.4 M elements; the head is the embedding."""
+    """Predict tokens as GPT-2 small does: 148 parameters, 124.4 M elements; the head is the embedding."""
 
     def __init__(self, vocabulary: int, context: int, width: int, layers: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class GPT(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions beside an identity or a fourth."""
+    """Add three convolutions to the input, or to a fourth of it."""
 
     def __init__(self, into: int, width: int, stride: int) -> None:
         super().__init__()
@@ -55,12 +55,12 @@ class Bottleneck(nn.Module):
 
 
 def convolved(into: int, out: int, size: int, stride: int) -> list[nn.Module]:
-    """A convolution and its batch norm."""
+    """Make a convolution and its batch norm."""
     return [nn.Conv2d(into, out, size, stride, size // 2, bias=False), nn.BatchNorm2d(out)]
 
 
 def resnet(blocks: tuple[int, ...]) -> nn.Module:
-    """ResNet with so many bottlenecks in each stage; (3, 4, 6, 3) is ResNet-50: 161 parameters, 25.6 M elements."""
+    """Make a ResNet of so many bottlenecks in each stage; (3, 4, 6, 3): ResNet-50, 161 parameters, 25.6 M elements."""
     layers, into = [*convolved(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)], 64
     for i, count in enumerate(blocks):
         for j in range(count):
@@ -70,13 +70,13 @@ def resnet(blocks: tuple[int, ...]) -> nn.Module:
 
 
 def train(record: Record) -> None:
-    """Both models, with each optimizer, clipped and not."""
+    """Time both models with each optimizer, clipped and not."""
     gpt2(record)
     resnet50(record)
 
 
 def gpt2(record: Record) -> None:
-    """Tokens a second in bf16 autocast."""
+    """Measure tokens a second in bf16 autocast."""
     vocabulary, context, width, layers, batch = (99, 8, 64, 1, 2) if record.tiny else (50257, 1024, 768, 12, 8)
     torch.manual_seed(0)
     model = GPT(vocabulary, context, width, layers).cuda()
@@ -92,7 +92,7 @@ def gpt2(record: Record) -> None:
 
 
 def resnet50(record: Record) -> None:
-    """Images a second in bf16 autocast, channels last."""
+    """Measure images a second in bf16 autocast, channels last."""
     blocks, side, batch = ((1,), 16, 2) if record.tiny else ((3, 4, 6, 3), 224, 128)
     torch.manual_seed(0)
     model = resnet(blocks).cuda().to(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ def resnet50(record: Record) -> None:
 
 
 def arms(torchs: Any, ours: Any, options: dict[str, Any]) -> Optimizers:
-    """torch's optimizer and ours, of the same options."""
+    """Name torch's optimizers and ours, of the same options."""
     return {
         "torch fused": lambda params: torchs(params, **options, fused=True),
         "torch foreach": lambda params: torchs(params, **options, foreach=True),

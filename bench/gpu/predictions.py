@@ -1,4 +1,4 @@
-"""What a static model of the kernels predicts for an H100 and an H200; it has never been measured.
+"""List what a static model of the kernels predicts for an H100 and an H200; it has never been measured.
 
 The model counts bytes and instructions of the compiled kernels, and times the host's part over stubbed kernels.
 """
@@ -15,7 +15,7 @@ Range = tuple[float, float] | None
 
 
 class Prediction(NamedTuple):
-    """A value of one row of the results: by its workload, algorithm, dtypes and arm."""
+    """Predict a field of one row of the results, which is named by workload, algorithm, dtypes and arm."""
 
     row: tuple[str, str, str, str]
     field: str  # of the row
@@ -33,7 +33,7 @@ def _ours(row: tuple[str, str, str], *rest: Any) -> list[Prediction]:
 
 
 def _of_stream(dtypes: str, triton: tuple[float, float], cuda: tuple[float, float]) -> list[Prediction]:
-    """Least share of the stream on an H100 and an H200; what is held up by computing has less than 1."""
+    """Predict the least share of the stream; a kernel that computes for longer than it moves data has less."""
     row = ("1x256Mi", "adamw", dtypes)
     return [
         Prediction((*row, arm), "of_ceiling", "of the stream", (h100, 1.0), (h200, 1.0))
@@ -71,19 +71,19 @@ PREDICTIONS = [
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """What a row of the results is of."""
+    """Return the workload, algorithm, dtypes and arm of a row."""
     if row.get("kind") == "ceiling":
         return (row["name"], "", "", "")
     return tuple(str(row.get(name, "")) for name in ("workload", "algorithm", "dtypes", "arm"))
 
 
 def of(gpu: str, prediction: Prediction) -> Range:
-    """The prediction for a GPU of this name, or None."""
+    """Return the prediction for a GPU of this name, or None."""
     return prediction.h200 if "H200" in gpu else prediction.h100 if "H100" in gpu else None
 
 
 def verdict(value: float, predicted: Range, unit: str) -> str:
-    """What a measurement says of a prediction."""
+    """Say what a measurement makes of a prediction."""
     if predicted is None:
         return "no prediction"
     low, high = predicted

@@ -1,4 +1,4 @@
-"""The lines of JSON that stages write, and the time that they have."""
+"""Write and read the lines of JSON of the stages, and keep to their time."""
 
 import json
 import time
@@ -10,7 +10,7 @@ MARGIN = 3.0  # seconds before its limit at which a stage starts nothing more
 
 
 class Record:
-    """What a stage writes to, and how long it may go on."""
+    """Hold what a stage writes to, and when it must end."""
 
     def __init__(self, folder: Path, stage: str, seconds: float = 0.0, tiny: bool = False) -> None:
         self.folder, self.stage, self.tiny = folder, stage, tiny
@@ -27,11 +27,11 @@ class Record:
         self.emit(kind="note", text=text)
 
     def seconds_left(self) -> float:
-        """How long something may take; at least a second, so that it ends by itself."""
+        """Return how long something may take, at least a second."""
         return max(1.0, self.end - time.monotonic())
 
     def time_left(self, what: str) -> bool:
-        """Whether something may be started; else a note says that it was not."""
+        """Return whether something may be started, and note it where it may not."""
         if time.monotonic() < self.end:
             return True
         self.note(f"not run, no time was left: {what}")
@@ -39,7 +39,7 @@ class Record:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Every row; a line that was cut off when its process ended is left out."""
+    """Return every row; a line that was cut off when its process ended is left out."""
     path = folder / FILE
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:

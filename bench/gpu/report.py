@@ -1,4 +1,4 @@
-"""The summary of a folder of results, its picture, and the table of README: all from the lines of JSON."""
+"""Make the summary of a folder of results, its picture, and the table of README from the lines of JSON."""
 
 import json
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ NOTES = "notes.md"  # written by hand: why a figure falls short, and what was ch
 
 
 def of_kind(rows: Rows, *kinds: str) -> Rows:
-    """The rows of these kinds."""
+    """Return the rows of these kinds."""
     return [row for row in rows if row.get("kind") in kinds]
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    """What the facts stage found; empty where it did not run."""
+    """Return what the facts stage found; nothing where it did not run."""
     path = folder / "environment.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -50,7 +50,7 @@ def draw(folder: Path) -> None:
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of Markdown; nothing where there are no rows."""
+    """Return a table of Markdown; nothing where there are no rows."""
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     columns = list(columns)
     head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
@@ -58,17 +58,17 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """A heading and what is under it; nothing where that is nothing."""
+    """Return a heading and its body; nothing where the body is empty."""
     return f"## {title}\n\n{body}" if body else ""
 
 
 def environment(head: dict[str, str]) -> str:
-    """What the figures depend on."""
+    """List what the figures depend on."""
     return table(["", ""], ([name, str(value).replace("\n", "; ")] for name, value in head.items()))
 
 
 def stages(rows: Rows) -> str:
-    """Each stage, how it ended, and what it has to say."""
+    """List each stage, how it ended, and its notes."""
     notes: dict[str, list[str]] = {}
     for row in of_kind(rows, "note"):
         notes.setdefault(row["stage"], []).append(row["text"])
@@ -81,7 +81,7 @@ def stages(rows: Rows) -> str:
 
 
 def failures(rows: Rows) -> str:
-    """What is wrong: checks, tests, and steps that do not match."""
+    """List what is wrong: checks, tests, and steps that do not match."""
     lines = [f"- {r['backend']}: {r['name']}: {'; '.join(r['wrong'])}" for r in of_kind(rows, "check") if r["wrong"]]
     lines += [f"- {r['name']}: {r['wrong']}" for r in of_kind(rows, "test")]
     wrong = [r for r in of_kind(rows, "step") if r["match"] is False]
@@ -90,7 +90,7 @@ def failures(rows: Rows) -> str:
 
 
 def judged(rows: Rows, gpu: str) -> str:
-    """Predictions beside measurements."""
+    """Put predictions beside measurements."""
     found = {predictions.key(r): r for r in of_kind(rows, "step", "ceiling")}
     lines = []
     for each in PREDICTIONS:
@@ -110,18 +110,18 @@ def judged(rows: Rows, gpu: str) -> str:
 
 
 def streams(rows: Rows) -> Rows:
-    """The streams of a step's own reads and writes."""
+    """Return the streams of a step's own reads and writes."""
     return [r for r in of_kind(rows, "ceiling") if r["name"].startswith("stream")]
 
 
 def ceilings(rows: Rows) -> str:
-    """What the memory allows."""
+    """List what the memory allows."""
     lines = ([r["name"], f"{r['gb_per_s']:.0f}", f"{r['ms_median']:.3g}"] for r in of_kind(rows, "ceiling"))
     return section("Ceilings", table(["", "GB/s", "ms"], lines))
 
 
 def steps(rows: Rows) -> str:
-    """Every arm of every case: eager steps, replays of graphs, the host."""
+    """List every arm of every case: eager steps, replays of graphs, the host."""
     lines = []
     for r in of_kind(rows, "step"):
         layers = f" ({r['layers']} layers)" if r["workload"].startswith("llama") else ""
@@ -147,12 +147,12 @@ def steps(rows: Rows) -> str:
 
 
 def share(value: float | None) -> str:
-    """A cell in percent."""
+    """Format a share in percent."""
     return "" if value is None else f"{value:.0%}"
 
 
 def models(rows: Rows) -> str:
-    """Training steps."""
+    """List the training steps."""
     found = of_kind(rows, "model")
     fused = {r["name"]: r["per_second"] for r in found if r["arm"] == "torch fused"}
     lines = (
@@ -169,14 +169,14 @@ def models(rows: Rows) -> str:
 
 
 def sweep(rows: Rows) -> str:
-    """Variants, the fastest first, of each list and dtype."""
+    """List the variants, the fastest first, of each list and dtype."""
     found = sorted(of_kind(rows, "sweep"), key=lambda r: (r["list"], r["dtype"], -r["gb_per_s"]))
     lines = ([r["list"], r["dtype"], r["backend"], r["variant"], f"{r['gb_per_s']:.0f}"] for r in found)
     return section("Variants of the kernels", table(["list", "dtype", "backend", "variant", "GB/s"], lines))
 
 
 def counters(rows: Rows) -> str:
-    """ncu's."""
+    """List ncu's counters, a column for each backend and dtype."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for r in of_kind(rows, "counter"):
         found.setdefault((r["name"], r["unit"]), {})[f"{r['backend']} {r['dtype']}"] = r["value"]
@@ -186,7 +186,7 @@ def counters(rows: Rows) -> str:
 
 
 def skipped(rows: Rows) -> str:
-    """What could not be measured, and why."""
+    """List what could not be measured, and why."""
     lines = dict.fromkeys(f"- {r['case']}: {r['arm']}: {r['reason']}" for r in of_kind(rows, "skipped"))
     return section("Skipped", "\n".join(lines))
 
@@ -207,7 +207,7 @@ README_CASES = (
 
 
 def readme_table(rows: Rows) -> str:
-    """The table of README: the cases that matter, our first backend beside torch fused."""
+    """Return the table of README: the cases that matter, our first backend beside torch fused."""
     found = {predictions.key(r): r for r in of_kind(rows, "step")}
     lines = []
     for *case, name in README_CASES:

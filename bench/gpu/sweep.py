@@ -1,4 +1,4 @@
-"""Steps with other chunks, warps, widths and cache hints; the product stays as it is."""
+"""Time steps with other chunks, warps, widths and cache hints, without a change of the product."""
 
 import importlib
 import sys
@@ -37,7 +37,7 @@ HINTS = {
 
 
 def sweep(record: Record) -> None:
-    """The default first and last: what differs between these two is noise."""
+    """Time every variant. The default comes first and last: what differs between these two is noise."""
     begin(record)
     sizes = {"1x256Mi": 5000} if record.tiny else {"1x256Mi": 1 << 28, "1x24Mi": 24 << 20}
     for dtype in (torch.float32, torch.bfloat16):
@@ -60,7 +60,7 @@ def sweep(record: Record) -> None:
 
 
 def step_seconds(n: int, dtype: torch.dtype, backend: str, tiny: bool) -> float:
-    """Seconds of a step of one tensor."""
+    """Return the seconds of a step of one tensor."""
     p = torch.nn.Parameter(random(n, dtype, torch.device("cuda")))
     p.grad = random(n, dtype, torch.device("cuda"))
     optimizer = fused_adamw.AdamW([p], lr=1e-6, backend=backend, state_dtype=dtype)
@@ -69,7 +69,7 @@ def step_seconds(n: int, dtype: torch.dtype, backend: str, tiny: bool) -> float:
 
 
 def variants_of() -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """Backend, name, and a context in which optimizers are made that way."""
+    """Yield the backend, the name, and a context in which optimizers are made that way."""
     for backend in ("triton", "cuda"):
         yield backend, "default", ExitStack
         for chunk in CHUNKS:
@@ -81,12 +81,12 @@ def variants_of() -> Iterator[tuple[str, str, Callable[[], Any]]]:
 
 
 def chunked(chunk: int) -> Any:
-    """Other elements of a program."""
+    """Give a program so many elements."""
     return mock.patch.object(launch, "chunk_size", lambda numel: chunk)
 
 
 def configured(warps: int, width: int) -> Any:
-    """Other warps of a program, and elements of a thread."""
+    """Give a Triton program so many warps, and a thread so many elements at a time."""
     true = triton_launch.config
 
     def config(variant: Any, warp_size: int) -> tuple[dict, dict]:
@@ -98,7 +98,7 @@ def configured(warps: int, width: int) -> Any:
 
 @contextmanager
 def hinted(load: str, store: str) -> Iterator[None]:
-    """The kernels with hints at every load and store of a stream."""
+    """Use copies of the Triton kernels with a hint at every load and store of a stream."""
     with tempfile.TemporaryDirectory() as folder:
         for path in SOURCE.glob("*.py"):
             lines = path.read_text().splitlines(keepends=True)
@@ -114,6 +114,6 @@ def hinted(load: str, store: str) -> Iterator[None]:
 
 
 def with_hint(line: str, load: str, store: str) -> str:
-    """A line of formats.py with a hint in its access, if it has one."""
+    """Put a hint into the access of a line of formats.py, if it has one."""
     hint = load if "tl.load(" in line else store if "tl.store(" in line else ""
     return line.replace(ACCESS, f"{ACCESS[:-1]}{hint})")

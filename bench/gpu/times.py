@@ -1,4 +1,4 @@
-"""Times of full optimizer.step() calls, by the bench's own step, and the streams that are their ceilings."""
+"""Time full optimizer.step() calls with bench.step, and the streams that are their ceilings."""
 
 import argparse
 import gc
@@ -45,7 +45,7 @@ def measure(
     against: list[str] = TORCHS,
     only: tuple[str, ...] = (),
 ) -> None:
-    """Measure a case and write a row for each arm; ``only`` these arms, or all."""
+    """Measure a case and write a row for each arm, or for ``only`` some of them."""
     device = torch.device("cuda", torch.cuda.current_device())
     case = step.Case(workload, algorithm, dtypes)
     if not record.time_left(str(case)):
@@ -66,13 +66,13 @@ def measure(
 
 
 def clean() -> None:
-    """Let go of everything; what is left of a failed case would take the memory of the next."""
+    """Free what a failed case has left, which the next one needs."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def begin(record: Record) -> None:
-    """Make ready: short lists for a virtual GPU, and the clocks up."""
+    """Shorten the lists for a virtual GPU; else bring the clocks up."""
     if record.tiny:
         shrink()
         return
@@ -83,7 +83,7 @@ def begin(record: Record) -> None:
 
 
 def large(record: Record) -> None:
-    """Lists of 100 M elements and more: the memory's speed. Graphs only where they could gain something."""
+    """Time lists of 100 M elements and more, as graphs only where a graph could gain something."""
     begin(record)
     measure(record, "gpt2")
     measure(record, "1x1Gi", against=["fused"], only=EAGER)
@@ -93,14 +93,14 @@ def large(record: Record) -> None:
 
 
 def small(record: Record) -> None:
-    """Lists whose time is the host's."""
+    """Time lists that are bound by the host."""
     begin(record)
     for workload in SMALL:
         measure(record, workload)
 
 
 def formats(record: Record) -> None:
-    """Every format of 256 Mi elements, and SGDW."""
+    """Time every format of 256 Mi elements, and SGDW."""
     begin(record)
     for dtypes in DTYPES:
         if dtypes != "fp32":
@@ -110,14 +110,14 @@ def formats(record: Record) -> None:
 
 
 def clipping(record: Record) -> None:
-    """Steps with gradients clipped by their global norm; torch's arms call clip_grad_norm_ before."""
+    """Time steps with gradients clipped by their global norm; torch's arms call clip_grad_norm_ before."""
     begin(record)
     measure(record, "gpt2", "adamw-clip")
     measure(record, "1x256Mi", "adamw-clip", against=["fused"], only=EAGER)
 
 
 def peers(record: Record) -> None:
-    """Other projects' optimizers, as far as they are installed: each beside ours and torch's fused."""
+    """Time other projects' optimizers that are installed, each beside ours and torch's fused."""
     begin(record)
     last = ("torchao", "bitsandbytes")  # the first compiles for half a minute, the second may end the process
     for name in sorted(PEERS, key=lambda name: (name in last, name)):
@@ -132,7 +132,7 @@ def peers(record: Record) -> None:
 
 
 def ceilings(record: Record) -> None:
-    """What the memory allows: copies, and streams of the reads and writes of steps."""
+    """Time copies, and streams of the reads and writes of steps."""
     begin(record)
     n = stream.LENGTH if record.tiny else 1 << 28
     copies(record, n, torch.device("cuda"))
@@ -192,14 +192,14 @@ def ceiling(record: Record, name: str, call: Any, size: int) -> None:
 
 
 def timed(call: Any, tiny: bool) -> float:
-    """Median seconds of a call, of seven timings of 40 ms, between events."""
+    """Return the median seconds of a call, of seven timings of 40 ms between events."""
     cuda_clock(call, 2)
     repeats = 1 if tiny else max(1, int(0.04 / cuda_clock(call, 2)))
     return float(np.median([cuda_clock(call, repeats) for _ in range(2 if tiny else 7)]))
 
 
 def curve(record: Record) -> None:
-    """GB/s of a step of one tensor against its size, beside the stream of the same size."""
+    """Time a step of one tensor of many sizes, beside the stream of the same size."""
     begin(record)
     args = argparse.Namespace(algorithm="adamw", dtype="fp32", rounds=2 if record.tiny else 5)
     for n in sizes(record.tiny):
@@ -217,5 +217,5 @@ def curve(record: Record) -> None:
 
 
 def sizes(tiny: bool) -> Iterator[int]:
-    """Elements of the curve."""
+    """Yield the elements of each point of the curve."""
     return (1 << k for k in range(SMALLEST, 15 if tiny else LARGEST + 1, 2))

@@ -1,7 +1,8 @@
-"""What other programs do: the build of the extension, pytest, compute-sanitizer, ncu."""
+"""Run other programs: the build of the extension, pytest, compute-sanitizer, ncu."""
 
 import csv
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -88,7 +89,7 @@ def count(record: Record, results: Path) -> None:
 
 
 def found(record: Record, tool: str) -> str:
-    """Where a tool is; else say that it is not there, and end well."""
+    """Return where a tool is; where it is missing, note it and end the stage well."""
     places = [shutil.which(tool), *sorted(map(str, Path("/opt/nvidia").glob(f"nsight-compute/*/{tool}")))[::-1]]
     for place in filter(None, [*places, shutil.which(tool, path="/usr/local/cuda/bin")]):
         return place
@@ -108,7 +109,7 @@ def sanitize(record: Record, tool: str, backend: str) -> None:
 
 
 def output(record: Record, command: list[str], environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """Exit status and output of a program, which is ended with the time of the stage: 124, and what it printed."""
+    """Return exit status and output of a program; one that is ended at the limit of the stage has status 124."""
     try:
         options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         done = subprocess.run(command, **options, timeout=record.seconds_left())
@@ -120,7 +121,7 @@ def output(record: Record, command: list[str], environment: dict[str, str] | Non
 
 
 def small_steps(record: Record, backend: str) -> None:
-    """Two steps of tensors of awkward sizes, by each kind of kernel; what compute-sanitizer runs."""
+    """Make two steps of tensors of awkward sizes with each kind of kernel, for compute-sanitizer."""
     bf16, f32 = torch.bfloat16, torch.float32
     shapes = [(n,) for n in (1, 7, 64, 127, 128, 129, 511, 513, 4096, 5003, 20_011)]
     for name, dtype, options in (
@@ -140,24 +141,18 @@ def small_steps(record: Record, backend: str) -> None:
         torch.cuda.synchronize()
 
 
-def ncu(record: Record, backend: str) -> None:
-    """Write the counters of one launch over a large tensor, float32 and bfloat16."""
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "SchedulerStats", "WarpStateStats")
+
+
+def ncu(record: Record) -> None:
+    """Write the counters of one launch over a large tensor, of each backend, in float32 and bfloat16."""
     command = [found(record, "ncu"), "--clock-control", "none", "-k", "regex:step_kernel", "--csv", "--page", "details"]
     command += ["--launch-skip", "2", "--launch-count", "1", "--target-processes", "all"]
-    for section in (
-        "SpeedOfLight",
-        "MemoryWorkloadAnalysis",
-        "Occupancy",
-        "LaunchStats",
-        "SchedulerStats",
-        "WarpStateStats",
-    ):
-        command += ["--section", section]
-    for dtype in ("float32", "bfloat16"):
+    command += [argument for name in SECTIONS for argument in ("--section", name)]
+    for dtype, backend in itertools.product(("float32", "bfloat16"), ("triton", "cuda")):
         if not record.time_left(f"{backend}, {dtype}"):
             return
-        steps = part(record, "large_steps", backend, dtype)
-        status, text = output(record, [*command, *steps])
+        status, text = output(record, [*command, *part(record, "large_steps", backend, dtype)])
         counters = counters_of(text)
         for name, unit, value in counters:
             record.emit(kind="counter", backend=backend, dtype=dtype, name=name, unit=unit, value=value)
@@ -166,14 +161,14 @@ def ncu(record: Record, backend: str) -> None:
 
 
 def counters_of(text: str) -> list[tuple[str, str, str]]:
-    """Name, unit and value of each metric in ncu's CSV, which what the program prints may stand before."""
+    """Return name, unit and value of each metric in ncu's CSV; other lines may stand before it."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     rows = csv.DictReader(lines)
     return [(row["Metric Name"], row["Metric Unit"], row["Metric Value"]) for row in rows if row.get("Metric Name")]
 
 
 def large_steps(record: Record, backend: str, dtype: str) -> None:
-    """Four steps of one tensor; what ncu runs."""
+    """Make four steps of one tensor, for ncu."""
     storage = getattr(torch, dtype)
     p = torch.nn.Parameter(random(5000 if record.tiny else 1 << 26, storage, torch.device("cuda")))
     p.grad = random(p.numel(), storage, torch.device("cuda"))
@@ -184,6 +179,6 @@ def large_steps(record: Record, backend: str, dtype: str) -> None:
 
 
 def part(record: Record, function: str, *arguments: str) -> list[str]:
-    """The command that runs a function of this module in a process of its own."""
+    """Return the command that runs a function of this module in a process of its own."""
     common = [str(record.folder), record.stage, "1000", *(["--tiny"] if record.tiny else [])]
     return [sys.executable, "-m", "bench.gpu", *common, f"bench.gpu.tools.{function}", *arguments]
