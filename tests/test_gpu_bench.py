@@ -66,7 +66,7 @@ def test_later_stages_run_whatever_became_of_earlier_ones(tmp_path: Path) -> Non
     assert not is_alive(child)
     assert {row["text"] for row in rows_of(tmp_path) if row["kind"] == "note"} == {"a, tiny: False", "b, tiny: False"}
     summary = (tmp_path / "summary.md").read_text()
-    for text in ("| failing | 1 |", "| hanging | 124 |", "| well | 0 |", "a, tiny: False; ", "| copy | 3000 | 1 |"):
+    for text in ("| failing | 1 |", "| hanging | 124 |", "| well | 0 |", "a, tiny: False", "| copy | 3000 | 1 |"):
         assert text in summary
     assert "RuntimeError: broken" in (tmp_path / "logs" / "failing.log").read_text()
     lines = (tmp_path / "logs" / "well-a.log").read_text().splitlines()
