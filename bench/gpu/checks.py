@@ -118,6 +118,8 @@ def checks_of(backend: str, tiny: bool) -> Iterator[tuple[str, Any]]:
         plain = plain[::7]
     for name, dtype, options in (*plain, *(FORMATS[::3] if tiny else FORMATS)):
         yield title(name, dtype, options), partial(same_bits, name, dtype, options, backend, shapes)
+    for name, dtype, options in plain:
+        yield f"zeros, {title(name, dtype, options)}", partial(zeros, name, options, backend)
     for name, dtype, options in GRAPHS:
         yield f"graph, {title(name, dtype, options)}", partial(replayed, name, dtype, options, backend)
     yield "clipped", partial(same_bits, "AdamW", F32, CLIPPED, backend, SHAPES)
@@ -175,6 +177,20 @@ def same_bits(name: str, dtype: torch.dtype, options: dict[str, Any], backend: s
     for t in range(3):
         next_gradients(pair, t)
         for optimizer in pair:
+            optimizer.step()
+    return compare(*pair)
+
+
+def zeros(name: str, options: dict[str, Any], backend: str) -> list[str]:
+    """Compare steps of zeros of both signs, beside other numbers: a minus that is computed as 0 - x loses one."""
+    pair = twins(name, F32, options, backend, [(36,)])
+    values = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0])
+    for optimizer in pair:
+        (p,) = optimizer.param_groups[0]["params"]
+        p.grad.copy_(values.repeat_interleave(6))
+        with torch.no_grad():
+            p.copy_(values.repeat(6))
+        for _ in range(3):
             optimizer.step()
     return compare(*pair)
 
