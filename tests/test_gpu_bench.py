@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -108,11 +109,14 @@ def test_stages_fit_their_minutes() -> None:
             assert f"\ndef {function}(record: Record" in text
 
 
-def test_without_a_gpu_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="needs a GPU, and torch sees none: .+"):
-            main(["gpu"])
+def test_the_folder_is_named_after_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one it is said that there is none."""
+    done = subprocess.CompletedProcess([], 0, "NVIDIA H100 80GB HBM3\n", "")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **options: done)
+    assert re.fullmatch(r"nvidia-h100-80gb-hbm3-\d{4}-\d\d-\d\d", gpu.folder_name())
+    done.returncode, done.stderr = 1, "Traceback\nRuntimeError: No CUDA GPUs are available\n"
+    with pytest.raises(SystemExit, match="needs a GPU, and torch sees none: RuntimeError: No CUDA GPUs are available"):
+        main(["gpu"])
 
 
 # ---- what is made of the lines
