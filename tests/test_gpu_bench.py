@@ -131,7 +131,9 @@ def step_row(workload: str, arm: str, ms: float, **more: object) -> dict:
 
 def written(folder: Path) -> Path:
     """The folder of a run on an H100, as stages leave it."""
-    (folder / "environment.json").write_text(json.dumps({"name": "NVIDIA H100 80GB HBM3", "date": "2026-01-01 00:00"}))
+    (folder / "environment.json").write_text(
+        json.dumps({"name": "NVIDIA H100 80GB HBM3", "GPU": "NVIDIA H100 80GB HBM3, 85 GB", "date": "2026-01-01 00:00"})
+    )
     large = Record(folder, "large")
     large.emit(**step_row("gpt2", "fused_adamw triton", 1.25))
     large.emit(**step_row("gpt2", "fused_adamw triton, graph", 1.24))
@@ -155,6 +157,7 @@ def test_report_from_the_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["gpu", "--report", str(folder)]) == 0
     readme = capsys.readouterr().out
     assert "| GPT-2 small, 148 tensors, 124.4 M: AdamW | 1.25 (1.24) | 1 | 1.25 | 2787 | 98% |" in readme
+    assert readme.startswith("NVIDIA H100 80GB HBM3, 85 GB; 2026-01-01 00:00\n\n| workload |")
     assert "10,000 tensors" not in readme  # not measured
     summary = (folder / "summary.md").read_text()
     for text in (

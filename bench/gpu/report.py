@@ -206,9 +206,11 @@ README_CASES = (
 )
 
 
-def readme_table(rows: Rows) -> str:
-    """Return the table of README: the cases that matter, our first backend beside torch fused."""
-    found = {predictions.key(r): r for r in of_kind(rows, "step")}
+def readme_table(folder: Path) -> str:
+    """Return the table of README under the machine: the cases that matter, our first backend beside torch fused."""
+    found = {predictions.key(r): r for r in of_kind(rows_of(folder), "step")}
+    head = environment_of(folder)
+    machine = "; ".join(head[name] for name in ("tiny", "GPU", "torch", "fused_adamw", "date") if name in head)
     lines = []
     for *case, name in README_CASES:
         ours, graph, fused = (
@@ -226,4 +228,4 @@ def readme_table(rows: Rows) -> str:
                 ]
             )
     columns = ["workload", "ours, ms (graph)", "torch fused, ms", "torch fused / ours", "GB/s", "of the stream"]
-    return table(columns, lines)
+    return f"{machine}\n\n{table(columns, lines)}"
