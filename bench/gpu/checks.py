@@ -19,7 +19,6 @@ from bench.measures import first_line
 from tests import cases
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TOOLS = ("nvcc", "g++", "ninja", "ncu", "compute-sanitizer", "cuobjdump", "nvidia-smi")
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "setuptools")
 
@@ -134,11 +133,7 @@ def title(name: str, dtype: torch.dtype, options: dict[str, Any]) -> str:
 
 def differing(x: Tensor, y: Tensor) -> int:
     """Count the elements whose bits differ; all NaN are alike."""
-    x, y = x.detach().cpu(), y.detach().cpu()
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return max(x.numel(), y.numel(), 1)
-    integer = INTEGERS[x.element_size()]
-    return int(((x.view(integer) != y.view(integer)) & ~((x != x) & (y != y))).sum())
+    return int((~cases.equal_bits(x.detach().cpu(), y.detach().cpu())).sum())
 
 
 def compare(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> list[str]:

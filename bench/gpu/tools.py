@@ -29,8 +29,6 @@ def build(record: Record) -> None:
 
     Nothing is installed, and pyproject.toml is not read, which asks for a newer setuptools than may be there.
     """
-    if importlib.util.find_spec("fused_adamw.triton_kernels") is None:  # where an installed package has it
-        (ROOT / "fused_adamw" / "triton_kernels").symlink_to("../triton_kernels")
     if subprocess.run([sys.executable, "-c", HAS_CUDA], cwd=ROOT).returncode == 0:
         print("the extension is built")
         return
