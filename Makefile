@@ -14,7 +14,7 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 CUDA_BIN = $(abspath $(CUDA_VENV))/bin
 
-.PHONY: demo test quick test-integrations bench lint format clean cuda-check
+.PHONY: demo test quick test-integrations bench gpu lint format clean cuda-check
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
@@ -32,6 +32,10 @@ test-integrations: $(VENV)/.integrations
 
 bench: $(READY)
 	$(BIN)/python -m bench step
+
+# On a machine with a GPU, with the Python at hand: no environment, no network. ARGS="--minutes 5 --stages build parity"
+gpu:
+	$(PYTHON) -m bench gpu $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
