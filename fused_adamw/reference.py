@@ -28,7 +28,11 @@ Here, in PyTorch, ``fma(a, b, c)`` is ``addcmul``, which may round twice: in flo
 tests, in float32 it agrees with the compiled backends to a few ulp.
 """
 
+import torch
 from torch import Tensor
+
+from fused_adamw import codecs, scalars
+from fused_adamw.contract import Row, Scalars, Watch
 
 
 def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
@@ -96,3 +100,50 @@ def sgd(
         b.copy_(fma(c1, g, momentum * b))  # line 8: m = β1·m + η_t·α·g
         d = fma(take_b, b, d)
     p.copy_(fma(-c2, d, x))  # line 9: θ = θ - m - η_t·λ·θ
+
+
+class Launch:
+    """``contract.Launch`` in plain PyTorch."""
+
+    def __init__(self, watch: Watch, rows: list[Row], groups: list[dict]) -> None:
+        self.watch, self.rows, self.groups = watch, rows, groups
+
+    def bring(self, scalars: Scalars) -> None:
+        """Take the scalars of the coming step."""
+        self.scalars = scalars
+
+    def sum_squares(self) -> Tensor:
+        """Return the sum of the squares of the gradients, float64, 0-dim, on their device."""
+        norms = torch._foreach_norm([row.grad() for row in self.rows], dtype=torch.float64)
+        return torch.stack(norms).square().sum()
+
+    @torch.no_grad()
+    def run(self, factor: float | Tensor) -> None:
+        """Step every row, and count the steps that are counted on the device."""
+        if isinstance(factor, Tensor):
+            factor = factor.item()
+        if factor < 0:
+            return
+        for row in self.rows:
+            if row.counts_on_device:
+                row.step += 1
+            self._step(row, factor)
+
+    def _step(self, row: Row, factor: float) -> None:
+        values = self._scalars_of(row)._asdict()
+        values["grad_factor"] *= factor
+        step = int(values.pop("step"))
+        p, *states = codecs.read(row, torch.float64 if row.p.dtype is torch.float64 else torch.float32)
+        g = row.grad().to(p.dtype)
+        if row.family == "adam":
+            m, v, *vmax = states
+            adam(p, g, m, v, vmax[0] if vmax else None, **values)
+        else:
+            sgd(p, g, states[0] if states else None, **values)
+        codecs.write(row, p, states, step)
+
+    def _scalars_of(self, row: Row) -> scalars.Adam | scalars.Sgd:
+        if row.counts_on_device:
+            return scalars.ROWS[row.family](self.groups[row.group], row.step.item())
+        kind = scalars.Adam if row.family == "adam" else scalars.Sgd
+        return kind(*self.scalars[self.watch.scalars_of(row.slot)])

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fused_adamw import options
+from fused_adamw.layout import LR_IN_MOMENTUM, NESTEROV
+
 
 class Adam(NamedTuple):
     """A row of the rule ``reference.adam``."""
@@ -89,14 +92,14 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
 
 
 def adam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """What ``adam`` depends on, in the order of ``Kernels.scalars`` in ``launch.py``."""
+    """Return what ``adam`` depends on, in the order of ``layout.HYPER_LR`` and on."""
     beta1, beta2 = (_float("beta", beta) for beta in group["betas"])
     return (*_decay_hyper(group), beta1, beta2, _float("eps", group["eps"]))
 
 
 def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """What ``sgd`` depends on, in the order of ``Kernels.scalars`` in ``launch.py``."""
-    flags = bool(group["nesterov"]) + 2 * bool(group.get("lr_in_momentum"))
+    """Return what ``sgd`` depends on, in the order of ``layout.HYPER_LR`` and on."""
+    flags = NESTEROV * bool(group["nesterov"]) + LR_IN_MOMENTUM * bool(group.get("lr_in_momentum"))
     momentum, dampening = (_float(name, group[name]) for name in ("momentum", "dampening"))
     return (*_decay_hyper(group), momentum, dampening, flags)
 
@@ -120,7 +123,7 @@ def _decay(group: Mapping[str, Any], lr: float) -> tuple[float, float, float]:
     sign = -1.0 if group["maximize"] else 1.0
     weight_decay = _float("weight_decay", group["weight_decay"])
     if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf):
-        check(group)
+        options.check_hyperparameters(group)
     if not group.get("decoupled_weight_decay"):
         return 0.0, weight_decay, sign
     return (lr / _base_lr(group) if group.get("decouple_lr") else lr) * weight_decay, 0.0, sign
@@ -133,52 +136,11 @@ def _base_lr(group: Mapping[str, Any]) -> float:
         raise ValueError("decouple_lr=True, set by hand, needs the group's 'base_lr' too: a positive float") from None
 
 
-def check(group: Mapping[str, Any]) -> None:
-    """Raise ValueError, in torch's words, for a hyperparameter that no step could use; TypeError for no number."""
-    lr = group["lr"]
-    given = {name: group[name] for name in (*_NOT_NEGATIVE, "dampening") if name in group}
-    for name, value in (*given.items(), *(("beta", beta) for beta in group.get("betas", ()))):
-        check_number(name, value)
-    if getattr(lr, "numel", int)() > 1:
-        raise ValueError("Tensor lr must be 1-element")
-    for name, text in _NOT_NEGATIVE.items():
-        if name in group and not 0.0 <= group[name] < math.inf:
-            raise ValueError(f"Invalid {text}: {group[name]}")
-    if "betas" in group and len(group["betas"]) != 2:
-        raise ValueError(f"Invalid betas: {group['betas']}, there must be two")
-    for i, beta in enumerate(group.get("betas", ())):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if group.get("decouple_lr") and not group.get("decoupled_weight_decay"):
-        raise ValueError("decouple_lr=True needs decoupled weight decay: use AdamW or SGDW, or drop it")
-    if group.get("decouple_lr") and not group.get("base_lr", group["lr"]) > 0:
-        raise ValueError(
-            "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
-            f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"
-        )
-
-
 def _float(name: str, value: Any) -> float:
-    check_number(name, value)
+    options.check_number(name, value)
     return float(value)
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise TypeError for what is no number."""
-    if not hasattr(value, "__float__"):
-        yaml = ": in YAML, 1e-3 is a string, 1.0e-3 a number" if isinstance(value, str) else ""
-        raise TypeError(f"{name} must be a number, and is {value!r}{yaml}")
-
-
-_NOT_NEGATIVE = {
-    "lr": "learning rate",
-    "eps": "epsilon value",
-    "weight_decay": "weight_decay value",
-    "momentum": "momentum value",
-}
-
-# By the optimizer's rule.
+# By family.
 HYPER: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {"adam": adam_hyper, "sgd": sgd_hyper}
 ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Sgd]] = {"adam": adam, "sgd": sgd}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_adamw import backends, formats, plan, reference, scalars
+from fused_adamw import backends, codecs, plan, reference, scalars
 from tests import cases, exact, test_error, test_formats, test_plan, test_reference
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -145,7 +145,7 @@ def without_notice(master, p, extra):
         return extra
     if master == "kahan":
         return p.float() + extra.float()
-    return formats._from_bits((formats._bits(p.float()) + extra.long()) & 0xFFFFFFFF)
+    return codecs._from_bits((codecs._bits(p.float()) + extra.long()) & 0xFFFFFFFF)
 
 
 FORMATS = {
@@ -155,7 +155,7 @@ FORMATS = {
     "rounding to nearest": ("stochastic", lambda true: lambda x, random: x.bfloat16(), *BY_BITS),
     "a NaN that is rounded": (
         "stochastic",
-        lambda true: lambda x, random: formats._from_bits((formats._bits(x) + random) & 0xFFFF0000).bfloat16(),
+        lambda true: lambda x, random: codecs._from_bits((codecs._bits(x) + random) & 0xFFFF0000).bfloat16(),
         *BY_BITS,
     ),
     "ties to even": ("_rounded", lambda true: torch.Tensor.to, test_formats.test_split16_is_every_float32, REFERENCE),
@@ -181,7 +181,7 @@ FORMATS = {
 def test_a_wrong_format_is_seen(name, monkeypatch):
     what, wrong, check, *args = FORMATS[name]
     check(*args)
-    monkeypatch.setattr(formats, what, wrong(getattr(formats, what)))
+    monkeypatch.setattr(codecs, what, wrong(getattr(codecs, what)))
     fails(check, *args)
 
 

@@ -6,6 +6,8 @@ Tiles are [threads, elements of each]; what a thread's elements share (a scale, 
 import triton
 import triton.language as tl
 
+from .layout import COL_INDEX, COL_OFFSET, COL_RUN, COL_SEED, COL_SKIP
+
 QUANT_BLOCK = tl.constexpr(128)  # elements that share a scale
 NAN_BF16 = tl.constexpr(0x7FC0)
 LEAST_NORMAL = tl.constexpr(0x00800000)
@@ -41,9 +43,9 @@ def bf16(x, add):
 @triton.jit
 def places(row, base):
     """Where element ``base`` of a row lies among all elements of its parameter, for ``number``."""
-    run = tl.load(row + 14)
-    skip = tl.load(row + 15)
-    first = tl.load(row + 13) + base + base // run * skip
+    run = tl.load(row + COL_RUN)
+    skip = tl.load(row + COL_SKIP)
+    first = tl.load(row + COL_OFFSET) + base + base // run * skip
     # A run longer than any chunk has one end at most in it, where it stays if the run is shortened: 32 bits do.
     short = tl.minimum(run, 1 << 30)
     begin = short - tl.minimum(run - base % run, short)
@@ -59,10 +61,10 @@ def number(at, i):
 @triton.jit
 def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr):
     """The word of each element of a tile of 4 a thread; i [threads] are the first of each, ``end`` is that of all."""
-    seed = tl.load(row + 11)  # each time: of a seed that stays, 20 keys would, in registers
+    seed = tl.load(row + COL_SEED)  # each time: of a seed that stays, 20 keys would, in registers
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    index = tl.load(row + 12).to(tl.uint32)
+    index = tl.load(row + COL_INDEX).to(tl.uint32)
     if NEIGHBOURS:
         group = number(at, i) >> 2
         w0, w1, w2, w3 = tl.philox_impl(group.to(tl.uint32), (group >> 32).to(tl.uint32), step, index, k0, k1)

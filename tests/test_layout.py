@@ -1,0 +1,64 @@
+"""The house: imports go down one ladder, and the names of columns mean the same in Python and C++."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from fused_adamw import layout
+
+ROOT = Path(__file__).parent.parent
+# Each module imports modules to the right of it alone, for annotations too.
+LADDERS = {
+    "fused_adamw": (
+        "__main__ __init__ optimizers base checkpoints clipping plan checks backends gpu reference watch state codecs "
+        "formats scalars contract layout options tensors schedules _version"
+    ).split(),
+    "triton_kernels": "kernels multi_tensor formats rules layout __init__".split(),
+}
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Modules of the package that the source imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith(f"{package}.")}
+    return found
+
+
+def upward(sources: dict[str, str], package: str) -> list[str]:
+    """Imports that do not go down the ladder."""
+    ladder = LADDERS[package]
+    return [
+        f"{module} imports {other}"
+        for module, source in sources.items()
+        for other in imported(source, package) & set(ladder)
+        if ladder.index(other) <= ladder.index(module)
+    ]
+
+
+@pytest.mark.parametrize("package", LADDERS)
+def test_imports_go_down_the_ladder(package):
+    sources = {path.stem: path.read_text() for path in (ROOT / package).glob("*.py")}
+    assert set(sources) == set(LADDERS[package])
+    assert upward(sources, package) == []
+    first, last = LADDERS[package][0], LADDERS[package][-1]
+    for line in (f"import {package}.{first}", f"from .{first} import x", f"def f():\n    from {package} import {first}"):
+        assert upward({last: line}, package) == [f"{last} imports {first}"]
+
+
+def test_columns_are_fields_of_the_scalars():
+    from fused_adamw import scalars
+
+    for kind in (scalars.Adam, scalars.Sgd):
+        assert len(kind._fields) == layout.SCALARS
+        for i, name in enumerate(kind._fields):
+            assert getattr(layout, f"SCALAR_{name.upper()}") == i
