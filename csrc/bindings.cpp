@@ -1,5 +1,7 @@
 // The extension module fused_adamw._C: what a step needs of Python's and torch's objects, gathered in C++
 // (some 60 ns a tensor), and the CPU launch. The only file that sees torch.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <structmember.h>  // of Python: where a slot lies

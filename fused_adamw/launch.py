@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fused_adamw.scalars import is_on_device
+
 COLUMNS = 16  # of a row
 SCALARS = 9  # of a row of scalars
 SCALARS_BYTES = 4 * SCALARS
@@ -117,11 +119,16 @@ class Launch:
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             if stream != self.stream:
-                self.buffer.record_stream(stream)
+                for tensor in self._on_device():
+                    tensor.record_stream(stream)
             if torch.cuda.is_current_stream_capturing():
                 self._capture()
             else:
                 self._upload(scalars)
+
+    def _on_device(self) -> list[Tensor]:
+        """Return what the kernels read: torch may not hand its memory out again while another stream steps."""
+        return [self.buffer, self.ones]
 
     def sum_squares(self) -> Tensor:
         """The sum of the squares of the gradients, float64, 0-dim, always added in the same order."""
@@ -184,11 +191,16 @@ class CapturableLaunch(Launch):
         self.captured_lr: list[tuple[int, Tensor]] = []  # and from these, of groups
         self.spare = self._staging()  # allocated now: not within a capture
 
+    def _on_device(self) -> list[Tensor]:
+        return [*super()._on_device(), self.steps, self.table]
+
     def _staging(self) -> Tensor:
         return torch.empty(self.host.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
 
     def _upload(self, scalars: list[tuple[float, ...]], staging: Tensor | None = None) -> None:
         self._refresh()
+        if self.captured:  # a replay has put the graph's gradients into the rows
+            self.uploaded = False
         super()._upload([])
         if self.spare is None:
             self.spare = self._staging()
@@ -215,12 +227,12 @@ class CapturableLaunch(Launch):
         self.uploaded = False
         super()._upload([], self.spare)
         self.captured.append(self.spare)
-        self.captured_lr += [(i, group["lr"]) for i, group in enumerate(self.groups) if isinstance(group["lr"], Tensor)]
+        self.captured_lr += [(i, group["lr"]) for i, group in enumerate(self.groups) if is_on_device(group["lr"])]
         self.spare = None
 
     def _copy_lr(self) -> None:
         for (first, last), group in zip(self.spans, self.groups, strict=False):  # groups may have been added since
-            if first < last and isinstance(group["lr"], Tensor):
+            if first < last and is_on_device(group["lr"]):
                 self.table[first:last, 0].copy_(group["lr"], non_blocking=True)
 
     def _launch(self, factor: Tensor) -> None:

@@ -218,6 +218,12 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
     for the first tensor that cannot be stepped, naming its group, index and shape; nothing has been written then.
     """
     live = checked(optimizer, lambda p: p.grad is not None and (only is None or p is only))
+    if any(p.is_cuda for *_, p in live.values()) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: CUDA graph capture of step() needs tables on the device that cannot be made "
+            "during the capture: construct the optimizer with capturable=True, call step() once before the capture, "
+            "and change no parameter, state, dtype or layout in between; gradients may move, but none may come or go"
+        )
     chosen = {slot: _backend_of(optimizer, at, group, p) for slot, (at, _, group, p) in live.items()}
     for *_, group, p in live.values():
         optimizer.init_state_of(group, p)

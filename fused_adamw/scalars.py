@@ -100,9 +100,14 @@ def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     return (*_decay_hyper(group), group["momentum"], group["dampening"], flags)
 
 
+def is_on_device(lr: float | Tensor) -> bool:
+    """Return whether a learning rate is a tensor that only its device can read without a synchronisation."""
+    return isinstance(lr, Tensor) and not lr.is_cpu
+
+
 def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """lr (0 for a tensor, read where the row is made), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
-    lr = 0.0 if isinstance(group["lr"], Tensor) else group["lr"]
+    """lr (0 where only the device knows it), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
+    lr = 0.0 if is_on_device(group["lr"]) else float(group["lr"])
     base_lr = _base_lr(group) if group.get("decouple_lr") else 1.0
     weight_decay = float(group["weight_decay"])
     parts = (weight_decay, 0.0) if group.get("decoupled_weight_decay") else (0.0, weight_decay)

@@ -193,14 +193,29 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return found
 
 
+def equal_bits(x: Tensor, y: Tensor) -> Tensor:
+    """Where two tensors have the same bits, signs of zeros included; any NaN equals any other."""
+    assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}"
+    if x.is_complex():
+        return equal_bits(torch.view_as_real(x), torch.view_as_real(y)).all(-1)
+    if not x.is_floating_point():
+        return x == y
+    as_integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (x.view(as_integer) == y.view(as_integer)) | (x.isnan() & y.isnan())
+
+
 def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     """Equality of every bit of every tensor (NaN equals NaN)."""
     assert ours.keys() == theirs.keys()
     for name, x in ours.items():
-        try:
-            torch.testing.assert_close(x.cpu(), theirs[name].cpu(), rtol=0, atol=0, equal_nan=True)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+        y = theirs[name].cpu()
+        wrong = ~equal_bits(x.cpu(), y)
+        if wrong.any():
+            first = [int(i) for i in wrong.nonzero()[0]]
+            raise AssertionError(
+                f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ, the first at {first}: "
+                f"{x[tuple(first)].item()!r} and {y[tuple(first)].item()!r}"
+            )
 
 
 def ulps(x: Tensor, oracle: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests import cases
+
 ROOT = Path(__file__).resolve().parents[1]
 PTXSIM = ROOT.parent / "shared" / "ptxsim"
 if PTXSIM.is_dir():
@@ -477,11 +479,8 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, **option
 
 def same_bits(got: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> bool:
     """Whether all bits agree; any NaN is as good as another."""
-    for a, b in zip((x for t in got for x in t), (x for t in expected for x in t), strict=True):
-        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.element_size()]
-        if not ((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all():
-            return False
-    return True
+    pairs = zip((x for t in got for x in t), (x for t in expected for x in t), strict=True)
+    return all(cases.equal_bits(a, b).all() for a, b in pairs)
 
 
 def sums_of_squares(compiled, given, chunk) -> np.ndarray:

@@ -62,6 +62,15 @@ def test_without_the_extension_it_works_and_warns_once(not_built):
         torch.testing.assert_close(p, q)
 
 
+def test_a_warning_of_ours_is_an_error_in_this_suite(not_built):
+    """By the filters of pyproject.toml, which leave out what other packages warn of."""
+    (p,) = cases.parameters([(3,)])
+    p.grad = torch.ones(3)
+    with pytest.raises(RuntimeWarning, match="right but slow"):
+        fused_adamw.AdamW([p]).step()
+    warnings.warn("another package's", FutureWarning, stacklevel=1)
+
+
 def test_without_the_extension_asking_for_it_raises(not_built):
     (p,) = cases.parameters([(3,)])
     p.grad = torch.ones(3)

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 
 def bench(*argv: str, strict: bool = True) -> str:
     """Output of the bench in a process of its own, which may pin its threads and set their number."""
-    command = [sys.executable, *(["-W", "error"] if strict else []), "-m", "bench", *argv]
+    command = [sys.executable, *(["-W", "error::RuntimeWarning"] if strict else []), "-m", "bench", *argv]
     environment = {**os.environ, "OMP_PROC_BIND": "false"}  # the tests share their CPUs
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -57,14 +57,19 @@ def module(optimizer):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("to_ours", [True, False], ids=["torch to ours", "ours to torch"])
 def test_a_run_goes_on_from_the_others_checkpoint(name, options, implementation, to_ours, target):
-    """5 steps, a file, 20 more: no further from float64 than torch without the break, plus 1 ulp."""
+    """5 steps, a file, 20 more: no further from float64 than torch without the break, plus 1 ulp.
+
+    Ours is held against torch's for-loop on the CPU, and torch's implementation against itself: kernels of a GPU, which
+    contract, may be nearer to the truth than either.
+    """
     kind = IMPLEMENTATIONS[implementation]
     if implementation == "capturable" and (name == "SGD" or target.device == "cpu"):
         return  # torch has none; test_a_checkpoint_of_a_capturable_optimizer_loads_on_the_cpu
     shapes = [(17, 31), (2500,)]
-    first, second, whole = (cases.parameters(shapes, device=target.device) for _ in range(3))
+    first, second = (cases.parameters(shapes, device=target.device) for _ in range(2))
     oracle = torch.optim.__dict__[name](cases.parameters(shapes, torch.float64), **options)
-    uninterrupted = torch.optim.__dict__[name](whole, **options, **kind)
+    whole = cases.parameters(shapes, device="cpu" if to_ours else target.device)
+    uninterrupted = torch.optim.__dict__[name](whole, **options, **({"foreach": False} if to_ours else kind))
     # What ours takes, its checkpoint tells; torch takes its choice of an implementation from there.
     told = kind if implementation == "fused" or (implementation, target.backend) == ("capturable", "triton") else {}
 

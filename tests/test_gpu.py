@@ -1,5 +1,6 @@
 """The optimizer on a GPU: launches, streams, devices, synchronisation, graphs. Ordinary GPU tests, marked gpu."""
 
+import gc
 import importlib.util
 
 import pytest
@@ -38,6 +39,13 @@ def compiled():
     from fused_adamw.triton_kernels.multi_tensor import scalars_kernel, step_kernel
 
     return sum(len(c[0]) for k in (step_kernel, scalars_kernel) for c in k.device_caches.values())
+
+
+def step_kernels():
+    """The compiled step kernels of all devices."""
+    from fused_adamw.triton_kernels.multi_tensor import step_kernel
+
+    return [kernel for cache, *_ in step_kernel.device_caches.values() for kernel in cache.values()]
 
 
 def twins(shapes, device="cuda:0", dtype=torch.float32):
@@ -120,6 +128,7 @@ def test_warmup_compiles_what_the_step_needs():
     assert torch.equal(p, torch.ones_like(p))
     assert not optimizer.state
     known = compiled()
+    assert known and all(kernel.module is not None for kernel in step_kernels()), "a graph capture cannot load a kernel"
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert compiled() == known
@@ -222,6 +231,33 @@ def test_side_streams(launches, backend):
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
 
+@gpu
+@pytest.mark.parametrize("capturable", [True, False])
+def test_tables_outlive_a_step_on_another_stream(capturable, backend):
+    """The optimizer is gone before its step has run: what it frees may not be handed out until then."""
+    ours, theirs = twins([(1000,), (7, 9)])
+    a, b = cases.make("AdamW", ours, {"capturable": capturable}, backend=backend), cases.make("AdamW", theirs, {})
+    for t in range(2):
+        same_gradients(ours, theirs, t)
+        if t == 0:
+            a.step()
+        b.step()
+    states = [dict(a.state[p]) for p in ours]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # cycles: 50 ms
+        a.step()
+    del a
+    gc.collect()
+    overwritten = [torch.full((n,), 0xFF, dtype=torch.uint8, device="cuda") for n in range(1, 2000, 4)]
+    torch.cuda.synchronize()
+    del overwritten
+    for p, q, state in zip(ours, theirs, states, strict=True):
+        assert cases.equal_bits(p.detach().cpu(), q.detach()).all()
+        assert cases.equal_bits(state["exp_avg"].cpu(), b.state[q]["exp_avg"]).all()
+
+
 # ---- graphs
 
 
@@ -271,6 +307,54 @@ def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr, backen
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
     graph.replay()  # the graph is still its own: another step of the same gradients
     b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@gpu
+def test_eager_steps_between_replays(backend):
+    """A replay puts the gradients of its capture into the tables; the eager step after it takes its own."""
+    ours, theirs = twins([(100,), (7, 9)])
+    a, b = cases.make("AdamW", ours, {"capturable": True}, backend=backend), cases.make("AdamW", theirs, {})
+    captured, others = ([torch.full_like(p, value) for p in ours] for value in (1.0, -1.0))
+
+    def use(gradients):
+        for p, q, g in zip(ours, theirs, gradients, strict=True):
+            p.grad, q.grad = g, g.cpu()
+
+    use(captured)
+    a.step()
+    b.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        a.step()
+    for _ in range(2):
+        for gradients, step in ((others, a.step), (captured, graph.replay), (others, a.step), (others, a.step)):
+            use(gradients)
+            step()
+            b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@gpu
+def test_a_learning_rate_on_the_cpu_is_no_part_of_a_graph(backend):
+    """As a float: refresh_captured() brings its value of the moment."""
+    ours, theirs = twins([(100,), (7, 9)])
+    rates = [torch.tensor(1e-3, dtype=torch.float64) for _ in range(2)]
+    a = cases.make("AdamW", ours, {"lr": rates[0], "capturable": True}, backend=backend)
+    b = cases.make("AdamW", theirs, {"lr": rates[1]})
+    cases.set_gradients(ours, 0)
+    cases.set_gradients(theirs, 0)
+    a.step()
+    b.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        a.step()
+    for t in range(3):
+        for lr in rates:
+            lr.fill_(1e-2 * (t + 1))
+        a.refresh_captured()
+        graph.replay()
+        b.step()
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
 
@@ -339,6 +423,28 @@ def test_capture_without_capturable_is_refused(backend):
         torch.cuda.graph(graph),
     ):
         optimizer.step()
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_first_step_within_a_capture_is_refused(capturable, backend):
+    """In words, and with nothing written; and so is one whose gradients are other parameters'."""
+    p, q = (torch.nn.Parameter(torch.ones(10, device="cuda")) for _ in range(2))
+    p.grad = torch.ones_like(p)
+    optimizer = cases.make("AdamW", [p, q], {"capturable": capturable}, backend=backend)
+    refusal = pytest.raises(RuntimeError, match="AdamW: CUDA graph capture.*call step.. once before")
+    with refusal, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    q.grad = torch.ones_like(q)
+    with refusal, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    assert list(optimizer.state) == [p]
+    optimizer.step()
+    assert [optimizer.state[x]["step"].item() for x in (p, q)] == [2, 1]
+    assert p.max() < q.max() < 1
 
 
 # ---- what a backend cannot do

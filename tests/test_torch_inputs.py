@@ -13,6 +13,7 @@ import torch
 
 from tests import cases
 
+pytest.importorskip("expecttest", reason="torch's own test inputs need expecttest")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # hypothesis, which these inputs do not need, may be missing
     from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db

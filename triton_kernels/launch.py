@@ -41,7 +41,8 @@ class TritonKernels:
             self._configure(variant, triton.runtime.driver.active.get_current_target().warp_size)
             # A factor is 4 bytes of a tensor of its own, which torch aligns.
             step = (torch.int64, torch.int32, torch.float32, torch.float32, 1)
-            step_kernel.warmup(*step, grid=(1,), **self.constexprs, **self.options)
+            kernel = step_kernel.warmup(*step, grid=(1,), **self.constexprs, **self.options)
+            kernel._init_handles()  # loads it onto the device, which its first launch may not do during a graph capture
 
     def _configure(self, variant: Variant, warp_size: int) -> None:
         self.constexprs, self.options = config(variant, warp_size)

@@ -8,6 +8,12 @@ import triton.language as tl
 
 
 @triton.jit
+def minus(x):
+    """-x. Triton's own sign, up to version 3.6, is 0 - x, which makes +0 of +0."""
+    return x * -1.0
+
+
+@triton.jit
 def lerp(a, b, w):
     """a + w * (b - a) from the nearer end, w a scalar."""
     near_a = w < 0.5
@@ -17,7 +23,7 @@ def lerp(a, b, w):
 @triton.jit
 def decayed(s, p, g):
     """What both rules start with: decoupled decay, then the gradient with its sign and L2 term."""
-    p = tl.fma(-s[0], p, p)
+    p = tl.fma(minus(s[0]), p, p)
     g = tl.fma(s[1], p, s[2] * g)
     return p, g
 
@@ -27,13 +33,13 @@ def adam(s, p, g, m, v, vmax, AMSGRAD: tl.constexpr):
     """Adam and AdamW: s = decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps."""
     p, g = decayed(s, p, g)
     m = lerp(m, g, s[3])
-    v = tl.fma(s[4], g * g, tl.fma(-s[4], v, v))
+    v = tl.fma(s[4], g * g, tl.fma(minus(s[4]), v, v))
     second = v
     if AMSGRAD:
         vmax = tl.maximum(vmax, v, propagate_nan=tl.PropagateNan.ALL)
         second = vmax
     denom = tl.fma(tl.sqrt_rn(second), s[6], s[7])
-    p = tl.fma(-s[5], tl.div_rn(m, denom), p)
+    p = tl.fma(minus(s[5]), tl.div_rn(m, denom), p)
     return p, m, v, vmax
 
 
@@ -45,5 +51,5 @@ def sgd(s, p, g, b, MOMENTUM: tl.constexpr):
     if MOMENTUM:
         b = tl.fma(s[4], g, s[3] * b)
         d = tl.fma(s[7], b, d)
-    p = tl.fma(-s[5], d, p)
+    p = tl.fma(minus(s[5]), d, p)
     return p, b
