@@ -36,10 +36,12 @@ def without(reason: str) -> None:
 
 
 class Python(build_py):
-    """Puts the reason for a missing extension into the package."""
+    """Puts the reason for a missing extension into the package, and nothing of an earlier build."""
 
     def run(self) -> None:
         super().run()
+        for stale in Path(self.build_lib, "fused_adamw").glob("_C.*"):
+            stale.unlink()
         if missing:
             keep(ROOT / "fused_adamw" if self.editable_mode else Path(self.build_lib, "fused_adamw"))
 
@@ -75,8 +77,6 @@ def arguments() -> dict:
                 super().run()
             except build.CannotBuild as error:
                 without(f"the build failed: {error}")
-                for stale in Path(self.build_lib, "fused_adamw").glob(f"{build.FILE}*"):
-                    stale.unlink()  # of an earlier build of this checkout
                 keep(Path(self.get_ext_fullpath("fused_adamw._C")).parent)
                 self.extensions = self.distribution.ext_modules = []
 

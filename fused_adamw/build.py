@@ -28,6 +28,7 @@ FILE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 FAILURE = "_C.failed.txt"
 OLDEST_TORCH = (2, 8)
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+NINJA = re.compile(r"^(\[\d+/\d+\]) .* -c (?:-c )?\S*?([^/\s]+) -o .*")  # a command of ninja's, and what it compiles
 COMMAND = "python -m fused_adamw build"
 
 
@@ -76,6 +77,11 @@ def cache(torch_version: str) -> Path:
     """Return the user's folder for extensions of this torch and these sources."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home, "fused_adamw", "native", f"torch-{torch_version}-{fingerprint()}")
+
+
+def place(torch_version: str) -> Path:
+    """Return the folder that ``build`` puts an extension into."""
+    return PACKAGE if os.access(PACKAGE, os.W_OK) else cache(torch_version)
 
 
 def hidden() -> Iterator[Path]:
@@ -203,6 +209,7 @@ def _recorded(lines: deque[str]) -> Iterator[None]:
     def copy() -> None:
         with os.fdopen(reader, encoding="utf-8", errors="replace") as pipe:
             for line in pipe:
+                line = NINJA.sub(r"\1 \2", line)
                 lines.append(line.rstrip())
                 os.write(saved[2], line.encode())
 
@@ -354,9 +361,9 @@ def build(force: bool = False) -> Path:
         import torch
     except ImportError as error:
         raise CannotBuild(f'{error}: pip install -U "setuptools>=77"') from error
-    place = PACKAGE if os.access(PACKAGE, os.W_OK) else cache(torch.__version__)
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(place / "_C.lock"), tempfile.TemporaryDirectory(dir=place, prefix="_C.build.") as temporary:
+    folder = place(torch.__version__)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(folder / "_C.lock"), tempfile.TemporaryDirectory(dir=folder, prefix="_C.build.") as temporary:
         found, _ = find(torch.__version__)
         if found and not force:
             tell(f"{found} fits already; --force builds it anew")
@@ -371,11 +378,11 @@ def build(force: bool = False) -> Path:
             command.ensure_finalized()
             command.run()
         except CannotBuild as error:
-            (place / FAILURE).write_text(f"{error}\n", "utf-8")
+            (folder / FAILURE).write_text(f"{error}\n", "utf-8")
             raise
         built = Path(command.get_ext_fullpath("fused_adamw._C"))
         # The record last: an extension without its record is not loaded. A file in use is replaced, not overwritten.
         for name in (FILE, f"{FILE}.json"):
-            os.replace(built.with_name(name), place / name)
-        (place / FAILURE).unlink(missing_ok=True)
-    return place / FILE
+            os.replace(built.with_name(name), folder / name)
+        (folder / FAILURE).unlink(missing_ok=True)
+    return folder / FILE
