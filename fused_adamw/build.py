@@ -134,10 +134,12 @@ def find(torch_version: str) -> tuple[Path | None, str]:
                 "in place with: pip install --no-build-isolation -e .)"
             )
         reasons.append(why)
-    if failure := failed(torch_version).partition("\n")[0]:
-        reasons.append(f"the last build: {failure}" if reasons else f"it was not built: {failure}")
-    reasons = reasons or ["it was not built"]
-    return None, f"the extension fused_adamw._C is missing: {'; '.join(reasons)}; build it with: {COMMAND}"
+    failure = failed(torch_version).partition("\n")[0]
+    if reasons:
+        why = f"cannot be used: {'; '.join(reasons)}" + (f"; the last build failed: {failure}" if failure else "")
+    else:
+        why = f"was not built: {failure}" if failure else "was not built"
+    return None, f"the extension fused_adamw._C {why}; build it with: {COMMAND}"
 
 
 def failed(torch_version: str) -> str:
@@ -245,9 +247,8 @@ def setup_arguments(folder: str) -> dict[str, Any]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a torch whose libraries do not load
-        raise CannotBuild(
-            f"the build saw no torch: {error}; pip builds in isolation from it, unless told --no-build-isolation"
-        ) from error
+        isolated = "there was no torch; pip builds in isolation from yours, unless told --no-build-isolation"
+        raise CannotBuild(isolated if getattr(error, "name", "") == "torch" else str(error)) from error
     if why := too_old(torch.__version__):
         raise CannotBuild(why)
     try:

@@ -16,7 +16,7 @@ import fused_adamw
 from fused_adamw import backends, build
 from tests import cases
 
-WHY = "the extension fused_adamw._C is missing"
+WHY = "the extension fused_adamw._C was not built"
 ROOT = Path(__file__).parent.parent
 
 
@@ -48,9 +48,7 @@ def test_the_native_backend_is_the_choice_for_cpu_tensors():
 def test_without_the_extension_it_works_and_warns_once(not_built):
     params, twins = cases.parameters([(5,), (2, 3)]), cases.parameters([(5,), (2, 3)])
     a, b = fused_adamw.AdamW(params), torch.optim.AdamW(twins)
-    with pytest.warns(
-        RuntimeWarning, match=f"right but slow: cpu: {WHY}: .*; build it with: {build.COMMAND}$"
-    ) as record:
+    with pytest.warns(RuntimeWarning, match=f"right but slow: cpu: {WHY}; build it with: {build.COMMAND}$") as record:
         for t in range(5):
             cases.set_gradients(params, t)
             cases.set_gradients(twins, t)
@@ -146,7 +144,7 @@ def test_python_m_fused_adamw_says_why_not(tmp_path):
     folder = package(tmp_path)
     (folder / build.FAILURE).write_text("the build failed: x.cpp:1: error: no such thing\nthe last line\n")
     report = run(folder=tmp_path, XDG_CACHE_HOME=str(tmp_path))
-    reason = "it was not built: the build failed: x.cpp:1: error: no such thing"
+    reason = "the build failed: x.cpp:1: error: no such thing"
     assert f"backend 'cpu' (cpu): {WHY}: {reason}; build it with: {build.COMMAND}\n" in report
     assert "the last build of the extension ended with:\n    the last line\n" in report
     assert "cpu tensors are stepped by 'reference'" in report
@@ -214,7 +212,7 @@ def test_build_says_what_is_missing_and_keeps_it(tmp_path):
     options = {"folder": tmp_path, "XDG_CACHE_HOME": str(tmp_path), "CXX": "no-such-c++"}
     why = "there is no C++ compiler ('no-such-c++' is not on PATH): install one (Debian, Ubuntu: apt install g++;"
     assert f"fused_adamw: the extension was not built: {why}" in run("build", status=1, **options)
-    assert f"{WHY}: it was not built: {why}" in run(**options)
+    assert f"{WHY}: {why}" in run(**options)
 
 
 def test_build_keeps_the_compilers_lines(tmp_path):
@@ -228,7 +226,7 @@ def test_build_keeps_the_compilers_lines(tmp_path):
     assert "fused_adamw: the extension was not built: a.cpp:7: error: not today\n" in report
     assert not list(folder.glob("_C.*.so")) and not list(folder.glob("_C.build.*"))
     report = run(**options)
-    assert "it was not built: a.cpp:7: error: not today;" in report
+    assert f"{WHY}: a.cpp:7: error: not today; build it" in report
     assert "    last\n" in report.partition("the last build of the extension ended with:\n")[2]
 
 
