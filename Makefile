@@ -57,7 +57,7 @@ cuda-check:
 
 # Whether the package index alone, without wheels or indexes of this machine, has what the pins ask for. Installs nothing.
 resolve: $(READY)
-	for platform in $(PLATFORMS); do for python in $(PYTHONS); do \
+	@for platform in $(PLATFORMS); do for python in $(PYTHONS); do \
 	    found=$$($(INDEX_ALONE) $(BIN)/uv --no-config pip compile --quiet --no-header --no-annotate --all-extras \
 	        -c constraints.txt --python-version $$python --python-platform $$platform pyproject.toml) || exit 1; \
 	    echo "Python $$python, $$platform: $$(echo "$$found" | wc -l) packages," $$(echo "$$found" | grep -E '^(torch|triton)=='); \
