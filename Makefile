@@ -18,7 +18,7 @@ PLATFORMS ?= x86_64-manylinux_2_28 aarch64-manylinux_2_28
 TORCHES ?= 2.8.0@3.10 2.9.1@3.11 2.10.0@3.12 2.11.0@3.12 2.12.1@3.13 2.13.0@3.10 2.14.1@3.13 2.15.0@3.13
 INDEX_ALONE := env -u UV_INDEX -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS -u UV_CONSTRAINT
 
-.PHONY: demo test test-integrations bench lint format clean cuda-check resolve test-versions wheel
+.PHONY: demo test test-integrations bench gpu lint format clean cuda-check resolve test-versions wheel
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
@@ -32,6 +32,10 @@ test-integrations: $(VENV)/.integrations
 
 bench: $(READY)
 	$(BIN)/python -m bench step
+
+# On a machine with a GPU, with the Python at hand: no environment, no network. ARGS="--minutes 5 --stages build parity"
+gpu:
+	$(PYTHON) -m bench gpu $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -115,6 +115,10 @@ WORKLOADS: dict[str, Workload] = {
     "465-groups": Workload(one_group_each),
     "1x131k": Workload(lambda layers: one_group([(131072,)])),
     "1x16M": Workload(lambda layers: one_group([(1 << 24,)])),
+    # For a GPU's memory alone.
+    "1x256Mi": Workload(lambda layers: one_group([(1 << 28,)])),
+    "1x1Gi": Workload(lambda layers: one_group([(1 << 30,)])),
+    "llama-2b": Workload(llama_7b, 9),  # the first layers of Llama 7B: 2.08 G elements
 }
 
 # Options that torch.optim's class of the same name has too.
