@@ -144,9 +144,9 @@ def find(torch_version: str) -> tuple[Path | None, str]:
 
 def failed(torch_version: str) -> str:
     """Return why the last build came to nothing and the compiler's last lines, or nothing."""
-    for folder in (PACKAGE, cache(torch_version)):
+    for folder in (cache, lambda _: PACKAGE):
         with contextlib.suppress(OSError):
-            return (folder / FAILURE).read_text("utf-8").strip()
+            return (folder(torch_version) / FAILURE).read_text("utf-8").strip()
     return ""
 
 

@@ -257,6 +257,20 @@ def test_build_makes_the_extension_that_is_then_used(tmp_path):
     assert "fits already" in run("build", **options)
 
 
+def test_a_failure_in_the_cache_is_later_than_that_in_the_package(place):
+    (place / build.FAILURE).write_text("when it was installed\n")
+    assert f"{WHY}: when it was installed; build it" in build.find("2.13.0")[1]
+    build.cache("2.13.0").mkdir(parents=True)
+    (build.cache("2.13.0") / build.FAILURE).write_text("by hand\n")
+    assert f"{WHY}: by hand; build it" in build.find("2.13.0")[1]
+
+
+def test_without_sources_nothing_is_found_and_nothing_raises(place, monkeypatch):
+    monkeypatch.setattr(build, "sources", lambda: place / "gone")
+    assert "the sources of the extension are missing" in build.find("2.13.0")[1]
+    assert build.failed("2.13.0") == ""
+
+
 def test_a_lock_ends_with_its_process(tmp_path):
     """Killed while it holds the lock, a build leaves nothing to wait for."""
     code = (

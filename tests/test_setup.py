@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_a_wheel_without_the_extension_is_for_any_platform(env, why, checkout):
     compiler = checkout / "c++"
     compiler.write_text(f"#!/bin/sh\ncase \"$*\" in *-o*) {fails};; *) echo 'g++ (GCC) 13.0.0';; esac\n")
     compiler.chmod(0o755)
-    tag = f"{sys.platform}-{os.uname().machine}-{sys.implementation.cache_tag}"
+    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     for lib in ("lib", f"lib.{tag}"):
         (checkout / "build" / lib / "fused_adamw").mkdir(parents=True)
         (checkout / "build" / lib / "fused_adamw" / build.FILE).touch()
