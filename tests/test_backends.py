@@ -121,8 +121,23 @@ def package(folder, *extensions):
     return folder / "fused_adamw"
 
 
+WITHOUT_CHECKOUT = f"""
+import os, sys
+given = os.environ["PYTHONPATH"].split(os.pathsep)
+sys.path = [p for p in sys.path if p in given or os.path.realpath(p) != {os.path.realpath(ROOT)!r}]
+"""
+
+
 def run(*arguments, folder=ROOT, path=(), status=0, **env):
-    """What ``python -m fused_adamw`` prints, in this folder and with these before everything else on the path."""
+    """What ``python -m fused_adamw`` prints, in this folder and with these before everything else on the path.
+
+    In another folder the checkout, which an editable install has put on the path, is not there.
+    """
+    if folder != ROOT:
+        hook = folder / "hook"
+        hook.mkdir(exist_ok=True)
+        (hook / "sitecustomize.py").write_text(WITHOUT_CHECKOUT)
+        path = [*path, hook]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **env}
     command = [sys.executable, "-m", "fused_adamw", *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
