@@ -1,4 +1,4 @@
-# make demo · make test · make test-integrations · make bench · make lint: each sets up .venv first, once.
+# make demo · make test · make quick · make test-integrations · make bench · make lint: each sets up .venv first, once.
 # make resolve · make test-versions · make wheel · make cuda-check: about installing it elsewhere.
 # A torch of your own:  make test VENV=/path/to/env CONSTRAINTS=/dev/null
 PYTHON ?= python3
@@ -6,6 +6,9 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.fused_adamw
+
+# Processes that share the CPUs, a file of tests each; threads that spin would wait for threads that cannot run.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # With make cuda-check; any CUDA build of torch whose major version of CUDA is that of nvcc.
 CUDA_TORCH ?= torch==2.14.1
@@ -18,13 +21,17 @@ PLATFORMS ?= x86_64-manylinux_2_28 aarch64-manylinux_2_28
 TORCHES ?= 2.8.0@3.10 2.9.1@3.11 2.10.0@3.12 2.11.0@3.12 2.12.1@3.13 2.13.0@3.10 2.14.1@3.13 2.15.0@3.13
 INDEX_ALONE := env -u UV_INDEX -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS -u UV_CONSTRAINT
 
-.PHONY: demo test test-integrations bench gpu lint format clean cuda-check resolve test-versions wheel
+.PHONY: demo test quick test-integrations bench gpu lint format clean cuda-check resolve test-versions wheel
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Without what takes more than two seconds a test.
+quick: $(READY)
+	$(PYTEST) -m "not slow"
 
 # What the frameworks themselves warn of is not an error of ours.
 test-integrations: $(VENV)/.integrations
@@ -41,6 +48,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -19,7 +19,11 @@ __all__ = [
     "param_groups",
 ]
 
-# In a checkout that was not installed, triton_kernels lies beside the package; an install puts it inside.
-_checkout = _Path(__file__).resolve().parents[1]
-if (_checkout / "triton_kernels" / "multi_tensor.py").is_file():
-    __path__.append(str(_checkout))
+# Where a checkout was copied without its links, triton_kernels lies beside the package alone.
+_package = _Path(__file__).resolve().parent
+if not (_package / "triton_kernels").is_dir() and (_package.parent / "triton_kernels" / "multi_tensor.py").is_file():
+    __path__.append(str(_package.parent))
+
+
+def __dir__() -> list[str]:
+    return __all__

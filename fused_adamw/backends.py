@@ -8,9 +8,8 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Set
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +34,7 @@ def _load_native() -> tuple[ModuleType | None, str]:
         return None, why
     try:
         spec = importlib.util.spec_from_file_location("fused_adamw._C", path)
+        assert spec is not None and spec.loader is not None  # by the suffix of the file
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
@@ -46,6 +46,13 @@ def _load_native() -> tuple[ModuleType | None, str]:
 def native() -> ModuleType | None:
     """The extension module ``fused_adamw._C``, or None where it was not built."""
     return _load_native()[0]
+
+
+def _built() -> ModuleType:
+    module, why = _load_native()
+    if module is None:
+        raise CannotRun(why)
+    return module
 
 
 Scalars = list[tuple[float, ...]]  # the fields of Adam or Sgd
@@ -85,19 +92,22 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = ()  # of parameters, gradients and states, () for all
     capturable: bool = False
 
-    def refuses(self, device: torch.device, dtypes: set[torch.dtype], capturable: bool) -> str:
+    def refuses(self, device: torch.device, dtypes: Set[torch.dtype], capturable: bool) -> str:
         """Why this backend cannot step such a tensor, or nothing."""
         if self.devices and device.type not in self.devices:
             return f"it steps tensors on {' or '.join(self.devices)}, not on {device}"
-        if self.dtypes and (other := dtypes.difference(self.dtypes)):
+        if self.dtypes and (other := dtypes - set(self.dtypes)):
             return f"it does not step {', '.join(sorted(map(str, other)))}"
         if capturable and not self.capturable:
-            return "it keeps its steps on the host, and capturable=True asks for them on the device"
+            return (
+                "it keeps its steps on the host, and capturable=True, for CUDA graphs, asks for them on a GPU: move "
+                "the parameters there before the optimizer is made, or leave out capturable=True"
+            )
         return self.missing()
 
 
 def _prepare_cpu(watch: Any, rows: list["Row"], groups: list[dict]) -> Launch:
-    return native().CpuStep(watch, rows)
+    return _built().CpuStep(watch, rows)
 
 
 class _Reference:
@@ -135,9 +145,9 @@ class _Reference:
             g = row.grad().to(compute)
             if row.rule.startswith("adam"):
                 m, v, *vmax = states
-                reference.adam(p, g, m, v, *(vmax or [None]), **values)
+                reference.adam(p, g, m, v, vmax[0] if vmax else None, **values)
             else:
-                reference.sgd(p, g, *(states or [None]), **values)
+                reference.sgd(p, g, states[0] if states else None, **values)
             formats.write(row, p, states, step)
 
 
@@ -202,7 +212,7 @@ def _cuda_missing() -> str:
     if not hasattr(module, "CudaKernels"):
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
-        why = build.record_of(Path(module.__file__)).get("without_cuda") or "FUSED_ADAMW_CUDA=0"
+        why = build.record_of(module.__file__).get("without_cuda") or "FUSED_ADAMW_CUDA=0"
         return (
             f"the extension was built without its CUDA part ({why}); build it, where nvcc is, with: "
             f"FUSED_ADAMW_CUDA=1 {build.COMMAND} --force"
@@ -211,7 +221,7 @@ def _cuda_missing() -> str:
 
 
 def _cuda_kernels(*args: Any) -> Any:
-    return native().CudaKernels(*args)
+    return _built().CudaKernels(*args)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -234,7 +244,7 @@ def named(name: str) -> Backend:
 
 def pick(
     device: torch.device,
-    dtypes: set[torch.dtype] = frozenset(),
+    dtypes: Set[torch.dtype] = frozenset(),
     capturable: bool = False,
     requested: str | None = None,
 ) -> Backend:
@@ -278,7 +288,7 @@ def capabilities() -> dict[str, Any]:
     module = native()
     extension = None
     if module:
-        record = build.record_of(Path(module.__file__))
+        record = build.record_of(module.__file__)
         extension = {"path": module.__file__, "torch": record["torch"], "instruction_sets": list(module.cpu_isas())}
     backends = {}
     for backend in BACKENDS:

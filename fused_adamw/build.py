@@ -6,6 +6,7 @@ record of what it was built for; where a build failed, a file says why.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -92,7 +93,7 @@ def hidden() -> Iterator[Path]:
             yield folder.resolve()
 
 
-def record_of(extension: Path) -> dict[str, Any]:
+def record_of(extension: Path | str | None) -> dict[str, Any]:
     """Return what an extension was built for, and why it has no CUDA part; nothing known gives nothing."""
     try:
         return json.loads(Path(f"{extension}.json").read_text("utf-8"))
@@ -183,9 +184,9 @@ def cuda_architectures(torch: Any, nvcc: Path) -> list[str]:
     if torch.version.cuda is None:
         raise CannotBuild(f"torch {torch.__version__} is built without CUDA")
     try:
-        run = {"capture_output": True, "text": True, "check": True}
-        found = re.search(r"release (\d+)\.\d+", subprocess.run([nvcc, "--version"], **run).stdout)[1]
-        known = subprocess.run([nvcc, "--list-gpu-code"], **run).stdout
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        found = re.findall(r"release (\d+)\.\d+", run([nvcc, "--version"]).stdout)[0]
+        known = run([nvcc, "--list-gpu-code"]).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise CannotBuild(f"nvcc does not run ({error}); install the CUDA toolkit, or set CUDA_HOME") from error
     if found != torch.version.cuda.split(".")[0]:
@@ -229,7 +230,7 @@ def _recorded(lines: deque[str]) -> Iterator[None]:
             os.close(original)
 
 
-def _explain(error: Exception, lines: deque[str]) -> str:
+def _explain(error: BaseException, lines: deque[str]) -> str:
     """Return the compiler's first error, or the exception, and under it the last lines of the log."""
     first = next((line for line in lines if re.search(r"\berror\b[: ]", line)), f"{type(error).__name__}: {error}")
     return "\n".join([first.strip().splitlines()[0], *(line for line in list(lines)[-20:] if line.strip())])

@@ -154,7 +154,29 @@ def name_of(case: Any) -> str:
     """A test's id for a case."""
     if isinstance(case, dict):
         return ",".join(f"{k}={v.tolist() if isinstance(v, Tensor) else v}" for k, v in case.items()) or "defaults"
+    if isinstance(case, (list, tuple)) and not isinstance(case, Target):
+        return "-".join(map(name_of, case))
     return str(case).removeprefix("torch.")
+
+
+def pairwise(sizes: list[int]) -> list[list[int]]:
+    """Rows of one index for each axis, in which every two indices of different axes meet: few, and always the same."""
+    axes = range(len(sizes))
+    missing = {
+        (i, a, j, b) for i, j in itertools.combinations(axes, 2) for a in range(sizes[i]) for b in range(sizes[j])
+    }
+    rows = []
+    while missing:
+        i, a, j, b = min(missing)
+        row = {i: a, j: b}
+        for k in (k for k in axes if k not in row):
+            met = [
+                sum((*min((k, c), own), *max((k, c), own)) in missing for own in row.items()) for c in range(sizes[k])
+            ]
+            row[k] = met.index(max(met))
+        rows.append([row[k] for k in axes])
+        missing -= {(k, row[k], m, row[m]) for k, m in itertools.combinations(axes, 2)}
+    return rows
 
 
 def parameters(

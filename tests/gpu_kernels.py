@@ -30,7 +30,7 @@ PTXSIM = ROOT.parent / "shared" / "ptxsim"
 if PTXSIM.is_dir():
     sys.path.append(str(PTXSIM))
     import ptxsim
-needs_ptxsim = pytest.mark.skipif(not PTXSIM.is_dir(), reason="needs ../shared/ptxsim")
+needs_ptxsim = pytest.mark.emulator
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 FORMATS = {F32: 0, BF16: 2, F16: 3, I8: 4}  # of csrc/formats.h
