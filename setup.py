@@ -7,6 +7,7 @@ in fused_adamw/build.py, the rest of the metadata in pyproject.toml.
 """
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,10 +37,17 @@ def without(reason: str) -> None:
 
 
 class Python(build_py):
-    """Puts the reason for a missing extension into the package, and nothing of an earlier build."""
+    """Puts the C++ sources, the Triton kernels and the reason for a missing extension into the package.
+
+    In a checkout and an editable install they stay beside it. The bare name triton_kernels belongs to another project.
+    """
 
     def run(self) -> None:
         super().run()
+        for name in () if self.editable_mode else ("csrc", "triton_kernels"):
+            to = Path(self.build_lib, "fused_adamw", name)
+            shutil.rmtree(to, ignore_errors=True)
+            shutil.copytree(ROOT / name, to, ignore=shutil.ignore_patterns("__pycache__"))
         for stale in Path(self.build_lib, "fused_adamw").glob("_C.*"):
             stale.unlink()
         if missing:

@@ -19,7 +19,7 @@ __all__ = [
     "param_groups",
 ]
 
-# Where a checkout was copied without its links, triton_kernels lies beside the package alone.
+# In a checkout triton_kernels lies beside the package; an installation has it inside.
 _package = _Path(__file__).resolve().parent
 if not (_package / "triton_kernels").is_dir() and (_package.parent / "triton_kernels" / "multi_tensor.py").is_file():
     __path__.append(str(_package.parent))

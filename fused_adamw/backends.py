@@ -10,6 +10,7 @@ import platform
 import sys
 from collections.abc import Callable, Hashable, Set
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,7 +35,7 @@ def _load_native() -> tuple[ModuleType | None, str]:
         return None, why
     try:
         spec = importlib.util.spec_from_file_location("fused_adamw._C", path)
-        assert spec is not None and spec.loader is not None  # by the suffix of the file
+        assert spec is not None and spec.loader is not None, "the name ends as those of extensions do"
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
@@ -212,7 +213,7 @@ def _cuda_missing() -> str:
     if not hasattr(module, "CudaKernels"):
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
-        why = build.record_of(module.__file__).get("without_cuda") or "FUSED_ADAMW_CUDA=0"
+        why = build.record_of(Path(str(module.__file__))).get("without_cuda") or "FUSED_ADAMW_CUDA=0"
         return (
             f"the extension was built without its CUDA part ({why}); build it, where nvcc is, with: "
             f"FUSED_ADAMW_CUDA=1 {build.COMMAND} --force"
@@ -288,7 +289,7 @@ def capabilities() -> dict[str, Any]:
     module = native()
     extension = None
     if module:
-        record = build.record_of(module.__file__)
+        record = build.record_of(Path(str(module.__file__)))
         extension = {"path": module.__file__, "torch": record["torch"], "instruction_sets": list(module.cpu_isas())}
     backends = {}
     for backend in BACKENDS:

@@ -6,7 +6,6 @@ record of what it was built for; where a build failed, a file says why.
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -93,7 +92,7 @@ def hidden() -> Iterator[Path]:
             yield folder.resolve()
 
 
-def record_of(extension: Path | str | None) -> dict[str, Any]:
+def record_of(extension: Path) -> dict[str, Any]:
     """Return what an extension was built for, and why it has no CUDA part; nothing known gives nothing."""
     try:
         return json.loads(Path(f"{extension}.json").read_text("utf-8"))
@@ -184,14 +183,13 @@ def cuda_architectures(torch: Any, nvcc: Path) -> list[str]:
     if torch.version.cuda is None:
         raise CannotBuild(f"torch {torch.__version__} is built without CUDA")
     try:
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        found = re.findall(r"release (\d+)\.\d+", run([nvcc, "--version"]).stdout)[0]
-        known = run([nvcc, "--list-gpu-code"]).stdout
+        text, known = (subprocess.check_output([nvcc, option], text=True) for option in ("--version", "--list-gpu-code"))
     except (OSError, subprocess.CalledProcessError) as error:
         raise CannotBuild(f"nvcc does not run ({error}); install the CUDA toolkit, or set CUDA_HOME") from error
-    if found != torch.version.cuda.split(".")[0]:
+    found = re.search(r"release (\d+)\.\d+", text)
+    if found is None or found[1] != torch.version.cuda.split(".")[0]:
         raise CannotBuild(
-            f"{nvcc} is of CUDA {found}, torch {torch.__version__} of CUDA {torch.version.cuda}: "
+            f"{nvcc} is of CUDA {found and found[1]}, torch {torch.__version__} of CUDA {torch.version.cuda}: "
             "set CUDA_HOME to a toolkit of torch's version"
         )
     wanted = [a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}\n" in known]

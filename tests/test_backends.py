@@ -113,6 +113,8 @@ def test_the_kernels_of_triton_are_installed_inside_the_package():
 def package(folder, *extensions):
     """A copy of the package as a wheel would install it, with these extensions and their records."""
     shutil.copytree(ROOT / "fused_adamw", folder / "fused_adamw", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    shutil.copytree(ROOT / "csrc", folder / "fused_adamw" / "csrc")
+    shutil.copytree(ROOT / "triton_kernels", folder / "fused_adamw" / "triton_kernels", dirs_exist_ok=True)
     for extension in extensions:
         for suffix in ("", ".json"):
             shutil.copy(f"{extension}{suffix}", folder / "fused_adamw" / f"{build.FILE}{suffix}")

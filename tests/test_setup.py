@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 def checkout(tmp_path):
     """A copy of what a wheel is made of, without an extension."""
     for folder in ("csrc", "fused_adamw", "triton_kernels"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, True, shutil.ignore_patterns("_C*", "__pycache__"))
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
