@@ -183,9 +183,8 @@ def cuda_architectures(torch: Any, nvcc: Path) -> list[str]:
     if torch.version.cuda is None:
         raise CannotBuild(f"torch {torch.__version__} is built without CUDA")
     try:
-        text, known = (
-            subprocess.check_output([nvcc, option], text=True) for option in ("--version", "--list-gpu-code")
-        )
+        text = subprocess.check_output([nvcc, "--version"], text=True)
+        known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise CannotBuild(f"nvcc does not run ({error}); install the CUDA toolkit, or set CUDA_HOME") from error
     found = re.search(r"release (\d+)\.\d+", text)
