@@ -3,6 +3,7 @@
 from pathlib import Path as _Path
 
 from fused_adamw._version import __version__
+from fused_adamw.backends import capabilities
 from fused_adamw.optimizers import SGD, SGDW, Adam, AdamW
 from fused_adamw.schedules import CosineWarmRestarts, normalized_weight_decay, param_groups
 
@@ -13,11 +14,12 @@ __all__ = [
     "AdamW",
     "CosineWarmRestarts",
     "__version__",
+    "capabilities",
     "normalized_weight_decay",
     "param_groups",
 ]
 
-# Where a checkout was copied without its links, triton_kernels lies beside the package alone.
+# In a checkout triton_kernels lies beside the package; an installation has it inside.
 _package = _Path(__file__).resolve().parent
 if not (_package / "triton_kernels").is_dir() and (_package.parent / "triton_kernels" / "multi_tensor.py").is_file():
     __path__.append(str(_package.parent))

@@ -6,31 +6,40 @@ A backend is one function, ``prepare(watch, rows, groups) -> Launch``, and one l
 import functools
 import importlib.util
 import os
+import platform
+import sys
 from collections.abc import Callable, Hashable, Set
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from fused_adamw import gpu, reference
+from fused_adamw import build, gpu, reference
+from fused_adamw._version import __version__
 from fused_adamw.contract import Launch, Row, Variant, Watch
 from fused_adamw.formats import _warn_once
 from fused_adamw.scalars import HYPER
 
-BUILD = (
-    "pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout; needs a C++ compiler, and ninja)"
-)
+if why := build.too_old(torch.__version__):
+    raise ImportError(f"fused_adamw cannot run: {why}")
 
 
 @functools.cache
 def _load_native() -> tuple[ModuleType | None, str]:
+    path, why = build.find(torch.__version__)
+    if path is None:
+        return None, why
     try:
-        return importlib.import_module("fused_adamw._C"), ""
-    except ModuleNotFoundError:
-        return None, f"the extension fused_adamw._C was not built; build it with: {BUILD}"
-    except ImportError as error:  # built against another torch
-        return None, f"the extension fused_adamw._C does not load ({error}); build it anew with: {BUILD}"
+        spec = importlib.util.spec_from_file_location("fused_adamw._C", path)
+        assert spec is not None and spec.loader is not None, "the name ends as those of extensions do"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        return None, f"{path} does not load ({error}); build it anew with: {build.COMMAND} --force"
+    sys.modules["fused_adamw._C"] = module
+    return module, ""
 
 
 def native() -> ModuleType | None:
@@ -147,8 +156,10 @@ def _cuda_missing() -> str:
     if not hasattr(module, "CudaKernels"):
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
+        why = build.record_of(Path(str(module.__file__))).get("without_cuda") or "FUSED_ADAMW_CUDA=0"
         return (
-            f"the extension was built without its CUDA part; build it, where nvcc is, with: FUSED_ADAMW_CUDA=1 {BUILD}"
+            f"the extension was built without its CUDA part ({why}); build it, where nvcc is, with: "
+            f"FUSED_ADAMW_CUDA=1 {build.COMMAND} --force"
         )
     return "" if torch.cuda.is_available() else "it is built, but there is no CUDA device"
 
@@ -209,3 +220,33 @@ def pick(
             )
         return backend
     raise RuntimeError(f"no backend can step {device.type} tensors: {'; '.join(reasons)}")
+
+
+def capabilities() -> dict[str, Any]:
+    """Return what can run here, as JSON could hold it: what ``python -m fused_adamw`` prints.
+
+    ``backends`` gives each one's device types, [] for any, and the reason why it cannot run, "" where it can; ``steps``
+    the backend that steps each kind of tensor; ``extension`` the file of the native extension, what it was built for
+    and its instruction sets, the last of which is used, or None.
+    """
+    module = native()
+    extension = None
+    if module:
+        record = build.record_of(Path(str(module.__file__)))
+        extension = {"path": module.__file__, "torch": record["torch"], "instruction_sets": list(module.cpu_isas())}
+    backends = {}
+    for backend in BACKENDS:
+        reason = backend.missing()
+        if not reason and backend.devices == ("cuda",) and not torch.cuda.is_available():
+            reason = "there is no CUDA device"
+        backends[backend.name] = {"devices": list(backend.devices), "reason": reason}
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        "fused_adamw": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "extension": extension,
+        "backends": backends,
+        "steps": {d: next(b.name for b in BACKENDS if not b.refuses(torch.device(d), set(), False)) for d in devices},
+    }

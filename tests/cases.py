@@ -192,9 +192,16 @@ def set_gradients(params: Iterable[Tensor], step: int, dtype: torch.dtype | None
     generator = torch.Generator().manual_seed(1000 + step)
     for i, p in enumerate(params):
         g = torch.randn(p.shape, generator=generator) * 10.0 ** (-(i % 4))
-        if dtype is not None:
-            p.grad_dtype = dtype
-        p.grad = g.to(p.device, dtype or p.dtype)
+        set_gradient(p, g.to(p.device, dtype or p.dtype))
+
+
+def set_gradient(p: Tensor, g: Tensor) -> None:
+    """Make g, of any dtype, the gradient of p; torch 2.8 and 2.9 take another dtype than p's only in this way."""
+    if hasattr(p, "grad_dtype"):
+        p.grad_dtype, p.grad = g.dtype, g
+    else:
+        p.grad = torch.zeros_like(p)
+        p.grad.data = g
 
 
 def make(name: str, params: Any, options: dict[str, Any], **ours: Any) -> torch.optim.Optimizer:

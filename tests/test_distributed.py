@@ -673,12 +673,12 @@ def test_killed_rank_leaves_the_checkpoint_before_it(when, tmp_path):
 def check_example(folder, steps, every):
     from argparse import Namespace
 
-    from bench import demo
+    from bench import gpt
     from examples import train_fsdp
 
     own = Namespace(steps=steps, every=every, checkpoints=Path(folder), seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "CHARACTERS", 100_000)
+        patch.setattr(gpt, "CHARACTERS", 100_000)
         return train_fsdp.train(own, torch.device("cpu"))
 
 

@@ -98,8 +98,7 @@ def stored(values, options, target):
     """What is stored of these float32 in bfloat16 parameters, with random bits of step 1 for parameter 1."""
     filler, p = cases.parameters([(3,)], BF16, target.device)[0], torch.zeros(len(values), dtype=BF16)
     p = torch.nn.Parameter(p.to(target.device))
-    p.grad_dtype = F32
-    p.grad = values.to(target.device)
+    cases.set_gradient(p, values.to(target.device))
     optimizer = cases.make("SGD", [filler, p], {"lr": 1.0, "maximize": True, **options}, backend=target.backend)
     optimizer.step()
     return optimizer, p

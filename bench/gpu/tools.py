@@ -25,22 +25,14 @@ HAS_CUDA = "import sys; from fused_adamw import backends; sys.exit(not hasattr(b
 
 
 def build(record: Record) -> None:
-    """Build the extension with its CUDA part into the checkout, unless it is there.
-
-    Nothing is installed, and pyproject.toml is not read, which asks for a newer setuptools than may be there.
-    """
+    """Build the extension with its CUDA part into the checkout, unless it is there; nothing is installed."""
     if subprocess.run([sys.executable, "-c", HAS_CUDA], cwd=ROOT).returncode == 0:
         print("the extension is built")
         return
     major, minor = torch.cuda.get_device_capability()
     environment = {"FUSED_ADAMW_CPU": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}+PTX", **os.environ}
-    folder = ROOT / "build" / "gpu"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    shutil.copy(ROOT / "setup.py", folder)
-    (folder / "csrc").symlink_to(ROOT / "csrc")
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(ROOT)]
-    subprocess.run(command, cwd=folder, env=environment, check=True)
+    command = [sys.executable, "-m", "fused_adamw", "build", "--force"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     if subprocess.run([sys.executable, "-c", HAS_CUDA], cwd=ROOT).returncode:
         record.note("built without the CUDA part: see logs/build.log")
         raise SystemExit(1)
