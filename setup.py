@@ -89,8 +89,8 @@ def extensions() -> dict:
         flags = ["/O2", "/fp:precise"]
     arguments = {
         "name": "fused_adamw._C",
-        "sources": ["csrc/bindings.cpp", "csrc/step_cpu.cpp", "csrc/norm_cpu.cpp", "csrc/stream_cpu.cpp"],
-        "depends": ["csrc/rules.h", "csrc/formats.h", "csrc/scalars.h", "csrc/step.h", "csrc/stream.h"],
+        "sources": ["csrc/bindings.cpp", "csrc/step_cpu.cpp", "csrc/norm_cpu.cpp"],
+        "depends": [str(header) for header in sorted(Path("csrc").glob("*.h"))],
         "extra_link_args": ["-fopenmp"] if "-fopenmp" in flags and sys.platform == "linux" else [],
     }
     cpu = cpp_extension.CppExtension(**arguments, extra_compile_args={"cxx": flags})
