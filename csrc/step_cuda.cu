@@ -1,5 +1,6 @@
 // The CUDA backend: one kernel runs over all chunks and applies the rule to every element. It includes no
-// header of torch, so nvcc compiles it in seconds; it needs -fmad=false.
+// header of torch, so nvcc compiles it in seconds; it needs -fmad=false. The kernels and the choice among
+// them stay in one file, because the choice is what instantiates the templates.
 #include <cuda_runtime_api.h>
 
 #include <type_traits>
