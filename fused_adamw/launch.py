@@ -33,7 +33,7 @@ class Kernels(Protocol):
     """The compiled kernels of a bucket, launched on the current device and stream."""
 
     def step(self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor) -> None:
-        """Step every element; ``chunk`` is the number of elements of a chunk, a multiple of 8.
+        """Step every element; ``chunk`` is the number of elements of a chunk, a multiple of 128.
 
         Gradients are multiplied by ``factor``, float32 of one element; where that is negative nothing is done.
         """
