@@ -47,13 +47,13 @@ gpu:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/* bench/csrc/*
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* bench/csrc/*
 
 # Builds the extension with its CUDA part, from a copy of the tree, in an environment of its own; needs nvcc, no GPU.
 cuda-check:

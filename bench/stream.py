@@ -1,7 +1,13 @@
 """The ceiling: arrays of the dtypes that a step touches, read and written once, with next to nothing computed."""
 
+import ctypes
+import functools
+import os
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,6 +15,8 @@ import torch
 from bench.arms import SHORT
 from bench.timing import last_level_cache
 from fused_adamw import backends
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LARGEST = 1 << 26  # elements an array: 1.9 GB in all for float32 AdamW
 LENGTH = 4096  # what lengths are multiples of: blocks of the CPU's stream, and of the GPU's
@@ -62,17 +70,14 @@ class Stream(NamedTuple):
 def stream(shape: Shape, elements: int, device: torch.device, cold: bool = True) -> Stream:
     """A stream of this shape, of about as many elements; of more where they would fit in the caches.
 
-    Raises RuntimeError where there is nothing to run it: the extension on the CPU, Triton on a GPU.
+    Raises RuntimeError where there is nothing to run it: a C++ compiler on the CPU, Triton on a GPU.
     """
     if cold:
         elements = max(elements, 4 * last_level_cache(device) // shape.bytes)
     elements = max(1, min(elements, LARGEST) // LENGTH) * LENGTH
     written, read = ([random(elements, d, device) for d in part] for part in shape[:2])
     if device.type == "cpu":
-        if backends.native() is None:
-            raise RuntimeError(backends.BACKENDS[0].missing())
-        run = backends.native().stream
-        return Stream(lambda: run([*written, *read], len(written)), elements * shape.bytes)
+        return Stream(cpu_stream([*written, *read], len(written)), elements * shape.bytes)
     if why := backends.named("triton").missing():
         raise RuntimeError(why)
     from bench.stream_triton import block_of, stream_kernel
@@ -86,6 +91,50 @@ def random(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
     """Return data as memory sees it in training: zeros are faster, since less of what they cross toggles."""
     empty = torch.empty(elements, dtype=dtype, device=device)
     return empty.normal_() if dtype.is_floating_point else empty.random_(-120, 120)
+
+
+def cpu_stream(arrays: list[torch.Tensor], written: int) -> Callable[[], object]:
+    """Return a call that reads CPU tensors once, side by side, and writes the first ``written`` of them."""
+    elements = arrays[0].numel()
+    if any(t.device.type != "cpu" or not t.is_contiguous() or t.numel() != elements for t in arrays) or elements % 128:
+        raise ValueError("stream takes contiguous CPU tensors of one length, a multiple of 128")
+    if len(arrays) > 8:
+        raise ValueError(f"stream takes up to 8 tensors, not {len(arrays)}")
+    if not 0 < written <= len(arrays):
+        raise ValueError(f"stream writes 1 to {len(arrays)} tensors, not {written}")
+    addresses = (ctypes.c_void_p * len(arrays))(*(t.data_ptr() for t in arrays))
+    widths = (ctypes.c_int64 * len(arrays))(*(t.element_size() for t in arrays))
+    run, blocks = _library().stream_cpu, ctypes.c_int64(elements // 128)
+    return lambda: run(addresses, widths, len(arrays), written, blocks)  # holds the arrays, too
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Build bench/csrc/stream_cpu.cpp into build/bench of the checkout, where it is not built yet, and load it."""
+    from torch.utils import cpp_extension
+
+    folder, name = ROOT / "build" / "bench", "bench_stream"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.glob(f"{name}.*")):
+        print("bench: compiling bench/csrc/stream_cpu.cpp, once", file=sys.stderr, flush=True)
+    flags = ["/O2"] if sys.platform == "win32" else ["-O3"]
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    if shutil.which("ninja") is None:  # pip puts it beside an interpreter that need not be in the PATH
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    try:
+        path = cpp_extension.load(
+            name,
+            [str(ROOT / "bench" / "csrc" / "stream_cpu.cpp")],
+            extra_cflags=flags + openmp,
+            extra_ldflags=openmp,
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"bench/csrc/stream_cpu.cpp cannot be built, which takes a C++ compiler and ninja: {error}"
+        ) from error
+    return ctypes.CDLL(path)
 
 
 def copy(elements: int, device: torch.device, cold: bool = True) -> Stream:

@@ -1,6 +1,6 @@
 // How a value is stored: every format is read into the compute type and written back with one rounding, to
-// nearest even unless told otherwise. The rules never see a storage type. fused_adamw/formats.py is the same
-// in Python, and tells why.
+// nearest even unless said otherwise. The rules never see a storage type. fused_adamw/formats.py does the
+// same in Python and gives the reasons.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@
 namespace fused_adamw {
 
 enum class Format : uint8_t { f32, f64, bf16, f16, i8 };
-// What holds the digits of a 16-bit parameter that its own format has no room for: nothing; a compensation in
-// the parameter's format; the low half of a float32; a float32.
+// A master holds the digits of a 16-bit parameter that its own format has no room for: as a compensation in
+// the parameter's format (kahan), as the low half of a float32 (split16), or as a float32 (fp32).
 enum class Master : uint8_t { none, kahan, split16, fp32 };
 
 struct BFloat16 {
@@ -38,11 +38,10 @@ FUSED_HD float load(float x) { return x; }
 FUSED_HD double load(double x) { return x; }
 FUSED_HD float load(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
-// On a GPU the 16-bit formats are converted by its own instructions; they round the same, but every NaN
-// becomes 0x7fff.
+// A GPU converts the 16-bit formats by its own instructions. They round alike, but store every NaN as 0x7fff.
 
-// Branch-free, so that it vectorises without F16C, and without subnormal operands, which a caller's
-// torch.set_flush_denormal(True) would take for 0.
+// Free of branches, so that it vectorises without F16C. Free of subnormal operands, because the processor
+// takes them for 0 after a caller's torch.set_flush_denormal(True).
 FUSED_HD float load(Float16 x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
@@ -76,8 +75,8 @@ FUSED_HD void store(float x, Float16& to) {
 #else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 the result is subnormal: adding 0.5 puts its last bit at the last bit of the sum, so
-  // that the addition itself rounds to nearest even.
+  // Below 2^-14 the result is subnormal. Adding 0.5 puts its last bit at the last bit of the sum, so the
+  // addition itself rounds to nearest even.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   uint32_t rounded = magnitude < 0x38800000u ? subnormal : normal;
@@ -87,8 +86,19 @@ FUSED_HD void store(float x, Float16& to) {
 #endif
 }
 
-// ---- Stochastic rounding: bits of a counter-based generator, so that they depend on nothing but the
-// element.
+// ---- Stochastic rounding. Its bits come from a counter-based generator: they depend on the element and the
+// step alone.
+
+// The streams of a row that are rounded stochastically where the row asks for it, as bits. Every backend in
+// C++ decides it here.
+enum RandomStream : unsigned { RANDOM_PARAM = 1, RANDOM_FIRST_MOMENT = 2, RANDOM_SECOND_MOMENT = 4 };
+constexpr unsigned random_streams(Format param, Master master, bool first_moment, bool second_moment,
+                                  Format state) {
+  const bool codes = state == Format::i8, bf16 = state == Format::bf16;
+  return (param == Format::bf16 && master == Master::none ? RANDOM_PARAM : 0u) |
+         (first_moment && codes ? RANDOM_FIRST_MOMENT : 0u) |
+         (second_moment && (codes || bf16) ? RANDOM_SECOND_MOMENT : 0u);
+}
 
 struct Words {
   uint32_t x[4];
@@ -110,27 +120,29 @@ FUSED_HD Words philox(uint64_t seed, uint64_t group, uint32_t step, uint32_t ind
   return {{c0, c1, c2, c3}};
 }
 
-// The halves of an element's word; and 16 bits more, of which any given half tells nothing.
+// The parameter and the second moment draw by the halves of an element's word. The first moment draws by 16
+// bits that are independent of either half.
 FUSED_HD uint32_t for_parameter(uint32_t word) { return word >> 16; }
 FUSED_HD uint32_t for_second_moment(uint32_t word) { return word & 0xffffu; }
 FUSED_HD uint32_t for_first_moment(uint32_t word) { return word * 0x9e3779b9u >> 16; }
 
-// Up with the probability of the digits that are cut off, given 16 random bits; an infinity has none.
+// Rounds up with the probability that the cut digits make, given 16 random bits. An infinity has no such
+// digits.
 FUSED_HD void store_stochastic(float x, BFloat16& to, uint32_t random) {
   to.bits = uint16_t(x != x ? 0x7fc0u : (bit_cast<uint32_t>(x) + random) >> 16);
 }
 
-// ---- Masters: a 16-bit parameter and its extra stream are one value of more digits.
+// ---- Masters: a 16-bit parameter and its extra stream hold one value of more digits.
 
-// To nearest, ties away from zero: of all values that round to one bf16, the low halves are then distinct.
+// Rounds to nearest, ties away from zero: all values that round to one bf16 then differ in their low halves.
 FUSED_HD uint32_t rounded_away(float x) { return x != x ? 0x7fc0u : (bit_cast<uint32_t>(x) + 0x8000u) >> 16; }
 
 template <class P> FUSED_HD bool same(P a, P b) { return a.bits == b.bits; }
 
 template <Master kMaster> struct Mastered;
 
-// Kahan: parameter + compensation. A compensation beyond an ulp of the parameter is that of another value,
-// which was overwritten, and counts for nothing.
+// Kahan: the value is parameter + compensation. A compensation beyond an ulp of the parameter belongs to a
+// value that was overwritten, and is ignored.
 template <> struct Mastered<Master::kahan> {
   template <class P> using Extra = P;
 
@@ -146,8 +158,9 @@ template <> struct Mastered<Master::kahan> {
   }
 };
 
-// The low half of a float32 whose high half is the parameter, as what rounding added or took away. What does
-// not round to the parameter (a negative one beside a 0) is that of another value, which was overwritten.
+// The low half of a float32 whose high half, rounded, is the parameter. Two halves that do not round to the
+// parameter (such as a negative low half beside a 0) belong to a value that was overwritten: the parameter
+// counts alone.
 template <> struct Mastered<Master::split16> {
   template <class P> using Extra = int16_t;
 
@@ -161,7 +174,8 @@ template <> struct Mastered<Master::split16> {
   }
 };
 
-// A float32, taken for as long as it rounds to the parameter: one that was overwritten is taken itself.
+// A float32, which counts for as long as it rounds to the parameter. A parameter that was overwritten counts
+// alone.
 template <> struct Mastered<Master::fp32> {
   template <class P> using Extra = float;
 
@@ -178,26 +192,27 @@ template <> struct Mastered<Master::fp32> {
   }
 };
 
-// ---- int8: blocks of elements that follow one another share a float32, the largest finite magnitude among
-// them (0 for a subnormal one, whose reciprocal would overflow).
+// ---- int8: every block of consecutive elements shares a float32 scale, the largest finite magnitude in the
+// block. A subnormal scale, whose reciprocal would overflow, is stored as 0.
 
 constexpr int kQuantBlock = 128;
 
 FUSED_HD uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
 constexpr uint32_t kLeastNormal = 0x00800000u, kInfinite = 0x7f800000u;
-// What a value adds to the scale of its block: infinities and NaN nothing. Compared as integers.
+// The bits of a magnitude that can be the scale of its block. Infinities, NaN and subnormals cannot, and
+// count as 0. Magnitudes are compared as integers.
 FUSED_HD uint32_t scale_bits(float x) {
   const uint32_t bits = magnitude_bits(x);
   return bits < kLeastNormal || bits >= kInfinite ? 0u : bits;
 }
-// What the magnitudes of a block are multiplied by.
+// The factor that brings the magnitudes of a block to [0, 1].
 FUSED_HD float inverse(float scale) { return scale == 0 ? 0.0f : 1.0f / scale; }
 
-// A first moment, signed: code c is sign(c) * (c / 127)^2 of the scale, -128 is NaN.
-struct First {
+// A first moment is signed: code c means sign(c) * (c / 127)^2 times the scale, and -128 means NaN.
+struct FirstMoment {
   static constexpr uint8_t kNaN = 0x80;
 
-  FUSED_HD static float unit(float scale) { return scale / 16129.0f; }  // what decode() multiplies by
+  FUSED_HD static float unit(float scale) { return scale / 16129.0f; }  // decode() multiplies by it
   FUSED_HD static float decode_number(uint8_t code, float unit) {
     const int32_t c = int8_t(code);
     return float(c * (c < 0 ? -c : c)) * unit;
@@ -207,7 +222,8 @@ struct First {
     // The last bits of a sum with 2^23 are the nearest whole number, to even.
     int32_t c = int32_t(bit_cast<uint32_t>(root + 8388608.0f) & 0xffu);
     if constexpr (kRandom) {
-      // Up by the place of the value, not of the root, between those of two codes: the mean is to be right.
+      // Rounds up by where the value, not its root, lies between the values of two codes: only then is the
+      // mean right.
       c = int32_t(root);
       const float below = float(c), drawn = (float(for_first_moment(word)) + 0.5f) * 0x1p-16f;
       c += ratio * 16129.0f - below * below > drawn * (below + below + 1.0f) && c < 127;
@@ -216,10 +232,10 @@ struct First {
   }
 };
 
-// A second moment, on a logarithmic scale: code c > 0 is the float32 of 3 digits with the bits (c + 762) <<
-// 20, of the scale: 8 steps an octave from 2^-31.7 to 1. Only 0 is 0, so that no denominator vanishes; 255 is
-// NaN.
-struct Second {
+// A second moment is logarithmic: code c > 0 means the float32 with the bits (c + 762) << 20, which has 3
+// digits, times the scale. That is 8 steps an octave from 2^-31.7 to 1. Code 0 means 0 and stands for 0
+// alone, so that no denominator vanishes; 255 means NaN.
+struct SecondMoment {
   static constexpr uint8_t kNaN = 0xff;
 
   FUSED_HD static float unit(float scale) { return scale; }
@@ -227,7 +243,7 @@ struct Second {
     const float x = bit_cast<float>((code + 762u) << 20) * unit;
     return code == 0 ? 0.0f : x;
   }
-  // 20 bits are cut off, and as many added to them first.
+  // encode_number() cuts 20 bits off. This is what it adds before: half a step, or 20 random bits.
   FUSED_HD static uint32_t added(bool random, uint32_t word) {
     return random ? for_second_moment(word) << 4 | 8u : 0x80000u;
   }
@@ -243,7 +259,7 @@ struct Second {
 template <class Q> FUSED_HD float decode(uint8_t code, float unit) {
   return code == Q::kNaN ? bit_cast<float>(0x7fc00000u) : Q::decode_number(code, unit);
 }
-// `word` is that of the element, for stochastic rounding.
+// Stochastic rounding draws by the element's `word`.
 template <class Q, bool kRandom> FUSED_HD uint8_t encode(float x, float inverse, uint32_t word) {
   return magnitude_bits(x) >= kInfinite ? Q::kNaN : Q::template encode_number<kRandom>(x, inverse, word);
 }

@@ -1,8 +1,8 @@
 // The update rules, once for C++: the CPU kernels run them on vectors, the CUDA kernel on registers.
 //
-// Every backend performs exactly these roundings in this order (fused_adamw/reference.py tells why), so
-// the bits agree: `fma` rounds once, every other operation rounds once, to nearest even, and the
-// compiler may not contract or reorder (-ffp-contract=off, -fmad=false).
+// Every backend performs exactly these roundings in this order, so the bits agree (fused_adamw/reference.py
+// tells why): `fma` rounds once, every other operation rounds once, to nearest even, and the compiler may not
+// contract or reorder them (-ffp-contract=off, -fmad=false).
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 #if defined(__CUDACC__)
 #define FUSED_HD __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
-// always_inline, so that the code is compiled for the instruction set of the function around it.
+// always_inline: the code must be compiled for the instruction set of the function that it is inlined into.
 #define FUSED_HD inline __attribute__((always_inline))
 #else
 #define FUSED_HD inline
@@ -18,22 +18,38 @@
 
 namespace fused_adamw {
 
-constexpr int kRuleScalars = 8;  // of a rule, the same number for every rule
-constexpr int kGradFactor = 2;   // the column in which every rule has it
-constexpr int kStep = 8;         // the column of the number of the step, which stochastic rounding draws by
-constexpr int kScalars = 9;      // width of a scalar row
-constexpr int kMaxStates = 3;    // exp_avg, exp_avg_sq, max_exp_avg_sq
+// The columns of a row of scalars, in the order of the fields of Adam::Scalars and Sgd::Scalars; after them
+// the number of the step, which stochastic rounding draws its random bits by.
+enum Scalar {
+  SCALAR_DECAY,
+  SCALAR_L2,
+  SCALAR_GRAD_FACTOR,
+  SCALAR_W1,
+  SCALAR_W2,
+  SCALAR_STEP_SIZE,
+  SCALAR_INV_SQRT_BC2,
+  SCALAR_EPS,
+  SCALAR_STEP,
+  SCALARS,  // how many there are
+  SCALAR_MOMENTUM = SCALAR_W1,
+  SCALAR_C1,
+  SCALAR_C2,
+  SCALAR_TAKE_G,
+  SCALAR_TAKE_B,
+};
+constexpr int kRuleScalars = SCALAR_STEP;  // every rule has as many
+constexpr int kMaxStates = 3;              // exp_avg, exp_avg_sq, max_exp_avg_sq
 
 FUSED_HD float fma(float a, float b, float c) { return std::fma(a, b, c); }
 FUSED_HD double fma(double a, double b, double c) { return std::fma(a, b, c); }
 
-// a + w * (b - a), from the nearer end: torch.lerp. `w - 1` is exact where it is used.
+// a + w * (b - a), computed from the nearer end as torch.lerp does. `w - 1` is exact for the w that reach it.
 template <typename T> FUSED_HD T lerp(T a, T b, T w) {
   const bool near_a = w < T(0.5);
   return fma(near_a ? w : w - T(1), b - a, near_a ? a : b);
 }
 
-// What every rule starts with: decoupled decay, then the gradient with its sign and L2 term.
+// The beginning of every rule: the decoupled decay of p, then the gradient with its sign and its L2 term.
 template <typename T> struct Decayed {
   T p, g;
   FUSED_HD Decayed(T decay, T l2, T grad_factor, T p0, T g0)
@@ -43,7 +59,7 @@ template <typename T> struct Decayed {
 // Adam and AdamW: Algorithm 2 of arXiv 1711.05101.
 template <bool kAmsgrad> struct Adam {
   static constexpr int kStates = kAmsgrad ? 3 : 2;
-  static constexpr int kSecondMoment = 1;  // which of the states it is
+  static constexpr int kSecondMoment = 1;  // the index of its state
 
   template <typename T> struct Scalars {
     T decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps;
@@ -55,7 +71,7 @@ template <bool kAmsgrad> struct Adam {
     v = fma(s.w2, x.g * x.g, fma(-s.w2, v, v));
     T second = v;
     if constexpr (kAmsgrad) {
-      vmax = (v > vmax || v != v) ? v : vmax;  // torch.maximum: a NaN on either side stays
+      vmax = (v > vmax || v != v) ? v : vmax;  // as torch.maximum: a NaN on either side stays
       second = vmax;
     }
     const T denom = fma(std::sqrt(second), s.inv_sqrt_bc2, s.eps);
@@ -63,10 +79,10 @@ template <bool kAmsgrad> struct Adam {
   }
 };
 
-// SGD and SGDW: Algorithm 1, and torch's momentum; which of them is a matter of c1, c2, take_g, take_b.
+// SGD and SGDW, with the momentum of Algorithm 1 or of torch: c1, c2, take_g and take_b choose between them.
 template <bool kMomentum> struct Sgd {
   static constexpr int kStates = kMomentum ? 1 : 0;
-  static constexpr int kSecondMoment = -1;
+  static constexpr int kSecondMoment = -1;  // it has none
 
   template <typename T> struct Scalars {
     T decay, l2, grad_factor, momentum, c1, c2, take_g, take_b;

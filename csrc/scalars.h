@@ -1,4 +1,5 @@
-// fused_adamw/scalars.py in C++: hyperparameters of a group and a step count -> a row of scalars, in double.
+// fused_adamw/scalars.py in C++: the hyperparameters of a group and a step count -> a row of scalars, in
+// double.
 #pragma once
 
 #include <cmath>
@@ -7,35 +8,62 @@
 
 namespace fused_adamw {
 
-// lr, base_lr, decoupled decay, l2, grad_factor, then beta1, beta2, eps or momentum, dampening, flags
-// (fused_adamw/launch.py).
-constexpr int kHyper = 8;
+// The columns of a row of hyperparameters, float64 each. scalars.py fills it; the decay is lr / base_lr *
+// decay, so a base_lr of 1 makes it torch's.
+enum Hyper {
+  HYPER_LR,
+  HYPER_BASE_LR,
+  HYPER_DECAY,  // decoupled weight decay
+  HYPER_L2,     // weight decay that is added to the gradient
+  HYPER_SIGN,   // -1 to maximize
+  HYPER_BETA1,
+  HYPER_BETA2,
+  HYPER_EPS,
+  HYPERS,  // how many there are
+  HYPER_MOMENTUM = HYPER_BETA1,
+  HYPER_DAMPENING,
+  HYPER_FLAGS,  // NESTEROV, LR_IN_MOMENTUM
+};
+enum SgdFlag { NESTEROV = 1, LR_IN_MOMENTUM = 2 };
 
-// The row of the `count`-th step, 1 at the first; `power(x, n)` is x to the n-th.
+// Returns the name of a hyperparameter that no step can use, or nullptr: the one check of their ranges in
+// C++. A dampening may be any number, and so may the sign.
+template <bool kAdam> inline const char* out_of_range(const double* hyper) {
+  const auto in = [hyper](Hyper column, double end) { return 0 <= hyper[column] && hyper[column] < end; };
+  if (!in(HYPER_LR, HUGE_VAL)) return "learning rate";
+  if (!(hyper[HYPER_BASE_LR] > 0)) return "base_lr";
+  if (!in(HYPER_DECAY, HUGE_VAL) || !in(HYPER_L2, HUGE_VAL)) return "weight_decay value";
+  if (kAdam && !(in(HYPER_BETA1, 1) && in(HYPER_BETA2, 1))) return "beta parameter";
+  if (kAdam && !in(HYPER_EPS, HUGE_VAL)) return "epsilon value";
+  if (!kAdam && !in(HYPER_MOMENTUM, HUGE_VAL)) return "momentum value";
+  return nullptr;
+}
+
+// Computes the row of the `count`-th step, 1 at the first; `power(x, n)` is x to the n-th.
 template <bool kAdam, typename T, typename Power>
-FUSED_HD void scalars_of(const double* h, double count, const Power& power, T* to) {
-  const double lr = h[0];
-  to[0] = T(lr / h[1] * h[2]);
-  to[1] = T(h[3]);
-  to[2] = T(h[4]);
-  to[kStep] = T(count);
+FUSED_HD void scalars_of(const double* hyper, double count, const Power& power, T* row) {
+  const double lr = hyper[HYPER_LR];
+  row[SCALAR_DECAY] = T(lr / hyper[HYPER_BASE_LR] * hyper[HYPER_DECAY]);
+  row[SCALAR_L2] = T(hyper[HYPER_L2]);
+  row[SCALAR_GRAD_FACTOR] = T(hyper[HYPER_SIGN]);
+  row[SCALAR_STEP] = T(count);
   if constexpr (kAdam) {
-    to[3] = T(1 - h[5]);
-    to[4] = T(1 - h[6]);
-    to[5] = T(lr / (1 - power(h[5], count)));
-    to[6] = T(1 / std::sqrt(1 - power(h[6], count)));
-    to[7] = T(h[7]);
+    row[SCALAR_W1] = T(1 - hyper[HYPER_BETA1]);
+    row[SCALAR_W2] = T(1 - hyper[HYPER_BETA2]);
+    row[SCALAR_STEP_SIZE] = T(lr / (1 - power(hyper[HYPER_BETA1], count)));
+    row[SCALAR_INV_SQRT_BC2] = T(1 / std::sqrt(1 - power(hyper[HYPER_BETA2], count)));
+    row[SCALAR_EPS] = T(hyper[HYPER_EPS]);
   } else {
-    const double momentum = h[5], dampening = h[6];
-    const int flags = int(h[7]);
-    const bool nesterov = flags & 1, lr_in_momentum = flags & 2;
+    const double momentum = hyper[HYPER_MOMENTUM], dampening = hyper[HYPER_DAMPENING];
+    const int flags = int(hyper[HYPER_FLAGS]);
+    const bool nesterov = flags & NESTEROV, lr_in_momentum = flags & LR_IN_MOMENTUM;
     const double into = lr_in_momentum ? lr : 1;
     const bool direct = momentum == 0 || nesterov;
-    to[3] = T(momentum);
-    to[4] = T(into * (count > 1 ? 1 - dampening : 1));
-    to[5] = T(lr_in_momentum ? 1 : lr);
-    to[6] = T(direct ? into : 0);
-    to[7] = T(direct ? momentum : 1);
+    row[SCALAR_MOMENTUM] = T(momentum);
+    row[SCALAR_C1] = T(into * (count > 1 ? 1 - dampening : 1));
+    row[SCALAR_C2] = T(lr_in_momentum ? 1 : lr);
+    row[SCALAR_TAKE_G] = T(direct ? into : 0);
+    row[SCALAR_TAKE_B] = T(direct ? momentum : 1);
   }
 }
 

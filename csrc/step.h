@@ -1,4 +1,4 @@
-// The contract of a launch: rows of addresses in, one step of all of them. No torch header.
+// The contract of a launch: it takes rows of addresses and steps all of them once. No torch header.
 #pragma once
 
 #include <cstdint>
@@ -16,31 +16,35 @@ namespace fused_adamw {
 
 enum class Rule : uint8_t { adam, adam_amsgrad, sgd, sgd_momentum };
 
-// One tensor: all its streams are dense and laid out alike, so that element i of each belongs together.
+constexpr bool is_adam(Rule rule) { return rule == Rule::adam || rule == Rule::adam_amsgrad; }
+
+// One tensor. All its streams are dense and laid out alike: element i of one belongs to element i of the
+// others.
 struct Row {
   void* p;
   const void* g;
   void* state[kMaxStates];
   int64_t numel;
-  int32_t scalars;  // index of the scalar row
+  int32_t scalars;  // index of its row of scalars
   Rule rule;
   Format p_format, g_format, state_format;
   Master master;
-  bool stochastic;  // a bf16 parameter without a master, a bf16 second moment, int8 moments are rounded so
+  bool stochastic;  // random_streams() of formats.h are rounded stochastically
 
-  void* extra;       // of the master
-  float* scales[2];  // of int8 states, one each kQuantBlock elements
-  uint64_t seed;     // of stochastic rounding
-  uint32_t index;    // of the parameter
-  // Element i is number offset + i + i / run * skip of a parameter of which this is a shard.
+  void* extra;       // the stream of the master
+  float* scales[2];  // of int8 states, one for every kQuantBlock elements
+  // Stochastic rounding draws by the seed, the index of the parameter, and the number of an element in the
+  // whole parameter. Of a shard, element i has the number offset + i + i / run * skip.
+  uint64_t seed;
+  uint32_t index;
   int64_t offset, run, skip;
 };
 
-// One step of every row in one parallel region; `scalars` holds rows of kScalars doubles. `isa` is an
-// index into cpu_isas(). The result has the same bits for any isa and any number of threads.
+// Steps every row once, in one parallel region. `scalars` holds rows of SCALARS doubles, `isa` is an index
+// into cpu_isas(). The result has the same bits for any isa and any number of threads.
 void step_cpu(const Row* rows, int64_t n, const double* scalars, int isa);
 
-// The sum of the squares of all gradients; the same bits for any number of threads.
+// Returns the sum of the squares of all gradients, the same bits for any number of threads.
 double sum_squares_cpu(const Row* rows, int64_t n);
 
 // What a compiled CUDA kernel depends on.
@@ -51,31 +55,51 @@ struct Variant {
   bool stochastic;
 };
 
-constexpr int kColumns = 16;  // of the table of rows
+// The columns of the table of rows on a device, int64 each: the fields of a Row that the kernels read.
+enum Column {
+  COL_PARAM,
+  COL_GRAD,
+  COL_STATE,  // the first of kMaxStates
+  COL_NUMEL = COL_STATE + kMaxStates,
+  COL_SCALARS,
+  COL_FLAGS,
+  COL_EXTRA,
+  COL_SCALES,  // the first of two
+  COL_SEED = COL_SCALES + 2,
+  COL_INDEX,
+  COL_OFFSET,
+  COL_RUN,
+  COL_SKIP,
+  COLUMNS,  // how many there are
+};
+// Bits of COL_FLAGS. SHARD_ALIGNED: the numbering of the shard's elements (offset, run, skip) keeps to
+// multiples of 8, or nothing is drawn by it. ALIGNED: SHARD_ALIGNED, and every address is a multiple of 16.
+enum Flag { ALIGNED = 1, SHARD_ALIGNED = 2 };
 
-// CUDA, over tables in device memory (fused_adamw/launch.py tells what is in them), on a stream of the
+// The CUDA functions take tables in device memory, which fused_adamw/launch.py fills, and a stream of the
 // current device. They return cudaGetErrorString of what went wrong, or nullptr.
 struct Tables {
   const int64_t* rows;
-  const int32_t* chunks;
-  int64_t count;  // of chunks
-  int32_t chunk;  // elements of each, a multiple of 8
+  const int32_t* chunks;  // pairs: a row, and the number of the chunk in its tensor
+  int64_t count;          // of chunks
+  int32_t chunk;          // elements of a chunk, a multiple of kQuantBlock: no two chunks share a scale
 };
-// One step of every element, with gradients multiplied by *factor; none if that is negative.
+// Steps every element once, with gradients multiplied by *factor. A negative *factor leaves everything as it
+// is.
 const char* step_cuda(const Variant& variant, const Tables& tables, const float* scalars, const float* factor,
                       void* stream);
-// The sums of the squares of the gradients of each chunk.
+// Writes for each chunk the sum of the squares of its gradients.
 const char* sum_squares_cuda(const Variant& variant, const Tables& tables, double* sums, void* stream);
-// Advance `n` counters at the addresses in `steps`, unless *factor is negative, and compute their rows of
-// scalars.
+// Advances the `n` counters at the addresses in `steps` and computes their rows of scalars from rows of
+// HYPERS hyperparameters. A negative *factor leaves both as they are.
 const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* steps, int64_t n,
                          const float* factor, float* scalars, void* stream);
-// Whether a variant is compiled, as that of a step has to be.
+// Whether a variant is compiled. step_cuda and check_cuda may be called for no other.
 bool has_cuda(const Variant& variant);
-// Whether there is code for the current device.
+// Returns the error of loading the variant's kernel on the current device, or nullptr.
 const char* check_cuda(const Variant& variant);
 
-// Names of the instruction sets this CPU can run, slowest first; nullptr past the last.
+// Names of the instruction sets that this CPU can run, slowest first; a nullptr ends them.
 const char* const* cpu_isas();
 
 }  // namespace fused_adamw

@@ -1,5 +1,6 @@
-// The CUDA backend: one kernel over chunks, the rule per element. Compiled by nvcc alone in seconds, since no
-// header of torch is seen here; -fmad=false.
+// The CUDA backend: one kernel runs over all chunks and applies the rule to every element. It includes no
+// header of torch, so nvcc compiles it in seconds; it needs -fmad=false. The kernels and the choice among
+// them stay in one file, because the choice is what instantiates the templates.
 #include <cuda_runtime_api.h>
 
 #include <type_traits>
@@ -10,16 +11,17 @@
 namespace fused_adamw {
 namespace {
 
-// At least 8 blocks on a multiprocessor: 64 KiB of fp32 Adam's loads in flight, 1.5 times what 8 TB/s at a
-// latency of 0.8 us asks of each of 148. Left to itself ptxas takes 40 registers here and there, and spills.
+// At least 8 blocks on a multiprocessor have 64 KiB of fp32 Adam's loads in flight. That is 1.5 times what 8
+// TB/s at a latency of 0.8 us asks of each of 148 multiprocessors. Without this bound ptxas settles on 40
+// registers in some kernels, and spills.
 constexpr int kThreads = 128;
 constexpr int kBlocks = 8;
-// Codes and words take more than that leaves, and both of them, or words beside amsgrad, still more.
+// int8 or stochastic rounding needs more registers: 6 blocks. Both, or stochastic amsgrad: 5.
 constexpr int blocks_of(bool codes, bool words, bool amsgrad) {
   return !codes && !words ? kBlocks : codes + words + amsgrad == 1 ? 6 : 5;
 }
 
-// kWidth neighbouring elements of a stream, in one access.
+// kWidth neighbouring elements of a stream, which one access moves.
 template <class T, int kWidth> struct alignas(sizeof(T) * kWidth) Vector {
   T x[kWidth];
 };
@@ -28,14 +30,14 @@ template <class T, int kWidth> __device__ __forceinline__ Vector<T, kWidth>& at(
   return *reinterpret_cast<Vector<T, kWidth>*>(base + i);
 }
 
-// Element `base` of the stream whose address is in a column of a row.
+// Returns the address of element `base` of the stream whose address is in a column of a row.
 template <class T> __device__ __forceinline__ T* stream(const int64_t* row, int column, int64_t base) {
   T* pointer = reinterpret_cast<T*>(row[column]) + base;
-  __builtin_assume(__isGlobal(pointer));  // an address read from memory is generic otherwise
+  __builtin_assume(__isGlobal(pointer));  // else an address that was read from memory is generic
   return pointer;
 }
 
-// What of a parameter its own format has no room for; of its own type where there is no master.
+// The type of a master's extra stream; the parameter's own type where there is no master.
 template <Master kMaster, class P> struct ExtraOf {
   using type = typename Mastered<kMaster>::template Extra<P>;
 };
@@ -52,8 +54,8 @@ template <class P, class G, class S, Master kMaster> struct Streams {
   float *scales0, *scales1;
 };
 
-// The elements that a thread has at a time: neighbours, accessed at once, where kWhole, and else every 32nd,
-// those before the end. Either way a warp has 32 * kWidth that follow one another.
+// The elements that a thread steps at a time. Where kWhole, they are neighbours and one access moves them;
+// else they are every 32nd element, up to the end. Either way a warp has 32 * kWidth consecutive elements.
 template <bool kWhole, int kWidth> struct Tile {
   int i, end;
 
@@ -63,7 +65,7 @@ template <bool kWhole, int kWidth> struct Tile {
   }
   __device__ __forceinline__ int element(int k) const { return kWhole ? i + k : i + 32 * k; }
   __device__ __forceinline__ bool has(int k) const { return kWhole || element(k) < end; }
-  // A warp stays together, since it takes the scale of a block.
+  // All threads of a warp go on while one has an element, because they find the scale of a block together.
   __device__ __forceinline__ bool any() const {
     return kWhole || kWidth == 1 ? i < end : i - int(threadIdx.x) % 32 < end;
   }
@@ -87,7 +89,7 @@ template <bool kWhole, int kWidth> struct Tile {
   }
 };
 
-// The words of a chunk's elements, for stochastic rounding.
+// The random words of a chunk's elements.
 struct Random {
   uint64_t seed;
   uint32_t step, index;
@@ -95,12 +97,12 @@ struct Random {
   uint32_t run, begin;
 
   __device__ __forceinline__ Random(const int64_t* row, int64_t base, float count)
-      : seed(row[11]), step(uint32_t(count)), index(uint32_t(row[12])) {
-    const int64_t whole_run = row[14];
-    skip = row[15];
-    first = row[13] + base + base / whole_run * skip;
-    // A run longer than any chunk has one end at most in it, where it stays if the run is shortened: 32 bits
-    // do.
+      : seed(row[COL_SEED]), step(uint32_t(count)), index(uint32_t(row[COL_INDEX])) {
+    const int64_t whole_run = row[COL_RUN];
+    skip = row[COL_SKIP];
+    first = row[COL_OFFSET] + base + base / whole_run * skip;
+    // A run that is longer than any chunk ends at most once within this one. Shortening the run keeps that
+    // end in its place, so 32 bits are enough.
     const int64_t short_run = min(whole_run, int64_t(1) << 30);
     run = uint32_t(short_run);
     begin = uint32_t(short_run - min(whole_run - base % whole_run, short_run));
@@ -111,15 +113,15 @@ struct Random {
 
   template <bool kWhole, int kWidth>
   __device__ __forceinline__ Vector<uint32_t, kWidth> words(const Tile<kWhole, kWidth>& tile) const {
-    constexpr int kEach = kWhole ? 4 : 1;  // words of a counter that are taken
+    constexpr int kEach = kWhole ? 4 : 1;  // words taken of each counter
     Vector<uint32_t, kWidth> to{};
-#pragma unroll 1  // side by side they would spill
+#pragma unroll 1  // unrolled, the kernel spills
     for (int k = 0; k < kWidth; k += kEach) {
-      const int64_t own = number(tile.element(k));
-      Words w = philox(seed, uint64_t(own) >> 2, step, index);
+      const int64_t i = number(tile.element(k));
+      Words w = philox(seed, uint64_t(i) >> 2, step, index);
       if constexpr (!kWhole) {
-        const uint32_t low = own & 1 ? w.x[1] : w.x[0], high = own & 1 ? w.x[3] : w.x[2];
-        w.x[0] = own & 2 ? high : low;
+        const uint32_t low = i & 1 ? w.x[1] : w.x[0], high = i & 1 ? w.x[3] : w.x[2];
+        w.x[0] = i & 2 ? high : low;
       }
 #pragma unroll
       for (int j = 0; j < kWidth; ++j)
@@ -130,6 +132,11 @@ struct Random {
 };
 
 using Code = uint8_t;
+
+template <class T> constexpr Format kFormat = Format::f32;
+template <> constexpr Format kFormat<BFloat16> = Format::bf16;
+template <> constexpr Format kFormat<Float16> = Format::f16;
+template <> constexpr Format kFormat<Code> = Format::i8;
 
 template <class C, class S, bool kWhole, int kWidth> __device__ __forceinline__ Vector<float, kWidth>
 read_moment(const Tile<kWhole, kWidth>& tile, S* from, const float* scales) {
@@ -146,7 +153,7 @@ read_moment(const Tile<kWhole, kWidth>& tile, S* from, const float* scales) {
   return x;
 }
 
-// To nearest, or by the words where there are some.
+// Rounds stochastically, by `words`, where kStochastic; else to nearest.
 template <class C, bool kStochastic, class S, bool kWhole, int kWidth>
 __device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S* to, float* scales,
                                              const Vector<float, kWidth>& x,
@@ -178,30 +185,26 @@ __device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S
   tile.store(to, stored);
 }
 
-// What stochastic rounding stores.
-template <class P, Master kMaster> constexpr bool kRandomP =
-    std::is_same<P, BFloat16>::value && kMaster == Master::none;
-template <class S> constexpr bool kRandomM = std::is_same<S, Code>::value;
-template <class R, class S> constexpr bool kRandomV =
-    kRandomM<S> || (R::kSecondMoment >= 0 && std::is_same<S, BFloat16>::value);
+template <class R, class P, class S, Master kMaster> constexpr unsigned kRandomStreams =
+    random_streams(kFormat<P>, kMaster, R::kStates > 0, R::kSecondMoment >= 0, kFormat<S>);
 
 template <class R, bool kStochastic, bool kWhole, int kWidth, class P, class G, class S, Master kMaster>
 __device__ __forceinline__ void step_span(const typename R::template Scalars<float>& s,
                                           const Streams<P, G, S, kMaster>& to, const Random& random,
                                           int begin, int end) {
-  constexpr bool kWordsP = kStochastic && kRandomP<P, kMaster>, kWordsV = kStochastic && kRandomV<R, S>;
-  using Own = Tile<kWhole, kWidth>;
-  for (Own tile{begin + Own::first(), end}; tile.any(); tile.i += kThreads * kWidth) {
+  constexpr unsigned kRandom = kStochastic ? kRandomStreams<R, P, S, kMaster> : 0;
+  using ThreadTile = Tile<kWhole, kWidth>;
+  for (ThreadTile tile{begin + ThreadTile::first(), end}; tile.any(); tile.i += kThreads * kWidth) {
     Vector<P, kWidth> p = tile.load(to.p);
     const Vector<G, kWidth> g = tile.load(to.g);
     Vector<typename ExtraOf<kMaster, P>::type, kWidth> extra;
     if constexpr (kMaster != Master::none) extra = tile.load(to.extra);
     Vector<float, kWidth> x0{}, x1{}, x2{};
-    if constexpr (R::kStates > 0) x0 = read_moment<First>(tile, to.s0, to.scales0);
-    if constexpr (R::kStates > 1) x1 = read_moment<Second>(tile, to.s1, to.scales1);
-    if constexpr (R::kStates > 2) x2 = read_moment<Second>(tile, to.s2, to.scales1);
+    if constexpr (R::kStates > 0) x0 = read_moment<FirstMoment>(tile, to.s0, to.scales0);
+    if constexpr (R::kStates > 1) x1 = read_moment<SecondMoment>(tile, to.s1, to.scales1);
+    if constexpr (R::kStates > 2) x2 = read_moment<SecondMoment>(tile, to.s2, to.scales1);
     Vector<uint32_t, kWidth> words;
-    if constexpr (kWordsP || kWordsV) words = random.words(tile);
+    if constexpr (kRandom != 0) words = random.words(tile);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       float x;
@@ -212,7 +215,7 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
       x = R::update(s, x, load(g.x[k]), x0.x[k], x1.x[k], x2.x[k]);
       if constexpr (kMaster != Master::none)
         Mastered<kMaster>::write(x, p.x[k], extra.x[k]);
-      else if constexpr (kWordsP)
+      else if constexpr (kRandom & RANDOM_PARAM)
         store_stochastic(x, p.x[k], for_parameter(words.x[k]));
       else
         store(x, p.x[k]);
@@ -220,13 +223,14 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
     tile.store(to.p, p);
     if constexpr (kMaster != Master::none) tile.store(to.extra, extra);
     if constexpr (R::kStates > 0)
-      write_moment<First, kStochastic && kRandomM<S>>(tile, to.s0, to.scales0, x0, words);
-    if constexpr (R::kStates > 1) write_moment<Second, kWordsV>(tile, to.s1, to.scales1, x1, words);
-    if constexpr (R::kStates > 2) write_moment<Second, false>(tile, to.s2, to.scales1, x2, words);
+      write_moment<FirstMoment, (kRandom & RANDOM_FIRST_MOMENT) != 0>(tile, to.s0, to.scales0, x0, words);
+    if constexpr (R::kStates > 1)
+      write_moment<SecondMoment, (kRandom & RANDOM_SECOND_MOMENT) != 0>(tile, to.s1, to.scales1, x1, words);
+    if constexpr (R::kStates > 2) write_moment<SecondMoment, false>(tile, to.s2, to.scales1, x2, words);
   }
 }
 
-// The chunk of a block. Elements are counted with 64 bits up to the chunk, with 32 within it.
+// The chunk that a block steps. Its first element is counted with 64 bits, the elements within it with 32.
 struct Chunk {
   const int64_t* row;
   int64_t base;
@@ -234,13 +238,13 @@ struct Chunk {
 
   __device__ __forceinline__ Chunk(const int64_t* rows, const int32_t* chunks, int chunk) {
     const int32_t* entry = chunks + int64_t(blockIdx.x) * 2;
-    row = rows + int64_t(entry[0]) * kColumns;
+    row = rows + int64_t(entry[0]) * COLUMNS;
     base = int64_t(entry[1]) * chunk;
-    n = int(min(row[5] - base, int64_t(chunk)));
+    n = int(min(row[COL_NUMEL] - base, int64_t(chunk)));
   }
-  // How many of its elements can be accessed by kWidth.
+  // How many of its elements can be accessed kWidth at a time.
   template <int kWidth> __device__ __forceinline__ int whole() const {
-    return row[7] & 1 ? n / kWidth * kWidth : 0;
+    return row[COL_FLAGS] & ALIGNED ? n / kWidth * kWidth : 0;
   }
 };
 
@@ -251,22 +255,22 @@ __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R:
   if (*factor < 0) return;
   const Chunk c(rows, chunks, chunk);
   using Scalars = typename R::template Scalars<float>;
-  const float* own = scalars + c.row[6] * kScalars;
-  Scalars s = *reinterpret_cast<const Scalars*>(own);
+  const float* numbers = scalars + c.row[COL_SCALARS] * SCALARS;
+  Scalars s = *reinterpret_cast<const Scalars*>(numbers);
   s.grad_factor *= *factor;
   using To = Streams<P, G, S, kMaster>;
-  const To to{stream<P>(c.row, 0, c.base),
-              stream<G>(c.row, 1, c.base),
-              stream<S>(c.row, 2, c.base),
-              stream<S>(c.row, 3, c.base),
-              stream<S>(c.row, 4, c.base),
-              stream<typename To::Extra>(c.row, 8, c.base),
-              stream<float>(c.row, 9, c.base / kQuantBlock),
-              stream<float>(c.row, 10, c.base / kQuantBlock)};
-  const Random random(c.row, c.base, own[kStep]);
+  const To to{stream<P>(c.row, COL_PARAM, c.base),
+              stream<G>(c.row, COL_GRAD, c.base),
+              stream<S>(c.row, COL_STATE, c.base),
+              stream<S>(c.row, COL_STATE + 1, c.base),
+              stream<S>(c.row, COL_STATE + 2, c.base),
+              stream<typename To::Extra>(c.row, COL_EXTRA, c.base),
+              stream<float>(c.row, COL_SCALES, c.base / kQuantBlock),
+              stream<float>(c.row, COL_SCALES + 1, c.base / kQuantBlock)};
+  const Random random(c.row, c.base, numbers[SCALAR_STEP]);
   constexpr bool kCodes = sizeof(S) == sizeof(Code);
-  // 16 bytes of the widest stream; 8 elements of 4 bytes would be two accesses at a stride of 32 bytes, and 8
-  // of amsgrad or of a master spill.
+  // A thread accesses 16 bytes of the widest stream at once: 8 elements of 4 bytes would take two accesses at
+  // a stride of 32 bytes. With amsgrad or a master, 8 elements spill.
   constexpr bool kNarrow = sizeof(P) == 2 && sizeof(G) == 2 && sizeof(S) <= 2;
   constexpr int kWidth = kNarrow && R::kStates < 3 && kMaster == Master::none ? 8 : 4;
   const int whole = c.whole<kCodes ? 32 * kWidth : kWidth>();
@@ -274,7 +278,7 @@ __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R:
   step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, c.n);
 }
 
-// In double: a square of a float is exact, and neither overflows nor underflows.
+// In double the square of a float is exact, and neither overflows nor underflows.
 template <int kWidth, class G> __device__ __forceinline__ double square_span(G* g, int begin, int end) {
   double sum = 0;
   for (int i = begin + int(threadIdx.x) * kWidth; i < end; i += kThreads * kWidth) {
@@ -293,7 +297,7 @@ template <class G> __global__ void __launch_bounds__(kThreads)
                   double* __restrict__ sums, int chunk) {
   __shared__ double parts[kThreads];
   const Chunk c(rows, chunks, chunk);
-  G* const g = stream<G>(c.row, 1, c.base);
+  G* const g = stream<G>(c.row, COL_GRAD, c.base);
   constexpr int kWidth = 16 / sizeof(G);
   const int whole = c.whole<kWidth>();
   parts[threadIdx.x] = square_span<kWidth>(g, 0, whole) + square_span<1>(g, whole, c.n);
@@ -304,7 +308,7 @@ template <class G> __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = parts[0];
 }
 
-// x^n for n >= 0, as triton_kernels/multi_tensor.py has it, to the bit.
+// x^n for n >= 0, with the bits of `power` in triton_kernels/multi_tensor.py.
 struct Power {
   FUSED_HD double operator()(double x, double count) const {
     double y = 1;
@@ -314,7 +318,7 @@ struct Power {
   }
 };
 
-// fused_adamw/launch.py tells what is in `hyper`.
+// A thread advances the counter at an address in `steps` and computes its row of scalars.
 template <bool kAdam>
 __global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* __restrict__ steps,
                                const float* __restrict__ factor, float* __restrict__ scalars, int64_t n) {
@@ -324,15 +328,15 @@ __global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* 
   if (*factor < 0) return;
   const float count = *counter + 1;
   *counter = count;
-  scalars_of<kAdam>(hyper + row * kHyper, count, Power(), scalars + row * kScalars);
+  scalars_of<kAdam>(hyper + row * HYPERS, count, Power(), scalars + row * SCALARS);
 }
 
 using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, const float*, int);
 
 template <class R, class P, class G, class S, Master kMaster> StepKernel kernel_of(bool stochastic) {
   if (!stochastic) return step_kernel<R, P, G, S, kMaster, false>;
-  if constexpr (kRandomP<P, kMaster> || kRandomV<R, S>) return step_kernel<R, P, G, S, kMaster, true>;
-  return step_kernel<R, P, G, S, kMaster, false>;  // nothing of it is stored so
+  if constexpr (kRandomStreams<R, P, S, kMaster> != 0) return step_kernel<R, P, G, S, kMaster, true>;
+  return step_kernel<R, P, G, S, kMaster, false>;  // stochastic rounding applies to none of its streams
 }
 
 template <class R, class P, class G, Master kMaster> StepKernel kernel_of(Format state, bool stochastic) {
@@ -357,8 +361,8 @@ template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
     default: return step_kernel<R, P, G, Float16, Master::none, false>;
     }
   }
-  // The other formats for gradients of float32 or of the parameter's own type, and moments of float32,
-  // bfloat16 or int8: half as many kernels again instead of four times as many.
+  // The other formats are compiled for gradients of float32 or of the parameter's type, and for moments of
+  // float32, bfloat16 or int8. That is half as many kernels again; every mix would be four times as many.
   if constexpr (std::is_same<G, float>::value || std::is_same<G, P>::value) {
     if (v.master == Master::none) return kernel_of<R, P, G, Master::none>(v.state, v.stochastic);
     if constexpr (sizeof(P) == 2)
@@ -387,7 +391,7 @@ template <class R> StepKernel kernel_of(const Variant& v) {
   }
 }
 
-// nullptr where there is none.
+// Returns the compiled kernel of a variant, or nullptr.
 StepKernel kernel_of(const Variant& v) {
   switch (v.rule) {
   case Rule::adam: return kernel_of<Adam<false>>(v);
@@ -421,8 +425,7 @@ const char* sum_squares_cuda(const Variant& variant, const Tables& t, double* su
 
 const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* steps, int64_t n,
                          const float* factor, float* scalars, void* stream) {
-  const bool adam = variant.rule == Rule::adam || variant.rule == Rule::adam_amsgrad;
-  const auto kernel = adam ? scalars_kernel<true> : scalars_kernel<false>;
+  const auto kernel = is_adam(variant.rule) ? scalars_kernel<true> : scalars_kernel<false>;
   kernel<<<unsigned((n + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       hyper, steps, factor, scalars, n);
   return text_of(cudaGetLastError());
@@ -434,7 +437,7 @@ const char* check_cuda(const Variant& variant) {
   cudaFuncAttributes attributes;
   const cudaError_t error =
       cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel_of(variant)));
-  cudaGetLastError();  // not to be found by the next who asks
+  cudaGetLastError();  // clears the error, which the next caller would take for its own
   return text_of(error);
 }
 

@@ -26,7 +26,6 @@ from bench.__main__ import main
 from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of
 from bench.formats import Run
 from bench.memory import FORMS
-from fused_adamw import backends
 from tests import cases
 
 ROOT = Path(__file__).parent.parent
@@ -306,7 +305,6 @@ def test_peers_that_fail_are_skipped_and_ours_are_not(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("written", [1, 3, 4])
 def test_stream(dtypes: tuple[str, ...], written: int, one_thread_then_two) -> None:
     """Each line of 64 bytes that is written gains the sum of all lines of its block of 128 elements in all arrays."""
-    native = backends.native()
     blocks = 37
     for _ in one_thread_then_two:
         arrays = [torch.empty(128 * blocks, dtype=getattr(torch, d)) for d in dtypes]
@@ -315,21 +313,33 @@ def test_stream(dtypes: tuple[str, ...], written: int, one_thread_then_two) -> N
             t.copy_(torch.arange(t.numel()).view(t.shape) * (i + 1))
         before = [t.clone() for t in lines]
         total = sum(t.sum(1, keepdim=True) for t in before)
-        native.stream(arrays, written)
+        stream.cpu_stream(arrays, written)()
         for i, (t, was) in enumerate(zip(lines, before, strict=True)):
             assert torch.equal(t, was + total if i < written else was)
 
 
 def test_stream_refuses() -> None:
-    native = backends.native()
     with pytest.raises(ValueError, match="a multiple of 128"):
-        native.stream([torch.zeros(129)], 1)
+        stream.cpu_stream([torch.zeros(129)], 1)
     with pytest.raises(ValueError, match="of one length"):
-        native.stream([torch.zeros(128), torch.zeros(256)], 1)
+        stream.cpu_stream([torch.zeros(128), torch.zeros(256)], 1)
     with pytest.raises(ValueError, match="up to 8 tensors"):
-        native.stream([torch.zeros(128)] * 9, 1)
+        stream.cpu_stream([torch.zeros(128)] * 9, 1)
     with pytest.raises(ValueError, match="writes 1 to 1 tensors"):
-        native.stream([torch.zeros(128)], 2)
+        stream.cpu_stream([torch.zeros(128)], 2)
+
+
+def test_stream_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bench" / "csrc").mkdir(parents=True)
+    (tmp_path / "bench" / "csrc" / "stream_cpu.cpp").write_text("int main() { return 0; }")
+    monkeypatch.setattr(stream, "ROOT", tmp_path)
+    monkeypatch.setenv("CXX", "/no/compiler")
+    stream._library.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"stream_cpu.cpp cannot be built, which takes a C\+\+ compiler"):
+            stream.cpu_stream([torch.zeros(128)], 1)
+    finally:
+        stream._library.cache_clear()
 
 
 @pytest.fixture

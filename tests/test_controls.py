@@ -225,11 +225,14 @@ def test_pairwise_leaves_no_pair_out(sizes):
     assert len(rows) <= 2 * largest * next_largest
 
 
+SOURCES = ("rules.h", "formats.h", "step.h", "loops_cpu.h", "formats_avx2.h", "step_cpu.cpp")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutated_kernel_is_seen(name, tmp_path):
-    source = "".join((CSRC / f).read_text() for f in ("rules.h", "formats.h", "step.h", "step_cpu.cpp"))
+    source = "".join((CSRC / f).read_text() for f in SOURCES)
     source = source.replace("#pragma once", "").replace('#include "', '// #include "') + ENTRY
     if MUTATIONS[name]:
         assert source.count(MUTATIONS[name][0]) == 1

@@ -376,11 +376,10 @@ STALE = {
 }
 
 
-@pytest.mark.parametrize("k", [0, 700, 1199])
+@pytest.mark.parametrize("k", [0, 7, 11])
 @pytest.mark.parametrize("change", STALE)
-def test_a_long_list_is_watched_by_threads_alike(change, k):
-    """From 1000 tensors on."""
-    params = cases.parameters([(2,)] * 1200)
+def test_a_change_is_seen_wherever_it_is_in_the_list(change, k):
+    params = cases.parameters([(2,)] * 12)
     optimizer = cases.make("AdamW", params, {})
     cases.set_gradients(params, 0)
     optimizer.init_state()

@@ -1,0 +1,195 @@
+// Loops of loops_cpu.h by intrinsics of AVX2, where the compiler's own code is slower. The results have the
+// same bits.
+#pragma once
+
+#include "loops_cpu.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FUSED_X86
+#include <immintrin.h>
+
+#define FUSED_AVX2 __attribute__((target("avx2,fma")))
+#define FUSED_F16C __attribute__((target("avx2,fma,f16c")))
+
+namespace fused_adamw {
+
+// The processor's own conversions of float16. Compilers turn no loop into them, and the generic loops take 7
+// times as long.
+FUSED_F16C inline void load_f16c(const void* from, float* to, int64_t n) {
+  const Float16* source = static_cast<const Float16*>(from);
+  for (; n >= 8; n -= 8, source += 8, to += 8)
+    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+  load_loop<Float16, float>(source, to, n);
+}
+FUSED_F16C inline void store_f16c(const float* from, void* to, int64_t n) {
+  Float16* target = static_cast<Float16*>(to);
+  const __m256 sign = _mm256_set1_ps(-0.0f), nan = _mm256_set1_ps(bit_cast<float>(0x7fc00000u));
+  for (; n >= 8; n -= 8, from += 8, target += 8) {
+    __m256 x = _mm256_loadu_ps(from);
+    // A NaN loses its payload, as in formats.h.
+    x = _mm256_blendv_ps(x, _mm256_or_ps(_mm256_and_ps(x, sign), nan), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  store_loop<Float16, float>(from, target, n);
+}
+
+// A vector holds four groups, each in the low half of 64 bits, the half that the multiplication reads. Four
+// vectors go through the rounds together, because a round is a chain of 6 cycles: with two, it takes 1.2
+// times as long.
+FUSED_AVX2 inline void philox_avx2(uint64_t seed, uint64_t group, uint32_t step, uint32_t index, uint32_t* to,
+                                   int64_t groups) {
+  constexpr int kChains = 4, kRounds = 10;
+  const __m256i m0 = _mm256_set1_epi64x(kPhilox0), m1 = _mm256_set1_epi64x(kPhilox1);
+  __m256i keys[kRounds][2];
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (auto& key : keys) {
+    key[0] = _mm256_set1_epi64x(k0), key[1] = _mm256_set1_epi64x(k1);
+    k0 += kWeyl0, k1 += kWeyl1;
+  }
+  for (; groups >= 4 * kChains; groups -= 4 * kChains) {
+    __m256i c[kChains][4];
+    for (auto& x : c) {
+      x[0] = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(group)), _mm256_setr_epi64x(0, 1, 2, 3));
+      x[1] = _mm256_srli_epi64(x[0], 32), x[2] = _mm256_set1_epi64x(step), x[3] = _mm256_set1_epi64x(index);
+      group += 4;
+    }
+#pragma GCC unroll 10
+    for (const auto& key : keys) {
+      for (auto& x : c) {
+        const __m256i a = _mm256_mul_epu32(x[0], m0), b = _mm256_mul_epu32(x[2], m1);
+        x[0] = _mm256_xor_si256(_mm256_srli_epi64(b, 32), _mm256_xor_si256(x[1], key[0]));
+        x[2] = _mm256_xor_si256(_mm256_srli_epi64(a, 32), _mm256_xor_si256(x[3], key[1]));
+        x[1] = b, x[3] = a;
+      }
+    }
+    for (const auto& x : c) {
+      const __m256i low = _mm256_blend_epi32(x[0], _mm256_slli_epi64(x[1], 32), 0xaa);
+      const __m256i high = _mm256_blend_epi32(x[2], _mm256_slli_epi64(x[3], 32), 0xaa);
+      const __m256i even = _mm256_unpacklo_epi64(low, high), odd = _mm256_unpackhi_epi64(low, high);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute2x128_si256(even, odd, 0x20));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+      to += 16;
+    }
+  }
+  philox_loop(seed, group, step, index, to, groups);
+}
+
+// int8 codes, 8 at a time, of full blocks without a NaN. Other blocks go to the generic loops, which take 1.6
+// times as long because they widen and narrow by halves.
+FUSED_AVX2 inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+FUSED_AVX2 inline __m256 decode8(FirstMoment, const uint8_t* from, __m256 unit) {
+  const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const __m256 c = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+  return _mm256_mul_ps(_mm256_mul_ps(c, magnitude(c)), unit);
+}
+FUSED_AVX2 inline __m256 decode8(SecondMoment, const uint8_t* from, __m256 unit) {
+  const __m256i c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(c, _mm256_set1_epi32(762)), 20);
+  const __m256 zero = _mm256_castsi256_ps(_mm256_cmpeq_epi32(c, _mm256_setzero_si256()));
+  return _mm256_andnot_ps(zero, _mm256_mul_ps(_mm256_castsi256_ps(bits), unit));
+}
+
+template <class Q> FUSED_AVX2 void decode_avx2(const void* codes, const float* scales, float* to, int64_t n) {
+  const uint8_t* from = static_cast<const uint8_t*>(codes);
+  for (; n > 0; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock, ++scales) {
+    __m256i nan = _mm256_setzero_si256();
+    for (int i = 0; i < kQuantBlock && n >= kQuantBlock; i += 32) {
+      const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+      nan = _mm256_or_si256(nan, _mm256_cmpeq_epi8(c, _mm256_set1_epi8(char(Q::kNaN))));
+    }
+    if (n < kQuantBlock || !_mm256_testz_si256(nan, nan)) {
+      decode_loop<Q>(from, scales, to, std::min<int64_t>(n, kQuantBlock));
+      continue;
+    }
+    const __m256 unit = _mm256_set1_ps(Q::unit(*scales));
+    for (int i = 0; i < kQuantBlock; i += 8) _mm256_storeu_ps(to + i, decode8(Q(), from + i, unit));
+  }
+}
+
+template <bool kRandom>
+FUSED_AVX2 inline __m256i encode8(FirstMoment, __m256 x, __m256 by, const uint32_t* words) {
+  const __m256 ratio = _mm256_mul_ps(magnitude(x), by);
+  const __m256 root = _mm256_mul_ps(_mm256_sqrt_ps(ratio), _mm256_set1_ps(127.0f));
+  __m256i c = _mm256_cvtps_epi32(root);
+  if constexpr (kRandom) {
+    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+    const __m256i bits = _mm256_srli_epi32(_mm256_mullo_epi32(word, _mm256_set1_epi32(int(0x9e3779b9u))), 16);
+    const __m256 drawn = _mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(bits), _mm256_set1_ps(0.5f)),
+                                       _mm256_set1_ps(0x1p-16f));
+    c = _mm256_cvttps_epi32(root);
+    const __m256 below = _mm256_cvtepi32_ps(c);
+    const __m256 rest =
+        _mm256_sub_ps(_mm256_mul_ps(ratio, _mm256_set1_ps(16129.0f)), _mm256_mul_ps(below, below));
+    const __m256 width = _mm256_add_ps(_mm256_add_ps(below, below), _mm256_set1_ps(1.0f));
+    const __m256 up = _mm256_cmp_ps(rest, _mm256_mul_ps(drawn, width), _CMP_GT_OQ);
+    c = _mm256_min_epi32(_mm256_sub_epi32(c, _mm256_castps_si256(up)), _mm256_set1_epi32(127));
+  }
+  return _mm256_sign_epi32(c, _mm256_castps_si256(x));
+}
+// Leaves out the sign, because encode_avx2() sends no block with a negative second moment here, and the upper
+// bound, because a ratio of at most 1 keeps to it.
+template <bool kRandom>
+FUSED_AVX2 inline __m256i encode8(SecondMoment, __m256 x, __m256 by, const uint32_t* words) {
+  const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(x, by));
+  __m256i add = _mm256_set1_epi32(int(SecondMoment::added(false, 0)) - (762 << 20));
+  if constexpr (kRandom) {
+    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+    const __m256i random = _mm256_slli_epi32(_mm256_and_si256(word, _mm256_set1_epi32(0xffff)), 4);
+    add = _mm256_add_epi32(random, _mm256_set1_epi32(8 - (762 << 20)));
+  }
+  const __m256i c = _mm256_srai_epi32(_mm256_add_epi32(bits, add), 20);
+  return _mm256_max_epi32(c, _mm256_min_epu32(_mm256_castps_si256(x), _mm256_set1_epi32(1)));
+}
+
+FUSED_AVX2 inline __m256 unsigned_of(FirstMoment, __m256 x) { return magnitude(x); }
+FUSED_AVX2 inline __m256 unsigned_of(SecondMoment, __m256 x) { return x; }
+// Returns the largest magnitude of a full block, as an integer. A negative second moment makes it larger than
+// any number's.
+template <class Q> FUSED_AVX2 inline uint32_t largest_of(Q q, const float* from) {
+  __m256i most = _mm256_setzero_si256();
+  for (int i = 0; i < kQuantBlock; i += 8)
+    most = _mm256_max_epu32(most, _mm256_castps_si256(unsigned_of(q, _mm256_loadu_ps(from + i))));
+  __m128i last = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0x4e));
+  last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0xb1));
+  return uint32_t(_mm_cvtsi128_si32(last));
+}
+
+// Takes at most kTile elements.
+template <class Q, bool kRandom>
+FUSED_AVX2 void encode_avx2(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {
+  uint8_t* to = static_cast<uint8_t*>(codes);
+  // Computes all scales first, so that their chains of 40 cycles each overlap.
+  const int64_t full = n / kQuantBlock;
+  uint32_t largest[kTile / kQuantBlock];
+  float inverses[kTile / kQuantBlock];
+  for (int64_t b = 0; b < full; ++b) {
+    largest[b] = largest_of(Q(), from + b * kQuantBlock);
+    inverses[b] = inverse(bit_cast<float>(largest[b]));
+  }
+  for (int64_t b = 0; n > 0; ++b, n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock, ++scales) {
+    if (b >= full || largest[b] < kLeastNormal || largest[b] >= kInfinite) {
+      encode_loop<Q, kRandom>(from, to, scales, words, std::min<int64_t>(n, kQuantBlock));
+    } else {
+      *scales = bit_cast<float>(largest[b]);
+      const __m256 by = _mm256_set1_ps(inverses[b]);
+      for (int i = 0; i < kQuantBlock; i += 32) {
+        __m256i c[4];
+        for (int k = 0; k < 4; ++k)
+          c[k] = encode8<kRandom>(Q(), _mm256_loadu_ps(from + i + 8 * k), by, words + i + 8 * k);
+        // Packing saturates, so signed codes take the signed instruction. It works on halves of the vector,
+        // so a permutation follows.
+        const __m256i low = _mm256_packs_epi32(c[0], c[1]), high = _mm256_packs_epi32(c[2], c[3]);
+        __m256i bytes =
+            Q::kNaN == FirstMoment::kNaN ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
+        bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), bytes);
+      }
+    }
+    if constexpr (kRandom) words += kQuantBlock;
+  }
+}
+
+}  // namespace fused_adamw
+#endif

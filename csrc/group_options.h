@@ -1,0 +1,123 @@
+// The options of one of the optimizer's groups: whether its plans are still right, and the rows of scalars of
+// its steps.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "scalars.h"
+#include "torch_objects.h"
+
+namespace fused_adamw {
+
+// Whether a value cannot change while it stays the same object.
+inline bool is_immutable(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i)
+      if (!is_immutable(PyTuple_GET_ITEM(value, i))) return false;
+    return true;
+  }
+  return value == Py_None || PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
+         PyUnicode_CheckExact(value) || THPDtype_Check(value);
+}
+
+// Converts a row of scalars; pybind's own conversion to a vector takes 7 times as long.
+inline std::array<double, SCALARS> scalar_row_of(py::handle row) {
+  std::array<double, SCALARS> values;
+  if (!PyTuple_Check(row.ptr()) || PyTuple_GET_SIZE(row.ptr()) != SCALARS)
+    throw py::value_error("a row of scalars must be a tuple of " + std::to_string(SCALARS) + " numbers");
+  for (int i = 0; i < SCALARS; ++i) {
+    values[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(row.ptr(), i));
+    if (values[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return values;
+}
+
+class GroupOptions {
+public:
+  // plan_key(group) returns the options that force a new plan when they change.
+  GroupOptions(PyObject* group, const py::object& plan_key) { capture(group, plan_key); }
+
+  // Whether the plans of this group are still right. Comparing options by identity takes 2 ns each; plan_key
+  // takes 170.
+  bool is_current(PyObject* group, const py::object& plan_key) {
+    if (immutable_ && unchanged(group)) return true;
+    GroupOptions now(group, plan_key);
+    const bool same = now.plan_key_.equal(plan_key_);
+    *this = std::move(now);  // not reached if one of the calls above throws
+    return same;
+  }
+
+  // Returns the row of scalars of the `count`-th step; hyper(group) returns the numbers that enum Hyper
+  // names.
+  template <bool kAdam> py::tuple scalar_row(PyObject* group, const py::object& hyper, double count) {
+    if (!hyper_is_read_) read_hyper(group, hyper);
+    if (const char* name = out_of_range<kAdam>(hyper_.data()))
+      throw py::value_error(std::string("a group's ") + name +
+                            " is out of range: set one that its optimizer takes");
+    if (!(count >= 1))
+      throw py::value_error("a parameter's 'step' is negative: load a checkpoint, or set it to 0");
+    std::array<double, SCALARS> values;
+    const auto power = [](double x, double n) { return std::pow(x, n); };
+    scalars_of<kAdam>(hyper_.data(), count, power, values.data());
+    py::tuple row(size_t{SCALARS});
+    for (int i = 0; i < SCALARS; ++i) PyTuple_SET_ITEM(row.ptr(), i, PyFloat_FromDouble(values[i]));
+    return row;
+  }
+
+private:
+  struct Option {
+    py::object key, value;  // held, so that no other object gets their addresses
+  };
+
+  void capture(PyObject* group, const py::object& plan_key) {
+    options_.clear();
+    immutable_ = true, hyper_is_read_ = false, lr_ = -1;
+    PyObject *key, *value;
+    for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value);) {
+      const auto is = [key](const char* name) {
+        return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
+      };
+      if (is("lr")) lr_ = ptrdiff_t(options_.size());
+      if (!is("params") && !is("param_names")) immutable_ &= is_immutable(value);
+      options_.push_back(
+          {py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value)});
+    }
+    plan_key_ = plan_key(py::handle(group));
+  }
+
+  // Takes another lr at once, because a schedule sets one at every step.
+  bool unchanged(PyObject* group) {
+    if (size_t(PyDict_Size(group)) != options_.size()) return false;
+    PyObject *key, *value;
+    size_t k = 0;
+    for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value); ++k) {
+      if (key != options_[k].key.ptr()) return false;
+      if (value == options_[k].value.ptr()) continue;
+      if (ptrdiff_t(k) != lr_ || !PyFloat_CheckExact(value)) return false;
+      options_[k].value = py::reinterpret_borrow<py::object>(value);
+      hyper_[HYPER_LR] = PyFloat_AS_DOUBLE(value);
+    }
+    return true;
+  }
+
+  void read_hyper(PyObject* group, const py::object& hyper) {
+    const auto numbers = py::tuple(hyper(py::handle(group)));
+    for (int i = 0; i < HYPERS; ++i) hyper_[i] = py::float_(py::object(numbers[i]));
+    // hyper() returns 0 for a tensor that lies on a device; here its value is needed.
+    hyper_[HYPER_LR] = py::float_(py::object(py::handle(group)["lr"]));
+    hyper_is_read_ = true;
+  }
+
+  std::vector<Option> options_;
+  py::object plan_key_;
+  std::array<double, HYPERS> hyper_;
+  ptrdiff_t lr_;        // which of the options it is
+  bool immutable_;      // the values of all options are
+  bool hyper_is_read_;  // hyper_ has the numbers of the options
+};
+
+}  // namespace fused_adamw

@@ -1,0 +1,221 @@
+// The loops of the CPU backend, written once for every instruction set: a function compiled for one inlines
+// them (FUSED_HD), and the compiler vectorises them for it.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "formats.h"
+
+#if defined(__GNUC__)
+#define FUSED_RESTRICT __restrict__
+#else
+#define FUSED_RESTRICT
+#endif
+
+namespace fused_adamw {
+
+// Narrow formats are converted through tiles that stay in the L1 cache: at most 6 of 4 KiB.
+constexpr int64_t kTile = 512;
+static_assert(kTile % kQuantBlock == 0, "a tile is a number of whole blocks");
+
+// A word of a stream is one value of the compute type, or a pair of bf16, which is unpacked and packed in
+// place. Through tiles of floats, which widen and narrow across the vector, a step of all-bf16 takes 1.25
+// times as long.
+struct Pair {
+  uint32_t bits;  // the value at the lower address is the lower half
+};
+template <class Word> constexpr int kLanes = 1;
+template <> constexpr int kLanes<Pair> = 2;
+
+template <typename T> FUSED_HD void unpack(T word, T* x) { *x = word; }
+template <typename T> FUSED_HD void pack(const T* x, T& word) { word = *x; }
+FUSED_HD void unpack(Pair word, float* x) {
+  x[0] = bit_cast<float>(word.bits << 16);
+  x[1] = bit_cast<float>(word.bits & 0xffff0000u);
+}
+
+// Rounds as store() of formats.h does, but a NaN keeps its sign and payload, because looking for one in every
+// value takes a fifth of the time. fix_nans() mends the tiles that have one. The addition cannot carry out of
+// a NaN: one that is computed from bf16 values has a low half of 0.
+FUSED_HD uint32_t rounded(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+FUSED_HD void pack(const float* x, Pair& word) {
+  word.bits = (rounded(x[1]) & 0xffff0000u) | rounded(x[0]) >> 16;
+}
+// Rounds as store_stochastic() does, but for NaN, as above.
+FUSED_HD void pack(const float* x, Pair& word, uint32_t random0, uint32_t random1) {
+  word.bits =
+      ((bit_cast<uint32_t>(x[1]) + random1) & 0xffff0000u) | (bit_cast<uint32_t>(x[0]) + random0) >> 16;
+}
+template <typename T> void fix_nans(T*, int64_t) {}
+inline void fix_nans(Pair* words, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    float x[2];
+    BFloat16 low, high;
+    unpack(words[i], x);
+    store(x[0], low);
+    store(x[1], high);
+    words[i].bits = uint32_t(high.bits) << 16 | low.bits;
+  }
+}
+
+// Returns whether a new parameter is NaN: every rule that makes a state NaN makes the parameter NaN too.
+// `random` holds one word of stochastic rounding for each element.
+template <class R, typename T, bool kRandom, class Word>
+FUSED_HD bool update_words(const typename R::template Scalars<T>& s, int64_t n, Word* FUSED_RESTRICT p,
+                           const Word* FUSED_RESTRICT g, Word* FUSED_RESTRICT s0, Word* FUSED_RESTRICT s1,
+                           Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random) {
+  constexpr int lanes = kLanes<Word>;
+  uint32_t nan = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    T xp[lanes], xg[lanes], x0[lanes] = {}, x1[lanes] = {}, x2[lanes] = {};
+    unpack(p[i], xp);
+    unpack(g[i], xg);
+    if constexpr (R::kStates > 0) unpack(s0[i], x0);
+    if constexpr (R::kStates > 1) unpack(s1[i], x1);
+    if constexpr (R::kStates > 2) unpack(s2[i], x2);
+    for (int l = 0; l < lanes; ++l) xp[l] = R::update(s, xp[l], xg[l], x0[l], x1[l], x2[l]);
+    if constexpr (kRandom) {
+      const uint32_t word0 = random[2 * i], word1 = random[2 * i + 1];
+      pack(xp, p[i], for_parameter(word0), for_parameter(word1));
+      if constexpr (R::kSecondMoment == 1)
+        pack(x1, s1[i], for_second_moment(word0), for_second_moment(word1));
+    } else {
+      pack(xp, p[i]);
+      if constexpr (R::kStates > 1) pack(x1, s1[i]);
+    }
+    if constexpr (lanes > 1) nan |= (p[i].bits & 0x7fff7fffu) + 0x007f007fu;
+    if constexpr (R::kStates > 0) pack(x0, s0[i]);
+    if constexpr (R::kStates > 2) pack(x2, s2[i]);
+  }
+  return nan & 0x80008000u;
+}
+
+template <class R, typename T, bool kRandom, class Word>
+FUSED_HD void update_loop(const double* scalars, int64_t n, Word* FUSED_RESTRICT p,
+                          const Word* FUSED_RESTRICT g, Word* FUSED_RESTRICT s0, Word* FUSED_RESTRICT s1,
+                          Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random) {
+  using S = typename R::template Scalars<T>;
+  static_assert(sizeof(S) == kRuleScalars * sizeof(T), "a rule has kRuleScalars scalars");
+  T row[kRuleScalars];
+  for (int i = 0; i < kRuleScalars; ++i)
+    row[i] = scalars[i] != scalars[i] ? std::numeric_limits<T>::quiet_NaN() : T(scalars[i]);
+  S s;
+  std::memcpy(&s, row, sizeof(s));
+  const int64_t tile = kLanes<Word> == 1 ? n : kTile;
+  for (int64_t i = 0; i < n; i += tile) {
+    const int64_t m = std::min(tile, n - i);
+    Word* x[] = {p + i, s0 + i, s1 + i, s2 + i};
+    const uint32_t* words = kRandom ? random + 2 * i : nullptr;
+    bool nan;
+    // The condition settles lerp's choice within each of the two calls. In one loop for both, the compiler
+    // would divide twice.
+    if (R::kStates > 1 && row[SCALAR_W1] < T(0.5)) {
+      nan = update_words<R, T, kRandom>(s, m, x[0], g + i, x[1], x[2], x[3], words);
+    } else {
+      nan = update_words<R, T, kRandom>(s, m, x[0], g + i, x[1], x[2], x[3], words);
+    }
+    for (int j = 0; nan && j <= R::kStates; ++j) fix_nans(x[j], m);
+  }
+}
+
+template <class S, typename T> FUSED_HD void load_loop(const void* from, T* FUSED_RESTRICT to, int64_t n) {
+  const S* FUSED_RESTRICT source = static_cast<const S*>(from);
+  for (int64_t i = 0; i < n; ++i) to[i] = T(load(source[i]));
+}
+
+template <class S, typename T> FUSED_HD void store_loop(const T* FUSED_RESTRICT from, void* to, int64_t n) {
+  S* FUSED_RESTRICT target = static_cast<S*>(to);
+  for (int64_t i = 0; i < n; ++i) store(from[i], target[i]);
+}
+
+template <Master kMaster, class P>
+FUSED_HD void read_master_loop(const void* p, const void* extra, float* FUSED_RESTRICT to, int64_t n) {
+  using M = Mastered<kMaster>;
+  const P* FUSED_RESTRICT high = static_cast<const P*>(p);
+  const auto* FUSED_RESTRICT low = static_cast<const typename M::template Extra<P>*>(extra);
+  for (int64_t i = 0; i < n; ++i) to[i] = M::read(high[i], low[i]);
+}
+
+template <Master kMaster, class P>
+FUSED_HD void write_master_loop(const float* FUSED_RESTRICT from, void* p, void* extra, int64_t n) {
+  using M = Mastered<kMaster>;
+  P* FUSED_RESTRICT high = static_cast<P*>(p);
+  auto* FUSED_RESTRICT low = static_cast<typename M::template Extra<P>*>(extra);
+  for (int64_t i = 0; i < n; ++i) M::write(from[i], high[i], low[i]);
+}
+
+// Rounds a parameter or, if kSecond, a second moment stochastically.
+template <bool kSecond> FUSED_HD void store_random_loop(const float* FUSED_RESTRICT from, void* to,
+                                                        const uint32_t* FUSED_RESTRICT words, int64_t n) {
+  BFloat16* FUSED_RESTRICT target = static_cast<BFloat16*>(to);
+  for (int64_t i = 0; i < n; ++i)
+    store_stochastic(from[i], target[i], kSecond ? for_second_moment(words[i]) : for_parameter(words[i]));
+}
+
+// Decodes a block. A full one has a number of elements that the compiler knows, and a faster loop where none
+// is NaN.
+template <class Q, bool kFull> FUSED_HD void decode_block(const uint8_t* FUSED_RESTRICT from, float unit,
+                                                          float* FUSED_RESTRICT to, int64_t n) {
+  if (kFull) n = kQuantBlock;
+  uint8_t nan = 0;
+  for (int64_t i = 0; i < n; ++i) nan |= from[i] == Q::kNaN;
+  if (nan || !kFull) {
+    for (int64_t i = 0; i < n; ++i) to[i] = decode<Q>(from[i], unit);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = Q::decode_number(from[i], unit);
+  }
+}
+
+template <class Q>
+FUSED_HD void decode_loop(const void* codes, const float* scales, float* FUSED_RESTRICT to, int64_t n) {
+  const uint8_t* from = static_cast<const uint8_t*>(codes);
+  for (; n >= kQuantBlock; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock)
+    decode_block<Q, true>(from, Q::unit(*scales++), to, kQuantBlock);
+  if (n) decode_block<Q, false>(from, Q::unit(*scales), to, n);
+}
+
+template <class Q, bool kFull, bool kRandom>
+FUSED_HD void encode_block(const float* FUSED_RESTRICT from, uint8_t* FUSED_RESTRICT to, float* scale,
+                           const uint32_t* FUSED_RESTRICT words, int64_t n) {
+  if (kFull) n = kQuantBlock;
+  int32_t most = 0;  // signed, because AVX2 compares no unsigned integers
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, int32_t(magnitude_bits(from[i])));
+  const bool finite = kFull && uint32_t(most) < kInfinite;
+  if (!finite || uint32_t(most) < kLeastNormal) {
+    most = 0;
+    for (int64_t i = 0; i < n; ++i) most = std::max(most, int32_t(scale_bits(from[i])));
+  }
+  *scale = bit_cast<float>(most);
+  const float by = inverse(*scale);
+  if (finite) {
+    for (int64_t i = 0; i < n; ++i)
+      to[i] = Q::template encode_number<kRandom>(from[i], by, kRandom ? words[i] : 0);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = encode<Q, kRandom>(from[i], by, kRandom ? words[i] : 0);
+  }
+}
+
+template <class Q, bool kRandom>
+FUSED_HD void encode_loop(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {
+  uint8_t* to = static_cast<uint8_t*>(codes);
+  for (; n >= kQuantBlock; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock) {
+    encode_block<Q, true, kRandom>(from, to, scales++, words, kQuantBlock);
+    if (kRandom) words += kQuantBlock;
+  }
+  if (n) encode_block<Q, false, kRandom>(from, to, scales, words, n);
+}
+
+// Writes the random words of `groups` groups of four elements, from group number `group` on.
+inline void philox_loop(uint64_t seed, uint64_t group, uint32_t step, uint32_t index, uint32_t* to,
+                        int64_t groups) {
+  for (; groups > 0; --groups, to += 4) {
+    const Words words = philox(seed, group++, step, index);
+    std::memcpy(to, words.x, sizeof(words));
+  }
+}
+
+}  // namespace fused_adamw
