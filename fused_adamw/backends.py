@@ -1,4 +1,4 @@
-"""The registry of backends: which one steps a device's tensors, and why not another.
+"""Registers the backends, and chooses the one that steps a device's tensors or says why it cannot.
 
 A backend is one function, ``prepare(watch, rows, groups) -> Launch``, and one line of ``BACKENDS``.
 """
@@ -55,7 +55,7 @@ def _built() -> ModuleType:
 
 
 class CannotRun(RuntimeError):
-    """A backend found, when it was to be prepared, that it cannot run here."""
+    """Says why a backend that seemed able to run could not prepare a launch."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"backend={name!r} cannot run: {why}")
@@ -64,10 +64,10 @@ class CannotRun(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to step a bucket of rows in one call.
+    """Steps a bucket of rows in one call.
 
-    ``prepare(watch, rows, groups)`` returns the launch; ``missing()`` says why the backend cannot run here, or nothing;
-    ``bucket(row)`` tells rows apart that cannot share a launch; ``warmup(device, variant)`` compiles without a launch.
+    ``prepare(watch, rows, groups)`` returns the launch; ``missing()`` returns why the backend cannot run here, or "";
+    ``bucket(row)`` returns a key that rows of one launch share; ``warmup(device, variant)`` compiles without a launch.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Backend:
     capturable: bool = False
 
     def refuses(self, device: torch.device, dtypes: Set[torch.dtype], capturable: bool) -> str:
-        """Return why this backend cannot step such a tensor, or nothing."""
+        """Return why this backend cannot step such a tensor, or ""."""
         if self.devices and device.type not in self.devices:
             return f"it steps tensors on {' or '.join(self.devices)}, not on {device}"
         if self.dtypes and (other := dtypes - set(self.dtypes)):
@@ -97,11 +97,11 @@ def _prepare_cpu(watch: Watch, rows: list[Row], groups: list[dict]) -> Launch:
     return _built().CpuStep(watch, rows)
 
 
-_broken: dict[str, str] = {}  # backends that raised when they were prepared, and what
+_broken: dict[str, str] = {}  # by the name of a backend that failed to prepare a launch: its error
 
 
 def leave_out(error: CannotRun) -> None:
-    """Choose this backend no more, and tell why where it is asked for."""
+    """Stop choosing this backend, and give the reason to those who ask for it by name."""
     _broken[error.name] = error.why
 
 
@@ -111,8 +111,8 @@ def _on_a_gpu(name: str, kernels: Callable[..., Any], missing: Callable[[], str]
     def prepare(watch: Watch, rows: list[Row], groups: list[dict]) -> Launch:
         row = rows[0]
         try:
-            compiled = kernels(row.p.device, variant_of(row))
-        except NotImplementedError:  # these formats alone
+            compiled = kernels(row.p.device, row.variant)
+        except NotImplementedError:  # the backend runs, but lacks kernels for these formats
             raise
         except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
             raise CannotRun(name, f"it failed: {type(error).__name__}: {error}") from error
@@ -120,16 +120,12 @@ def _on_a_gpu(name: str, kernels: Callable[..., Any], missing: Callable[[], str]
             return gpu.Launch(watch, rows, compiled, groups)
         return gpu.CapturableLaunch(watch, rows, compiled, groups, HYPER[row.family])
 
-    def variant_of(row: Row) -> Variant:
-        state = row.states[0] if row.states else row.p
-        return Variant(row.rule, row.p.dtype, row.grad().dtype, state.dtype, row.master, row.stochastic)
-
     return Backend(
         name,
         devices,
         prepare,
         missing=lambda: _broken.get(name) or missing(),
-        bucket=lambda row: (*variant_of(row), row.counts_on_device),
+        bucket=lambda row: (row.variant, row.counts_on_device),
         warmup=lambda device, variant: kernels(device, variant),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         capturable=True,
@@ -194,8 +190,8 @@ def pick(
 ) -> Backend:
     """Return the backend that steps tensors of this device and of these dtypes of parameter, gradient and state.
 
-    Raises RuntimeError with the reason where the one asked for cannot, or where none can; warns once where none was
-    asked for and it comes to the reference backend.
+    Raises RuntimeError with the reason if the one asked for cannot, or if none can. Warns once if none was asked for
+    and the choice falls to the reference backend.
     """
     if requested is not None:
         backend = named(requested)

@@ -1,4 +1,4 @@
-"""What the four classes share: a step of all tensors in one launch per device, on the best backend there."""
+"""Steps all tensors in one launch per device, on the best backend there: what the four classes share."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -19,12 +19,12 @@ _REFUSED = {
     ("differentiable", True): "a fused step has no derivative; use torch.optim's class of this name",
 }
 
-# What the other modules ask an optimizer, and its user need not: left out of what dir() and tab completion show.
+# Attributes that other modules read and users need not: dir() and tab completion leave them out.
 _INTERNAL = {"family", "plan_key", "requested", "rule_of", "scales_gradients", "skips_steps"}
 
 
 class SinglePlan(NamedTuple):
-    """What ``step_parameter`` has prepared for a parameter, and where it was in the groups then."""
+    """Holds what ``step_parameter`` prepared for a parameter, and where the parameter was in the groups then."""
 
     group_index: int
     param_index: int
@@ -32,18 +32,18 @@ class SinglePlan(NamedTuple):
 
 
 class FusedOptimizer(Optimizer):
-    """What the four classes share: a step of all tensors in one launch per device, on the best backend there."""
+    """Steps all tensors in one launch per device, on the best backend there; the base of the four classes."""
 
     family: str  # a key of scalars.ROWS
     _decoupled: bool | None = None  # None: the group says
 
-    # Unpickling, which knows nothing of us, leaves these unset.
+    # Unpickling leaves these unset.
     requested: Backend | None = None
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     amp_scaling: bool = False
     #: Norm of all gradients at the last step, float32, 0-dim, on the device of the first; with max_grad_norm or
-    #: skip_nonfinite. A new tensor at each step, but for the replays of a graph.
+    #: skip_nonfinite. Each step makes a new tensor, except the replays of a graph.
     grad_norm: Tensor | None = None
     _watch: Any = None
     _plans: Sequence[plan.Plan] = ()
@@ -79,12 +79,12 @@ class FusedOptimizer(Optimizer):
 
     @property
     def backend(self) -> dict[torch.device, str]:
-        """Name of the backend that steps the tensors of each device of the parameters."""
+        """The name of the backend that steps the tensors of each device of the parameters."""
         devices = dict.fromkeys(p.device for group in self.param_groups for p in group["params"])
         return {device: backends.pick(device, requested=self.requested).name for device in devices}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's; raises ValueError for a hyperparameter out of range, naming the group."""
+        """Add a group, as torch does; raise ValueError for a hyperparameter out of range, naming the group."""
         if isinstance(param_group, dict):
             options.name_dtype(param_group)
             full = {**self.defaults, **param_group}
@@ -168,13 +168,13 @@ class FusedOptimizer(Optimizer):
 
     def _launch_all(self, watch: Any, plans: Sequence[plan.Plan]) -> None:
         try:
-            rows = watch.rows()
+            scalar_rows = watch.scalar_rows()
         except (TypeError, ValueError, ArithmeticError):
             for i, group in enumerate(self.param_groups):
                 options.check(group, i)
             raise
         for part in plans:
-            part.bring(rows)
+            part.prepare_step(scalar_rows)
         factor: float | Tensor = 1.0
         skipped = False
         if plans and self.scales_gradients:
@@ -204,7 +204,7 @@ class FusedOptimizer(Optimizer):
         Nothing happens to a parameter without a gradient. The hooks of :meth:`step` are not called. Raises ValueError
         for a tensor that is not among the parameters, and as :meth:`step` does.
         """
-        # Not traced, as step().
+        # torch.compile does not trace it, nor step().
         return self._untraced_step_parameter(p) if torch.compiler.is_compiling() else self._step_parameter(p)
 
     def _step_parameter(self, p: Tensor) -> None:
@@ -243,7 +243,7 @@ class FusedOptimizer(Optimizer):
         group = self.param_groups[i] if i < len(self.param_groups) else {"params": ()}
         if j >= len(group["params"]) or group["params"][j] is not p or self.state.get(p) is not states[p]:
             return False
-        (copy,) = groups  # of the group, with p alone; it is to have the options of the moment
+        (copy,) = groups  # the group as it was, with p alone: give it the current options
         params = copy["params"]
         copy.clear()
         copy.update(group, params=params)
@@ -252,8 +252,8 @@ class FusedOptimizer(Optimizer):
     def init_state(self) -> None:
         """Make what a first step would make, zero moments and no step counted, for all that requires a gradient.
 
-        So that memory is claimed before training, and that torch.distributed.checkpoint, which loads into state that is
-        there, need not take a step to have it. State that is there already stays. Raises as :meth:`step` does.
+        This claims the memory before training, and lets torch.distributed.checkpoint, which loads into existing state,
+        do without a step. State that exists already stays. Raises as :meth:`step` does.
         """
         with torch.no_grad():
             plan.init_states(self, checks.check_params(self, lambda p: p.requires_grad))
@@ -261,8 +261,8 @@ class FusedOptimizer(Optimizer):
     def warmup(self) -> None:
         """Compile what a step will launch, without stepping; gradients are taken to have their parameters' dtype.
 
-        Nothing to do, and nothing done, for backends that are compiled already. Raises as :meth:`step` does where the
-        backend that was asked for cannot run.
+        Does nothing for backends that are compiled already. Raises as :meth:`step` does if the backend that was asked
+        for cannot run.
         """
         for group in self.param_groups:
             rule, names = self.rule_of(group)
@@ -297,8 +297,8 @@ class FusedOptimizer(Optimizer):
     def refresh_masters(self) -> None:
         """Make the value of every parameter that has a master what the parameter itself says.
 
-        For ``master="kahan"`` and ``"split16"``, after parameters were overwritten by something else than a step: what
-        their masters add, less than an ulp, is that of the old values otherwise. A float32 master notices by itself.
+        Call it with ``master="kahan"`` or ``"split16"`` after something other than a step overwrote parameters: their
+        masters would go on adding the digits of the old values, less than an ulp. A float32 master notices by itself.
         """
         with torch.no_grad():
             for group in self.param_groups:
@@ -309,14 +309,14 @@ class FusedOptimizer(Optimizer):
                         state.refresh_master(self.state[p], p, storage)
 
     def export(self) -> dict[str, Any]:
-        """:meth:`state_dict` for torch.optim's class of the same name: moments in a floating dtype, no masters.
+        """Return a :meth:`state_dict` for torch.optim's class of the same name: floating moments, no masters.
 
-        Parameters keep what their own dtype holds; the groups have torch's keys alone.
+        Parameters keep what their own dtype holds; the groups have only torch's keys.
         """
         return checkpoints.export(self.state_dict(), self.family)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, but the state keeps the dtype that was declared here, and no tensor is shared with ``state_dict``.
+        """Load as torch does, but keep the dtypes that were declared here and share no tensor with ``state_dict``.
 
         Checkpoints of torch.optim's class of the same name (for-loop, foreach or fused) load too.
         """
@@ -325,7 +325,7 @@ class FusedOptimizer(Optimizer):
             self._loading = loaded
             checkpoints.check(self, loaded)
 
-        # Registered last, so that it sees what the user's own hooks made of the dict.
+        # Registered last, so that it sees the dict that the user's own hooks return.
         hook = self.register_load_state_dict_pre_hook(before)
         try:
             super().load_state_dict(state_dict)
@@ -353,9 +353,9 @@ class FusedOptimizer(Optimizer):
         return [name for name in super().__dir__() if name not in _INTERNAL]
 
     def __repr__(self) -> str:
-        """torch's, and what is an option of the optimizer and of no group."""
+        """Return torch's text, and the options that belong to the optimizer and to no group."""
         devices = dict.fromkeys(p.device for group in self.param_groups for p in group["params"])
-        # Not by the property, which warns of, or raises, what the step is to.
+        # Not by the property `backend`, which may warn or raise: the step is to do that.
         chosen = {
             str(device): next(b.name for b in backends.BACKENDS if not b.refuses(device, set(), False))
             for device in devices

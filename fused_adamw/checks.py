@@ -1,4 +1,4 @@
-"""Every refusal of a tensor, with its remedy; all of them come before anything is written."""
+"""Refuses tensors that cannot be stepped, with a remedy each, before anything is written."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Checked(NamedTuple):
-    """A parameter that was found to be good, and how it is to be stepped."""
+    """Holds a parameter that passed the checks, and how it is to be stepped."""
 
     where: str  # for error texts
     group_index: int
@@ -171,7 +171,7 @@ def _check_gradient(where: str, p: Tensor, g: Tensor) -> None:
 
 
 def check_sharding(where: str, p: Tensor, others: Mapping[str, Tensor]) -> None:
-    """Raise TypeError or ValueError where one of the others, by name, is not sharded as p is."""
+    """Raise TypeError or ValueError if one of ``others`` (by its name in the error) is not sharded as p is."""
     kinds = {name: "DTensor" if is_dtensor(t) else type(t).__name__ for name, t in others.items()}
     if is_dtensor(p):
         placed = f"it is placed {p.placements} on {p.device_mesh}"

@@ -1,7 +1,7 @@
-"""How values are stored, beside the rules: each format in PyTorch. ``formats.py`` says which of them a group asks for.
+"""Reads and writes each storage format in PyTorch. ``formats.py`` says which of them a group asks for.
 
 A format says how a parameter or a moment is read into float32, and how it is written back with one rounding; the rules
-in ``reference.py`` never know. ``csrc/formats.h`` and ``triton_kernels/formats.py`` are the same, to the bit.
+in ``reference.py`` never see it. ``csrc/formats.h`` and ``triton_kernels/formats.py`` are the same, to the bit.
 
 *Stochastic rounding* of float32 to bfloat16 adds 16 random bits to the 16 that are cut off: up with the probability of
 what is cut off, so that the mean of what is stored is what was computed. The bits are those of Philox 4x32-10 (Salmon
@@ -44,7 +44,7 @@ BLOCK = 128  # elements to a scale
 
 
 def words(seed: int, step: int, index: int, numbering: Numbering, n: int, device: torch.device) -> Tensor:
-    """The 32 random bits of each of n elements, int64 [n]."""
+    """Return the 32 random bits of each of n elements, int64 [n]."""
     offset, run, skip = numbering
     i = torch.arange(n, device=device)
     i = offset + i + i // run * skip
@@ -62,17 +62,17 @@ _MASK = 0xFFFFFFFF
 
 
 def for_second_moment(word: Tensor) -> Tensor:
-    """The lower half; the upper is the parameter's."""
+    """Return the lower half of a word; the upper is the parameter's."""
     return word & 0xFFFF
 
 
 def for_first_moment(word: Tensor) -> Tensor:
-    """16 bits of which any given half of the word tells nothing."""
+    """Return 16 bits of a word that are independent of either half of it."""
     return (word * 0x9E3779B9 & _MASK) >> 16
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """The halves of the 64 bits of a product, without a sign bit in the way."""
+    """Return the upper and the lower 32 bits of a product. A plain int64 product would overflow into the sign."""
     return (a * (b >> 16) + ((a * (b & 0xFFFF)) >> 16)) >> 16, (a * b) & _MASK
 
 
@@ -85,7 +85,7 @@ def _from_bits(bits: Tensor) -> Tensor:
 
 
 def stochastic(x: Tensor, random: Tensor) -> Tensor:
-    """float32 to bfloat16, up with the probability of what is cut off; ``random`` has 16 bits."""
+    """Round float32 to bfloat16, up with the probability of the part that is cut off; ``random`` has 16 bits."""
     rounded = _from_bits((_bits(x) + random) & 0xFFFF0000)
     return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
 
@@ -94,39 +94,40 @@ def stochastic(x: Tensor, random: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the parameter is of a float32: to nearest, of bfloat16 with ties away from zero."""
+    """Round a float32 to the parameter of its master: to nearest, in bfloat16 with ties away from zero."""
     if dtype is not torch.bfloat16:
         return x.to(dtype)
     return torch.where(x.isnan(), x, _from_bits((_bits(x) + 0x8000) & 0xFFFF0000)).to(dtype)
 
 
-def read_master(master: str, p: Tensor, extra: Tensor) -> Tensor:
-    """The float32 that a parameter and its extra stream are."""
+def read_master(master: str, p: Tensor, data: Tensor) -> Tensor:
+    """Return the float32 that a parameter and the data of its master make together."""
     x = p.float()
     if master == "kahan":
-        return torch.where((x + 0.5 * extra.float()).to(p.dtype) == p, x + extra.float(), x)
-    value = extra if master == "fp32" else _from_bits((_bits(x) + extra.long()) & _MASK)
+        return torch.where((x + 0.5 * data.float()).to(p.dtype) == p, x + data.float(), x)
+    value = data if master == "fp32" else _from_bits((_bits(x) + data.long()) & _MASK)
     same = _rounded(value, p.dtype).view(torch.int16) == p.view(torch.int16)  # 0 is not -0
     return torch.where(same, value, x)
 
 
-def write_master(master: str, x: Tensor, p: Tensor, extra: Tensor) -> None:
-    """Split a float32 into a parameter and its extra stream, in place."""
+def write_master(master: str, x: Tensor, p: Tensor, data: Tensor) -> None:
+    """Split a float32 into a parameter and the data of its master, in place."""
     if master == "kahan":
         p.copy_(x)
-        extra.copy_(x - p.float())
+        data.copy_(x - p.float())
         return
     p.copy_(_rounded(x, p.dtype))
-    extra.copy_(x if master == "fp32" else torch.where(x.isnan(), 0, _bits(x)))
+    data.copy_(x if master == "fp32" else torch.where(x.isnan(), 0, _bits(x)))
 
 
 # ---- int8.
 
 
 def encode(x: Tensor, second: bool, word: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """float32 as codes [n] (int8, of a second moment uint8), and their scales, float32 [n / 128].
+    """Return the codes [n] of a float32 moment (int8; uint8 if it is the second) and their scales, float32 [n / 128].
 
-    Of a dense tensor, in the order of memory; with the words of its elements, rounded stochastically.
+    ``x`` is dense, and its elements are taken in the order of memory. With their ``word`` they are rounded
+    stochastically, without to nearest.
     """
     x = flat(x)
     bits = _bits(x) & 0x7FFFFFFF
@@ -150,7 +151,7 @@ def encode(x: Tensor, second: bool, word: Tensor | None = None) -> tuple[Tensor,
 
 
 def decode(codes: Tensor, scales: Tensor, second: bool) -> Tensor:
-    """float32, in the shape and layout of the codes."""
+    """Return the float32 moment, in the shape and layout of the codes."""
     c = flat(codes).long()
     scales = scales.flatten().repeat_interleave(BLOCK)[: len(c)]
     if second:
@@ -184,8 +185,8 @@ def scales_shape(codes: Tensor) -> torch.Size:
 
 
 def read(row: Row, compute: torch.dtype) -> list[Tensor]:
-    """The parameter and its moments, in the dtype of the arithmetic; in place where that is the stored one."""
-    p = row.p.to(compute) if row.extra is None else read_master(row.master, row.p, row.extra)
+    """Return the parameter and its moments in the dtype of the arithmetic, as they are where that is the stored one."""
+    p = row.p.to(compute) if row.master_data is None else read_master(row.master, row.p, row.master_data)
     if row.scales:
         coded = enumerate(zip(row.states, row.scales, strict=True))
         return [p, *(decode(t, scales, j == row.second_moment) for j, (t, scales) in coded)]
@@ -193,25 +194,28 @@ def read(row: Row, compute: torch.dtype) -> list[Tensor]:
 
 
 def write(row: Row, p: Tensor, states: list[Tensor], step: int) -> None:
-    """Store what :func:`read` gave and a rule changed."""
+    """Store what :func:`read` returned and a rule changed."""
+    random = row.variant.random_streams
     word = None
-    if row.stochastic:
-        word = words(row.seed, step, row.index, row.place, row.p.numel(), row.p.device)
-    if row.extra is not None:
-        write_master(row.master, p, row.p, row.extra)
+    if any(random):
+        word = words(row.seed, step, row.index, row.numbering, row.p.numel(), row.p.device)
+    if row.master_data is not None:
+        write_master(row.master, p, row.p, row.master_data)
     else:
-        _store(p, row.p, None if word is None else word >> 16)
+        _store(p, row.p, word >> 16 if word is not None and random.param else None)
+    of_moments = random.first_moment, random.second_moment, False  # the third is max_exp_avg_sq
     for j, x in enumerate(states):
+        drawn = word if of_moments[j] else None
         if row.scales:
-            codes, scales = encode(x, j == row.second_moment, word)
+            codes, scales = encode(x, j == row.second_moment, drawn)
             flat(row.states[j]).copy_(codes)
             flat(row.scales[j]).copy_(scales)
         else:
-            _store(x, row.states[j], None if word is None or j != row.second_moment else for_second_moment(word))
+            _store(x, row.states[j], None if drawn is None else for_second_moment(drawn))
 
 
 def _store(x: Tensor, to: Tensor, random: Tensor | None) -> None:
-    if random is not None and to.dtype is torch.bfloat16:
+    if random is not None:
         flat(to).copy_(stochastic(flat(x), random))
     elif x is not to:
         to.copy_(x)

@@ -1,4 +1,4 @@
-"""What the rooms of a step hand each other: rows, launches and the watch; ``csrc/step.h`` in Python."""
+"""Defines what the modules of a step hand each other: rows, launches, the watch; ``csrc/step.h`` in Python."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,34 @@ from fused_adamw.tensors import Numbering, gradient, local, real
 
 #: By the name of a rule, the family of classes that it belongs to: the key of its scalars and hyperparameters.
 FAMILIES = {"adam": "adam", "adam_amsgrad": "adam", "sgd": "sgd", "sgd_momentum": "sgd"}
+#: By the name of a rule, how many states it moves.
+STATES = {"adam": 2, "adam_amsgrad": 3, "sgd": 0, "sgd_momentum": 1}
 #: By the name of a master, what its data is called in the state.
 MASTER_KEYS = {"kahan": "compensation", "split16": "remainder", "fp32": "master"}
 
 Scalars = list[tuple[float, ...]]  # rows of layout.SCALARS numbers, the fields of scalars.Adam or scalars.Sgd
 
 
+class RandomStreams(NamedTuple):
+    """Says which streams of a row are rounded stochastically."""
+
+    param: bool = False
+    first_moment: bool = False
+    second_moment: bool = False
+
+
+def random_streams(p: torch.dtype, master: str, states: int, state: torch.dtype | None) -> RandomStreams:
+    """Return the streams that rounding="stochastic" is for, of a rule with so many states; Python decides it here."""
+    codes = state is torch.int8
+    return RandomStreams(
+        param=p is torch.bfloat16 and master == "none",
+        first_moment=codes and states > 0,
+        second_moment=states > 1 and (codes or state is torch.bfloat16),
+    )
+
+
 class Storage(NamedTuple):
-    """The form in which a parameter and its moments are stored."""
+    """Says in which form a parameter and its moments are stored."""
 
     master: str = "none"  # or a key of MASTER_KEYS
     stochastic: bool = False  # whether anything is rounded stochastically
@@ -40,7 +60,7 @@ class Storage(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What a compiled kernel depends on, besides the device."""
+    """Names all that a compiled kernel depends on, besides the device."""
 
     rule: str  # a key of FAMILIES
     p: torch.dtype
@@ -54,10 +74,17 @@ class Variant(NamedTuple):
         """Whether the rule is Adam's, with a second moment."""
         return FAMILIES[self.rule] == "adam"
 
+    @property
+    def random_streams(self) -> RandomStreams:
+        """Which streams are rounded stochastically."""
+        if not self.stochastic:
+            return RandomStreams()
+        return random_streams(self.p, self.master, STATES[self.rule], self.state)
+
 
 @dataclass(slots=True)
 class Row:
-    """One tensor of a launch. ``p`` and ``states`` are real, dense and laid out alike, and so is ``grad()``.
+    """Describes one tensor of a launch. ``p``, ``states`` and ``grad()`` are real, dense and laid out alike.
 
     Of a DTensor, ``p``, ``states`` and ``grad()`` are the shards of this rank.
     """
@@ -72,11 +99,11 @@ class Row:
     step: Tensor
     g: Tensor | None  # a copy of the gradient in p's layout, where its own differs
     storage: Storage
-    extra: Tensor | None  # what the master holds
+    master_data: Tensor | None
     scales: tuple[Tensor, ...]  # of int8 states
     seed: int  # of stochastic rounding
     index: int  # position among all parameters of all groups; random bits depend on it
-    place: Numbering
+    numbering: Numbering
 
     @property
     def master(self) -> str:
@@ -97,6 +124,12 @@ class Row:
     def second_moment(self) -> int:
         """The index of the second moment among the states; -1 if there is none."""
         return 1 if self.family == "adam" else -1
+
+    @property
+    def variant(self) -> Variant:
+        """What the kernel that steps the row depends on."""
+        state = self.states[0] if self.states else self.p
+        return Variant(self.rule, self.p.dtype, self.grad().dtype, state.dtype, self.master, self.stochastic)
 
     def grad(self) -> Tensor:
         """Return the gradient in p's layout: the copy, where there is one."""
@@ -123,9 +156,9 @@ class Row:
 
 
 class Launch(Protocol):
-    """The rows of one launch, as a backend has prepared them."""
+    """Steps the rows of one launch, as a backend has prepared them."""
 
-    def bring(self, scalars: Scalars) -> None:
+    def prepare_step(self, scalars: Scalars) -> None:
         """Take the scalars and the gradients of the coming step."""
 
     def sum_squares(self) -> Tensor:
@@ -136,12 +169,12 @@ class Launch(Protocol):
 
 
 class Watch(Protocol):
-    """What plans were built from, to compare with at each step: ``_C.Watch``, or ``watch.Watch`` in Python."""
+    """Compares tensors with those that plans were built from: ``_C.Watch``, or ``watch.Watch`` in Python."""
 
     def poll(self, groups: list[dict], state: dict, plan_key: Callable[[dict], tuple]) -> bool:
         """Return whether the plans still hold: same groups, parameters, states, layouts. Gradients may have moved."""
 
-    def rows(self) -> Scalars:
+    def scalar_rows(self) -> Scalars:
         """Return the rows of scalars of the coming step, one for each distinct (group, step); a slot knows its own."""
 
     def advance(self) -> None:
@@ -163,7 +196,7 @@ class Watch(Protocol):
 
 
 class Owner(Protocol):
-    """What the checks and the plans need of an optimizer; error texts name its class."""
+    """Gives the checks and the plans what they need of an optimizer; error texts name its class."""
 
     param_groups: list[dict[str, Any]]
     state: Any  # by parameter, a dict of its state

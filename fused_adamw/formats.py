@@ -1,4 +1,4 @@
-"""Which form a group asks for: how a parameter and its moments are stored, and the warnings of what that loses."""
+"""Decides in which form a group stores a parameter and its moments, and warns of what that form loses."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_adamw.contract import Storage
+from fused_adamw.contract import Storage, random_streams
 from fused_adamw.options import INT8
 
 SMALL = 4096  # elements; moments of fewer are float32 where int8 is asked for
@@ -33,9 +33,9 @@ def storage_of(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...]) -> S
         int8 = False  # a sharded vector, whose blocks ranks would share
     if int8 and (p.is_complex() or p.dtype is torch.float64):
         raise TypeError(f"{p.dtype} with int8 moments is not supported: give this group another state_dtype")
-    random = int8 or (SECOND in names and group.get("state_dtype") is torch.bfloat16)
-    stochastic = stochastic and (random or (p.dtype is torch.bfloat16 and master == "none"))
-    return Storage(master, stochastic, int8)
+    declared = group.get("state_dtype")
+    state = torch.int8 if int8 else None if declared in INT8 else declared
+    return Storage(master, stochastic and any(random_streams(p.dtype, master, len(names), state)), int8)
 
 
 def state_dtype_of(p: Tensor, declared: Any) -> torch.dtype:

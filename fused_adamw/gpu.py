@@ -1,4 +1,4 @@
-"""The host side of a step on a GPU: tables that stay on the device, one small upload and one launch per step.
+"""Prepares and runs launches on a GPU: tables that stay on the device, one small upload and one launch per step.
 
 ``layout.py`` tells what is in the tables.
 """
@@ -36,7 +36,7 @@ from fused_adamw.scalars import is_on_device
 
 
 class Kernels(Protocol):
-    """The compiled kernels of a bucket, launched on the current device and stream."""
+    """Launches the compiled kernels of a bucket, on the current device and stream."""
 
     def step(self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor) -> None:
         """Step every element; ``chunk`` is the number of elements of a chunk, a multiple of 128: no two share a scale.
@@ -65,16 +65,16 @@ def chunk_size(numel: int) -> int:
 
 
 class Launch:
-    """The rows of one launch.
+    """Holds the tables of a launch, and launches it.
 
-    The tables lie in one buffer on the device: rows, scalars, chunks. What changes from step to step (addresses of
+    The tables lie in one buffer on the device: rows, scalars, chunks. Whatever changes from step to step (addresses of
     gradients that moved, scalars) goes up in one copy.
     """
 
     def __init__(self, watch: Watch, rows: list[Row], kernels: Kernels, groups: list[dict]) -> None:
         self.watch, self.kernels, self.device = watch, kernels, rows[0].p.device
         self.chunk = chunk_size(sum(row.p.numel() for row in rows))
-        # -1 - slot: the gradient is a copy of ours, which stays where it is
+        # -1 - slot marks a gradient that is a copy of ours, which does not move.
         self.slots = torch.tensor([row.slot if row.g is None else -1 - row.slot for row in rows], device="cpu")
         self.host = torch.tensor([self._row(row) for row in rows], device="cpu")
         counts = -(-self.host[:, COL_NUMEL] // self.chunk)
@@ -83,8 +83,8 @@ class Launch:
         index = torch.arange(len(row_of_chunk), device="cpu") - first_chunk
         chunks = torch.stack([row_of_chunk, index], dim=1).int()
 
-        # The scalars of a step are those of all launches: one row at most for each parameter.
-        # A multiple of 4 rows, after which the chunks are aligned to 16 bytes: Triton compiles anew for less.
+        # All launches of a step share its rows of scalars, at most one for each parameter. There is room for a multiple
+        # of 4, so that the chunks behind them are aligned to 16 bytes: Triton compiles anew for less.
         count = -(-sum(len(group["params"]) for group in groups) // 4) * 4
         sizes = [self.host.nbytes, count * SCALARS_BYTES, chunks.nbytes]
         self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
@@ -100,7 +100,7 @@ class Launch:
     @staticmethod
     def _row(row: Row) -> list[int]:
         values = [0] * COLUMNS
-        offset, run, skip = row.place
+        offset, run, skip = row.numbering
         drawn_by = (offset, run, skip) if skip else (offset,)
         values[COL_PARAM] = row.p.data_ptr()
         values[COL_GRAD] = 0 if row.g is None else row.g.data_ptr()
@@ -108,14 +108,14 @@ class Launch:
             values[column] = state.data_ptr()
         values[COL_NUMEL] = row.p.numel()
         values[COL_FLAGS] = 0 if row.stochastic and any(x % 8 for x in drawn_by) else SHARD_ALIGNED
-        values[COL_EXTRA] = 0 if row.extra is None else row.extra.data_ptr()
+        values[COL_EXTRA] = 0 if row.master_data is None else row.master_data.data_ptr()
         for column, scales in enumerate(row.scales, COL_SCALES):
             values[column] = scales.data_ptr()
         values[COL_SEED], values[COL_INDEX] = row.seed, row.index
         values[COL_OFFSET], values[COL_RUN], values[COL_SKIP] = offset, run, skip
         return values
 
-    def bring(self, scalars: Scalars) -> None:
+    def prepare_step(self, scalars: Scalars) -> None:
         """Bring the tables to the coming step, in the current stream."""
         if self.stream is None:  # Triton's interpreter, on CPU tensors
             self._upload(scalars)
@@ -131,7 +131,7 @@ class Launch:
                 self._upload(scalars)
 
     def _on_device(self) -> list[Tensor]:
-        """Return what the kernels read: torch may not hand its memory out again while another stream steps."""
+        """Return the tensors that kernels read: torch may not reuse their memory while another stream steps."""
         return [self.buffer, self.ones]
 
     def sum_squares(self) -> Tensor:
@@ -164,10 +164,10 @@ class Launch:
 
 
 class CapturableLaunch(Launch):
-    """A launch whose scalars are computed on the device, so that a CUDA graph of it replays with the coming steps.
+    """Computes the scalars on the device, so that a CUDA graph of the launch replays with the coming steps.
 
-    Every tensor has a row of scalars of its own, since only the device knows its step. ``hyper(group)`` gives the
-    hyperparameters of ``Kernels.scalars``; they go up when they changed, outside of any capture.
+    Every tensor has a row of scalars of its own, since only the device knows its step. ``hyper(group)`` returns the
+    hyperparameters for ``Kernels.scalars``; they go up when they changed, outside of any capture.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class CapturableLaunch(Launch):
         self.table = torch.empty(len(rows), HYPERS, dtype=torch.float64, device=self.device)
         self.current: list[Sequence[float]] = []
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
-        self.captured_lr: list[tuple[int, Tensor]] = []  # and from these, of groups
+        self.captured_lr: list[tuple[int, Tensor]] = []  # and from these: (group, its learning rate)
         self.spare: Tensor | None = self._staging()  # allocated now: not within a capture
 
     def _on_device(self) -> list[Tensor]:
@@ -207,7 +207,7 @@ class CapturableLaunch(Launch):
 
     def refresh(self, groups: list[dict]) -> None:
         """Bring hyperparameters that changed to the device, where captured graphs find them."""
-        self.groups = groups  # others since a checkpoint was loaded
+        self.groups = groups  # loading a checkpoint makes new ones
         self._refresh()
         for i, lr in self.captured_lr:
             if groups[i]["lr"] is not lr:

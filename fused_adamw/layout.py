@@ -1,4 +1,4 @@
-"""Names of the columns of the tables that a launch reads; ``csrc/step.h`` and ``csrc/scalars.h`` have the same.
+"""Names the columns of the tables that a launch reads, as ``csrc/step.h`` and ``csrc/scalars.h`` do.
 
 The tables of a launch on a GPU, which ``gpu.py`` fills:
 

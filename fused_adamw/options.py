@@ -1,4 +1,4 @@
-"""The arguments of the four classes: types, texts for their docstrings, a table of those that are ours, one check."""
+"""Defines the arguments of the four classes: types, texts for docstrings, a table of those that are ours, one check."""
 
 import inspect
 import math
@@ -22,7 +22,7 @@ MASTERS = get_args(Master)
 
 
 class Option(NamedTuple):
-    """An option of a parameter group that some class of torch lacks, or that says how a parameter is stored."""
+    """Describes an option of a parameter group that some class of torch lacks."""
 
     default: Any
     ours: tuple[str, ...]  # the families whose classes in torch lack it: a group holds it only where it is set

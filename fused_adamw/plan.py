@@ -1,4 +1,4 @@
-"""Tensors → plans: the rows that one backend steps in one launch.
+"""Turns tensors into plans: the rows that one backend steps in one launch.
 
 A plan holds until a watch sees that a tensor, a layout or a state is not what it was built from; a gradient that only
 moved is followed.
@@ -28,7 +28,7 @@ from fused_adamw.tensors import (
 
 @dataclass(slots=True)
 class Plan:
-    """The rows of one launch."""
+    """Prepares and runs one launch, with the copies that tensors of other layouts need."""
 
     rows: list[Row]
     copied: list[Row]  # those with copies to fill before, and to bring back after
@@ -39,13 +39,13 @@ class Plan:
     def device(self) -> torch.device:
         return self.rows[0].p.device
 
-    def bring(self, scalars: Scalars) -> None:
+    def prepare_step(self, scalars: Scalars) -> None:
         """Make the launch ready for a step."""
         if self.copied:
             with torch.no_grad():
                 for row in self.copied:
                     row.copy_gradient()
-        self.launch.bring(scalars)
+        self.launch.prepare_step(scalars)
 
     def run(self, factor: float | Tensor) -> None:
         """Step, with gradients multiplied by ``factor``; where that is negative nothing is done."""
@@ -61,7 +61,7 @@ class Plan:
 
 
 class Built(NamedTuple):
-    """Plans, what watches over them, and what to poll the watch with."""
+    """Holds plans, the watch over them, and the arguments to poll it with."""
 
     watch: Watch
     plans: list[Plan]
@@ -102,7 +102,7 @@ def init_states(owner: Owner, wanted: dict[int, Checked]) -> None:
 
 
 def init_state(owner: Owner, group: dict[str, Any], p: Tensor) -> None:
-    """Do the same for one parameter, whose state was loaded."""
+    """Make or convert the state of one parameter, whose group is known to be good."""
     names = owner.rule_of(group)[1]
     _init_state(owner, group, p, names, formats.storage_of(p, group, names))
 
@@ -157,16 +157,16 @@ def _row_of(item: Checked, param_state: state.ParamState, slot: int, index: int,
         step=param_state["step"],
         g=None if as_it_is else torch.empty_like(dense, dtype=real(grad).dtype),
         storage=storage,
-        extra=local(param_state[storage.master_key]) if storage.master_key else None,
+        master_data=local(param_state[storage.master_key]) if storage.master_key else None,
         scales=tuple(local(param_state[key]) for key in storage.scales(item.names)),
         seed=int(item.group.get("seed", 0)),
         index=index,
-        place=shard_numbering(item.param) if storage.stochastic else NOT_SHARDED,
+        numbering=shard_numbering(item.param) if storage.stochastic else NOT_SHARDED,
     )
 
 
 def _overlaps(params: dict[int, Tensor]) -> dict[int, int]:
-    """Return, of parameters whose memory overlaps that of others, the turn of the launch that steps each, from 0 on."""
+    """Return the turns, 0, 1 and on, in which parameters with overlapping memory are launched; the rest have none."""
     spans = []
     for slot, p in params.items():
         reach = sum(stride * (size - 1) for size, stride in zip(p.shape, p.stride(), strict=True))

@@ -1,9 +1,9 @@
-"""Hyperparameters of a group and a step count → the numbers of a launch, in double precision.
+"""Computes the numbers of a launch from the hyperparameters of a group and a step count, in double precision.
 
-The only code that tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row
-are the arguments of the rules in ``reference.py``, and the step, which formats draw random bits by; their order is that
-of the structs in ``csrc/rules.h``. Steps that are counted on the host take their rows from ``csrc/scalars.h``, which
-computes the same from ``HYPER``; this is for when that is not built, and what it is tested against.
+Only this code tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row are
+the arguments of the rules in ``reference.py``, and the step, which stochastic rounding draws by; their order is that of
+the structs in ``csrc/rules.h``. Steps that are counted on the host take their rows from ``csrc/scalars.h``, which
+computes the same from ``HYPER``. This code runs where that is not built, and is its oracle in the tests.
 """
 
 import math
@@ -17,7 +17,7 @@ from fused_adamw.layout import LR_IN_MOMENTUM, NESTEROV
 
 
 class Adam(NamedTuple):
-    """A row of the rule ``reference.adam``."""
+    """Holds a row of scalars for the rule ``reference.adam``."""
 
     decay: float
     l2: float
@@ -31,7 +31,7 @@ class Adam(NamedTuple):
 
 
 class Sgd(NamedTuple):
-    """A row of the rule ``reference.sgd``."""
+    """Holds a row of scalars for the rule ``reference.sgd``."""
 
     decay: float
     l2: float
@@ -45,7 +45,7 @@ class Sgd(NamedTuple):
 
 
 def adam(group: Mapping[str, Any], step: float) -> Adam:
-    """The row of Adam and AdamW at their ``step``-th step (1 at the first)."""
+    """Return the row of Adam and AdamW at their ``step``-th step (1 at the first)."""
     lr = _float("lr", group["lr"])
     beta1, beta2 = (_float("beta", beta) for beta in group["betas"])
     decay, l2, sign = _decay(group, lr)
@@ -63,7 +63,7 @@ def adam(group: Mapping[str, Any], step: float) -> Adam:
 
 
 def sgd(group: Mapping[str, Any], step: float) -> Sgd:
-    """The row of SGD and SGDW at their ``step``-th step (1 at the first, whose momentum is not dampened, as in torch).
+    """Return the row of SGD and SGDW at their ``step``-th step (1 at the first, which is not dampened, as in torch).
 
     torch multiplies the momentum by the learning rate, Algorithm 1 of the paper accumulates it
     (``lr_in_momentum``); the two are the same as long as the learning rate stays the same.
@@ -110,7 +110,7 @@ def is_on_device(lr: float | Tensor) -> bool:
 
 
 def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """lr (0 where only the device knows it), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
+    """Return the columns HYPER_LR to HYPER_SIGN of ``layout.py``."""
     lr = 0.0 if is_on_device(group["lr"]) else _float("lr", group["lr"])
     base_lr = _base_lr(group) if group.get("decouple_lr") else 1.0
     weight_decay = _float("weight_decay", group["weight_decay"])
@@ -119,7 +119,7 @@ def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def _decay(group: Mapping[str, Any], lr: float) -> tuple[float, float, float]:
-    """(decay, l2, grad_factor): lr * weight_decay is torch's decay, (lr / base_lr) * weight_decay the paper's."""
+    """Return (decay, l2, grad_factor): torch's decay is lr * weight_decay, the paper's lr / base_lr * weight_decay."""
     sign = -1.0 if group["maximize"] else 1.0
     weight_decay = _float("weight_decay", group["weight_decay"])
     if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf):

@@ -116,8 +116,8 @@ def _init_master(param_state: ParamState, p: Tensor, storage: Storage) -> None:
 def refresh_master(param_state: ParamState, p: Tensor, storage: Storage) -> None:
     """Reset what the master holds, so that the value of the parameter is what the parameter itself says."""
     if storage.master_key is not None:
-        extra = local(param_state[storage.master_key])
-        extra.copy_(local(p)) if storage.master == "fp32" else extra.zero_()
+        data = local(param_state[storage.master_key])
+        data.copy_(local(p)) if storage.master == "fp32" else data.zero_()
 
 
 def shaped(param_state: ParamState, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The memory behind a tensor: the shard of this rank, its layout, and the numbers of its elements in the whole."""
+"""Finds the memory behind a tensor: the shard of this rank, its layout, the numbers of its elements in the whole."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Numbering(NamedTuple):
-    """The numbers that a shard's elements have in the whole: element i has offset + i + i // run * skip."""
+    """Numbers the elements of a shard in the whole: element i has the number offset + i + i // run * skip."""
 
     offset: int
     run: int

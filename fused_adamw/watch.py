@@ -12,7 +12,7 @@ from fused_adamw.tensors import is_dtensor, local
 
 
 class Watch:
-    """``contract.Watch``. The last argument, which computes hyperparameters, is for the Watch in C++."""
+    """Implements ``contract.Watch``. The last argument, which computes hyperparameters, is for the Watch in C++."""
 
     def __init__(
         self, groups: list[dict], state: dict, on_device: list[bool], plan_key: Callable, family: str, _: Callable
@@ -56,7 +56,7 @@ class Watch:
     def poll(self, groups: list[dict], state: dict, plan_key: Callable) -> bool:
         return groups is self.groups and state is self.state and self._look(plan_key) == self.seen
 
-    def rows(self) -> Scalars:
+    def scalar_rows(self) -> Scalars:
         distinct: dict[tuple[int, float], int] = {}
         for slot, ((group, _), step) in enumerate(zip(self.slots, self.step, strict=True)):
             if step is not None:

@@ -17,12 +17,14 @@ import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from fused_adamw import contract
+from fused_adamw.contract import STATES
 from tests import cases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,18 +40,10 @@ MASTERS = ["none", "kahan", "split16", "fp32"]
 QUANT_BLOCK = 128
 WHOLE = (0, 1 << 62, 0)  # the place of what is no shard
 SEED = 0x123456789ABCDEF
-STATES = {"adam": 2, "adam_amsgrad": 3, "sgd": 0, "sgd_momentum": 1}
 
 
-class Variant(NamedTuple):
-    """What a compiled kernel depends on, besides the architecture."""
-
-    rule: str
-    p: torch.dtype
-    g: torch.dtype
-    state: torch.dtype
-    master: str = "none"
-    stochastic: bool = False
+class Variant(contract.Variant):
+    """With what the tests ask of it."""
 
     def __str__(self) -> str:
         formats = [self.master] * (self.master != "none") + ["stochastic"] * self.stochastic

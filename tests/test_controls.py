@@ -30,13 +30,13 @@ def fails(check, *args):
 def mutate_row(monkeypatch, **changes):
     """Rows of scalars with these fields computed from the true row."""
     watch = backends.native().Watch
-    true = watch.rows
+    true = watch.scalar_rows
 
     def wrong(self):
         rows = [scalars.Adam(*row) for row in true(self)]
         return [row._replace(**{name: change(row) for name, change in changes.items()}) for row in rows]
 
-    monkeypatch.setattr(watch, "rows", wrong)
+    monkeypatch.setattr(watch, "scalar_rows", wrong)
 
 
 MUTANTS = {
@@ -79,7 +79,7 @@ def mutate(monkeypatch, rows=lambda rows: rows, scalars=lambda scalars: scalars)
 
     def prepare(watch, true_rows, groups):
         launch = cpu.prepare(watch, rows(true_rows), groups)
-        return SimpleNamespace(bring=lambda true: launch.bring(scalars(true)), run=launch.run)
+        return SimpleNamespace(prepare_step=lambda true: launch.prepare_step(scalars(true)), run=launch.run)
 
     wrong = backends.Backend(cpu.name, cpu.devices, prepare)
     monkeypatch.setattr(backends, "BACKENDS", (wrong, *backends.BACKENDS[1:]))

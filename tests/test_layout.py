@@ -1,6 +1,7 @@
 """The house: imports go down one ladder, and the names of columns mean the same in Python and C++."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,23 @@ def test_columns_are_fields_of_the_scalars():
         assert len(kind._fields) == layout.SCALARS
         for i, name in enumerate(kind._fields):
             assert getattr(layout, f"SCALAR_{name.upper()}") == i
+
+
+def enums(source: str, known: dict[str, int]) -> dict[str, int]:
+    """The constants of the unscoped enums of a header; ``known`` are those that they are computed from."""
+    found = dict(known)
+    for body in re.findall(r"^enum \w+ \{(.*?)\};", source, re.M | re.S):
+        value = -1
+        for name, _, expression in re.findall(r"(\w+)( = ([^,}\n]+))?", re.sub(r"//.*", "", body)):
+            value = found[name] = eval(expression, {}, found) if expression else value + 1
+    return found
+
+
+def test_columns_are_those_of_the_headers():
+    headers = "".join((ROOT / "csrc" / name).read_text() for name in ("rules.h", "step.h", "scalars.h"))
+    assert int(re.search(r"kMaxStates = (\d+);", headers)[1]) == layout.STATES
+    theirs = enums(headers, {"kMaxStates": layout.STATES})
+    ours = {name: value for name, value in vars(layout).items() if isinstance(value, int)}
+    del ours["STATES"], ours["SCALARS_BYTES"], theirs["kMaxStates"]
+    assert len(ours) > 40
+    assert theirs == ours

@@ -338,7 +338,7 @@ def test_what_is_set_by_hand_is_in_the_next_row(cls, watch):
     seen = watch(groups, optimizer.state, [False] * 3, kind, optimizer.family, hyper)
 
     def rows():
-        return [list(row) for row in seen.rows()]
+        return [list(row) for row in seen.scalar_rows()]
 
     for change in CHANGES:
         groups[1].update(change)

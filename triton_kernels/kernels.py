@@ -1,4 +1,4 @@
-"""The Triton kernels of a variant, compiled without a launch."""
+"""Compiles the Triton kernels of a variant without a launch, and launches them."""
 
 import torch
 import triton
@@ -21,25 +21,27 @@ SCALARS_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     """Return the constexprs of ``step_kernel`` and the compile options; nothing is tuned on live tensors."""
-    codes = variant.state is torch.int8
+    codes, random = variant.state is torch.int8, variant.random_streams
     constexprs = {
         "RULE": variant.rule,
         "P_DTYPE": DTYPES[variant.p],
         "G_DTYPE": DTYPES[variant.g],
         "STATE_DTYPE": DTYPES[variant.state],
         "MASTER": variant.master,
-        "STOCHASTIC": variant.stochastic,
+        "RANDOM_P": random.param,
+        "RANDOM_M": random.first_moment,
+        "RANDOM_V": random.second_moment,
         "THREADS": NUM_WARPS * warp_size,
         # 16 bytes of fp32. With 8, a mix of 2 and 4 bytes reads the fp32 streams at a stride of 32 bytes (sector
         # efficiency 0.6), and Adam in 2 bytes spills.
         "WIDTH": 4,
         # fp32 Adam takes 2 to 6 registers more with 4, which blocks of codes and the words of a counter come in.
-        "TAIL": 4 if codes or variant.stochastic else 2,
+        "TAIL": 4 if codes or any(random) else 2,
     }
-    if not codes and not variant.stochastic:
+    if not codes and not any(random):
         return constexprs, OPTIONS
     # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64.
-    more = codes and (variant.stochastic or variant.master != "none")
+    more = codes and (any(random) or variant.master != "none")
     return constexprs, OPTIONS | {"maxnreg": 80 if more else 64}
 
 
@@ -50,7 +52,7 @@ def square_constexprs(g: torch.dtype, warp_size: int) -> dict:
 
 
 class TritonKernels:
-    """``fused_adamw.gpu.Kernels`` of a variant on a device; raises what Triton raises."""
+    """Implements ``fused_adamw.gpu.Kernels`` for a variant on a device; raises what Triton raises."""
 
     def __init__(self, device: torch.device, variant: Variant) -> None:
         self.is_adam = variant.is_adam

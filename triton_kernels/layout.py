@@ -1,4 +1,4 @@
-"""``fused_adamw/layout.py`` as constexpr: a kernel can read no other global."""
+"""Names the columns of ``fused_adamw/layout.py`` as constexpr: a kernel can read no other global."""
 
 from triton.language import constexpr
 

@@ -1,4 +1,4 @@
-"""The step of a whole model as one Triton launch: a program takes a chunk of a tensor, as tables tell it.
+"""Steps a whole model in one Triton launch: each program takes a chunk of a tensor, as tables tell it.
 
 ``fused_adamw/layout.py`` tells what is in the tables.
 """
@@ -64,7 +64,7 @@ from .rules import adam, sgd
 
 @triton.jit
 def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer to element ``base`` of a stream of a row."""
+    """Return the pointer to element ``base`` of a stream of a row."""
     address = tl.load(row + column) + base * (DTYPE.primitive_bitwidth // 8)
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:  # the hint counts on the pointer only, not on the integer
@@ -74,7 +74,7 @@ def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.con
 
 @triton.jit
 def place(rows, chunks, chunk):
-    """A program's row, its first element, and the number of its elements."""
+    """Return a program's row, its first element, and the number of its elements."""
     entry = chunks + tl.program_id(0).to(tl.int64) * 2
     row = rows + tl.load(entry).to(tl.int64) * COLUMNS
     base = tl.load(entry + 1).to(tl.int64) * chunk
@@ -84,10 +84,10 @@ def place(rows, chunks, chunk):
 
 @triton.jit
 def tile(ALIGNED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Elements of a block of them, [THREADS, WIDTH], and the first of each thread.
+    """Return the elements of a tile, [THREADS, WIDTH], and the first of each thread.
 
-    A thread has neighbours where it can access them at once, and else every 32nd, so that 32 threads do. Either way
-    32 threads have 32 * WIDTH elements that follow one another.
+    ALIGNED threads have neighbours, which they access at once; others have every 32nd element, so that 32 threads
+    access neighbours together. Either way 32 threads have 32 * WIDTH elements that follow one another.
     """
     thread = tl.arange(0, THREADS)
     if ALIGNED:
@@ -102,14 +102,12 @@ def step_span(
     row, base, begin, end, s, at,
     ALIGNED: tl.constexpr, RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
-    MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
+    THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole tiles and needs no mask."""
     ADAM: tl.constexpr = RULE == "adam" or RULE == "adam_amsgrad"
     CODES: tl.constexpr = STATE_DTYPE.is_int8()
-    RANDOM_P: tl.constexpr = STOCHASTIC and P_DTYPE.is_bf16() and MASTER == "none"
-    RANDOM_M: tl.constexpr = STOCHASTIC and CODES
-    RANDOM_V: tl.constexpr = RANDOM_M or (STOCHASTIC and ADAM and STATE_DTYPE.is_bf16())
     p_at = stream(row, COL_PARAM, base, P_DTYPE, ALIGNED)
     g_at = stream(row, COL_GRAD, base, G_DTYPE, ALIGNED)
     extra_at = p_at
@@ -140,7 +138,7 @@ def step_span(
             some = None if ALIGNED else block * QUANT_BLOCK < end
             scales0 = scales0_at + block
             scales1 = scales1_at + block
-        if RANDOM_P or RANDOM_V:
+        if RANDOM_P or RANDOM_M or RANDOM_V:
             word = words(row, at, s[SCALAR_STEP].to(tl.uint32), start + first, end - start, ALIGNED)
             random_p = for_parameter(word) if RANDOM_P else None
             word_m = word if RANDOM_M else None
@@ -168,10 +166,10 @@ def step_kernel(
     rows, chunks, scalars, factor, chunk,
     RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
-    MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
     THREADS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program per entry of ``chunks``; ``chunk`` is the number of elements of each, a multiple of QUANT_BLOCK.
+    """Step one entry of ``chunks`` per program; ``chunk`` is the elements of each, a multiple of QUANT_BLOCK.
 
     Gradients are multiplied by ``factor``; where that is negative nothing is done.
     """
@@ -179,28 +177,28 @@ def step_kernel(
     if f < 0:
         return
     row, base, n = place(rows, chunks, chunk)
-    start = places(row, base) if STOCHASTIC else None
+    start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
     at = scalars + tl.load(row + COL_SCALARS) * SCALARS
     s = (tl.load(at), tl.load(at + 1), f * tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
          tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8))  # fmt: skip
     whole = 0
     if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
         whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
-    # In regions of their own, so that nothing either needs is kept for both: fp32 Adam takes 41 to 43 registers on
-    # sm_80 to 90 instead of 45 or 46.
+    # Two regions, so that neither keeps registers for the other: fp32 Adam takes 41 to 43 on sm_80 to 90 instead of
+    # 45 or 46.
     if whole > 0:
         step_span(row, base, 0, whole, s, start, True, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
-                  MASTER, STOCHASTIC, THREADS, WIDTH)  # fmt: skip
+                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, WIDTH)  # fmt: skip
     if whole < n:
         step_span(row, base, whole, n, s, start, False, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
-                  MASTER, STOCHASTIC, THREADS, TAIL)  # fmt: skip
+                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, TAIL)  # fmt: skip
 
 
 @triton.jit
 def add_squares(
     sums, row, base, begin, end, ALIGNED: tl.constexpr, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """In double: a square of a float is exact, and neither overflows nor underflows."""
+    """Add squares in double, in which the square of a float is exact, and neither overflows nor underflows."""
     g_at = stream(row, COL_GRAD, base, G_DTYPE, ALIGNED)
     for start in range(begin, end, BLOCK):
         if ALIGNED:
@@ -214,7 +212,7 @@ def add_squares(
 
 @triton.jit(do_not_specialize=["chunk"])
 def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """The sums of the squares of the gradients of each chunk, float64 [.]."""
+    """Write the sum of the squares of the gradients of each chunk, float64 [.]."""
     row, base, n = place(rows, chunks, chunk)
     whole = 0
     if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
@@ -226,7 +224,7 @@ def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def power(x, n):
-    """x ** n for a whole n >= 0, within n ulp; by squaring, since Triton's interpreter has no pow."""
+    """Return x ** n for a whole n >= 0, within n ulp; by squaring, since Triton's interpreter has no pow."""
     y = x * 0 + 1
     while n > 0:
         if n & 1 != 0:
