@@ -1,4 +1,5 @@
-# make demo · make test · make test-integrations · make bench · make lint: each sets up .venv first, once.
+# make demo · make test · make quick · make test-integrations · make bench · make lint: each sets up .venv first, once.
+# make resolve · make test-versions · make wheel · make cuda-check: about installing it elsewhere.
 # A torch of your own:  make test VENV=/path/to/env CONSTRAINTS=/dev/null
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,18 +7,31 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.fused_adamw
 
+# Processes that share the CPUs, a file of tests each; threads that spin would wait for threads that cannot run.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 # With make cuda-check; any CUDA build of torch whose major version of CUDA is that of nvcc.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 CUDA_BIN = $(abspath $(CUDA_VENV))/bin
 
-.PHONY: demo test test-integrations bench lint format clean cuda-check
+# With make resolve and make test-versions: what pyproject.toml promises.
+PYTHONS ?= 3.10 3.11 3.12 3.13
+PLATFORMS ?= x86_64-manylinux_2_28 aarch64-manylinux_2_28
+TORCHES ?= 2.8.0@3.10 2.9.1@3.11 2.10.0@3.12 2.11.0@3.12 2.12.1@3.13 2.13.0@3.10 2.14.1@3.13 2.15.0@3.13
+INDEX_ALONE := env -u UV_INDEX -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS -u UV_CONSTRAINT
+
+.PHONY: demo test quick test-integrations bench gpu lint format clean cuda-check resolve test-versions wheel
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Without what takes more than two seconds a test.
+quick: $(READY)
+	$(PYTEST) -m "not slow"
 
 # What the frameworks themselves warn of is not an error of ours.
 test-integrations: $(VENV)/.integrations
@@ -26,10 +40,15 @@ test-integrations: $(VENV)/.integrations
 bench: $(READY)
 	$(BIN)/python -m bench step
 
+# On a machine with a GPU, with the Python at hand: no environment, no network. ARGS="--minutes 5 --stages build parity"
+gpu:
+	$(PYTHON) -m bench gpu $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/* bench/csrc/*
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -48,14 +67,33 @@ cuda-check:
 	cd build/cuda && $(CUDA_BIN)/python -m fused_adamw
 	cd build/cuda && $(CUDA_BIN)/python -m pytest -q tests/test_backends.py tests/test_step_cpu.py
 
+# Whether the package index alone, without wheels or indexes of this machine, has what the pins ask for. Installs nothing.
+resolve: $(READY)
+	@for platform in $(PLATFORMS); do for python in $(PYTHONS); do \
+	    found=$$($(INDEX_ALONE) $(BIN)/uv --no-config pip compile --quiet --no-header --no-annotate --all-extras \
+	        -c constraints.txt --python-version $$python --python-platform $$platform pyproject.toml) || exit 1; \
+	    echo "Python $$python, $$platform: $$(echo "$$found" | wc -l) packages," $$(echo "$$found" | grep -E '^(torch|triton)=='); \
+	done; done
+
+# One after the other, each in an environment of its own (3 to 7 GB, removed after it); TESTS=tests runs the whole suite.
+test-versions: $(READY)
+	UV=$(BIN)/uv .ci/test-versions $(TORCHES)
+
+# A wheel with the extension, for the torch in .venv, of which its version tells: fused_adamw-0.1.0+torch2.13-cp311-...
+wheel: $(READY)
+	rm -rf build/lib.* build/bdist.*
+	FUSED_ADAMW_CPU=1 $(BIN)/python setup.py -q \
+	    egg_info -b "+torch$$($(BIN)/python -c 'import torch; print(".".join(torch.__version__.split(".")[:2]))')" bdist_wheel
+	ls dist/*.whl
+
 clean:
-	rm -rf build *.egg-info fused_adamw/*.so
+	rm -rf build dist *.egg-info fused_adamw/_C.*
 
 # torch first: the extension is built against the torch it will run beside.
-$(READY): setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
+$(READY): setup.py fused_adamw/build.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch numpy setuptools wheel ninja
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch numpy setuptools ninja
 	FUSED_ADAMW_CPU=1 $(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	touch $(READY)
 

@@ -47,9 +47,18 @@ def target_directory(text: str) -> Path:
     return path
 
 
+def existing_directory(text: str) -> Path:
+    """A directory that is there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a directory that exists")
+    return path
+
+
 def parser() -> argparse.ArgumentParser:
     """The subcommands and their arguments."""
     from bench.arms import ALGORITHMS, DTYPES, NAMES
+    from bench.gpu import MINUTES, STAGES
     from tests.cases import WORKLOADS
 
     top = argparse.ArgumentParser(prog="python -m bench", description=importlib.import_module("bench").__doc__)
@@ -105,6 +114,15 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--workload", type=workload, nargs="+", metavar="NAME", help="only these (default: all)")
     report.add_argument("--out", type=target_file, metavar="FILE", help="write the Markdown to FILE")
 
+    gpu = commands.add_parser("gpu", help="check and measure everything on a machine with a GPU, and write a folder")
+    gpu.add_argument("--minutes", type=float, default=MINUTES, help="for all stages (default: %(default)s)")
+    of = "to write to, or to go on in (default: bench/results/GPU-DATE)"
+    gpu.add_argument("--out", type=target_directory, metavar="DIR", help=of)
+    gpu.add_argument("--stages", choices=STAGES, nargs="+", metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    gpu.add_argument("--tiny", action="store_true", help="lists of a few elements: does everything run?")
+    of = "write the summary and the picture of DIR anew, and print the table for README"
+    gpu.add_argument("--report", type=existing_directory, metavar="DIR", help=of)
+
     for command in (step, limit):
         command.add_argument("--json", type=target_file, metavar="FILE", help="write every number to FILE")
         command.add_argument("--csv", type=target_file, metavar="FILE", help="write the tables to FILE")
@@ -139,8 +157,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The processes that these start would all be pinned to the first CPU.
-    if sys.argv[1:2] not in (["paper"], ["report"]):
+    # The processes of gpu are many at a time: each would put its threads on the same CPUs.
+    if sys.argv[1:2] != ["gpu"]:
         from bench import pinning
 
         pinning.pin()

@@ -172,7 +172,8 @@ PEERS = {
         "flashoptim",
         "FlashAdamW",
         ("cuda",),
-        lambda options, state: {**options, "quantize": False},
+        # Unquantized, without the correction of bfloat16 parameters that it refuses for float32 ones: torch's bytes.
+        lambda options, state: {**options, "quantize": False, "master_weight_bits": None},
     ),
 }
 NAMES = [*TORCH, *PEERS]  # of what is not ours

@@ -1,9 +1,6 @@
 """A small character-level GPT, trained on Python's standard library with torch's AdamW and with ours."""
 
 import argparse
-import sysconfig
-from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +10,17 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import fused_adamw
+from bench.gpt import BATCH, CONTEXT, GPT, batches, corpus
 from bench.timing import bytes_of_step, console, environment, interleave, print_head
 
 OURS, LOOP, FUSED = "fused_adamw.AdamW", "torch AdamW (for-loop, the default)", "torch AdamW (fused=True)"
-CHARACTERS = 4_000_000  # of text that is read
-VOCABULARY = 128
-WIDTH, BLOCKS, HEADS, CONTEXT, BATCH = 192, 2, 12, 32, 32
 LR, WEIGHT_DECAY = 3e-3, 0.1
 VALIDATION_BATCHES, VALIDATIONS = 16, 8
 LAST = 50  # steps whose mean is the final training loss
 ROUNDS = 31
-
-
-class Block(nn.Module):
-    """Attention and a perceptron, each normalised before and added after."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(seen.transpose(1, 2).reshape(batch, length, WIDTH))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """Logits of the next character, at every position; the head is the embedding, transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.characters, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*[Block() for _ in range(BLOCKS)])
-        self.norm = nn.LayerNorm(WIDTH)
-        for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
-
-    def forward(self, text: Tensor) -> Tensor:
-        x = self.characters(text) + self.positions.weight
-        return F.linear(self.norm(self.blocks(x)), self.characters.weight)
 
 
 class Run:
@@ -108,34 +69,6 @@ class Run:
 
     def final(self) -> float:
         return float(np.mean(self.losses[-LAST:]))
-
-
-def corpus() -> tuple[Tensor, Tensor]:
-    """Source text of the standard library as character numbers: for training, and the last tenth for validation.
-
-    0 stands for all characters beyond the most common ones.
-    """
-    library = Path(sysconfig.get_path("stdlib"))
-    text = ""
-    for folder in ("", "asyncio", "email", "json", "unittest"):
-        for path in sorted((library / folder).glob("*.py")):
-            if len(text) < CHARACTERS:
-                text += path.read_text("utf-8", "replace")
-    if len(text) < CHARACTERS // 10:
-        raise SystemExit(f"{library} has no source text to train on")
-    common = [c for c, _ in Counter(text).most_common(VOCABULARY - 1)]
-    numbers = defaultdict(lambda: "\0", {ord(c): chr(i) for i, c in enumerate(common, 1)})
-    data = torch.frombuffer(bytearray(text.translate(numbers), "latin-1"), dtype=torch.uint8)
-    cut = len(data) * 9 // 10
-    return data[:cut], data[cut:]
-
-
-def batches(data: Tensor, seed: int) -> Iterator[Tensor]:
-    """Endless random excerpts, one character longer than the context."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(len(data) - CONTEXT, (BATCH,), generator=generator).tolist()
-        yield torch.stack([data[i : i + CONTEXT + 1] for i in starts]).long()
 
 
 def run(args: argparse.Namespace) -> int:

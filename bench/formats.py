@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fused_adamw
-from bench import demo, digits
+from bench import demo, digits, gpt
 from bench.memory import FORMS, Form
 from bench.timing import console, environment, print_head
 from fused_adamw import formats
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     head = environment(args.threads)
     print_head("bf16 parameters and int8 moments", head)
     args.out.mkdir(parents=True, exist_ok=True)
-    training, held_out = demo.corpus()
+    training, held_out = gpt.corpus()
     del held_out
     jobs = [(name, seed) for seed in range(args.seeds) for name in FORMS]
     losses: dict[str, list[list[float]]] = {name: [] for name in FORMS}
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     moments: dict[str, dict[str, tuple[float, float]]] = {}
     for name, seed in track(jobs, "training", console=console, transient=True, disable=not console.is_terminal):
         trained = Run(FORMS[name], seed, args.steps, shadowed=seed == 0)
-        for _, text in zip(range(args.steps), demo.batches(training, seed), strict=False):
+        for _, text in zip(range(args.steps), gpt.batches(training, seed), strict=False):
             trained.train(text)
         losses[name].append(trained.losses)
         errors[name].append(digits_error(FORMS[name], seed))

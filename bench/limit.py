@@ -12,7 +12,6 @@ from bench import measures, stream
 from bench.arms import DTYPES, FUSED, Missing, arms_of, step_of
 from bench.step import device_of, save
 from bench.timing import bytes_of_step, console, cpu_clock, cuda_clock, environment, interleave, print_head
-from tests import cases
 
 NOTES = """\
 One tensor of so many elements, its buffers used over and over: small sizes stay in the caches, and the smallest show
@@ -57,8 +56,7 @@ def measure(n: int, args: argparse.Namespace, device: torch.device, report: dict
     storage = DTYPES[args.dtype]
     calls, results, shape = {}, [], None
     for arm in arms_of(args.algorithm, storage, device, ["fused"], False):
-        params = cases.parameters([(n,)], storage.dtype, str(device))
-        cases.set_gradients(params, 0)
+        params = measures.random_parameters([(n,)], storage.dtype, device)
         try:
             optimizer = arm.make(measures.grouped(params, [([(n,)], {})]))
         except Missing as error:

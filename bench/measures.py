@@ -25,6 +25,16 @@ def grouped(params: list[Tensor], like: cases.Groups, options: dict[str, Any] | 
     return [{"params": [next(rest) for _ in shapes], **own, **(options or {})} for shapes, own in like]
 
 
+def random_parameters(shapes: cases.Shapes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Draw parameters, and gradients of several magnitudes, on the device: for billions the CPU takes minutes."""
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = {"generator": generator, "dtype": dtype, "device": device}
+    params = [torch.nn.Parameter(torch.randn(shape, **drawn)) for shape in shapes]
+    for i, p in enumerate(params):
+        p.grad = torch.randn(p.shape, **drawn).mul_(10.0 ** -(i % 4))
+    return params
+
+
 # ---- match
 
 
@@ -39,7 +49,7 @@ def checked_steps(params: list[Tensor]) -> Iterator[int]:
 def sample(t: Tensor) -> Tensor:
     """The beginning and the end of a tensor, where it is long: the oracle of GPT-2 in whole would take 4 GB."""
     t = t.detach().flatten()
-    return (t if t.numel() <= 8192 else torch.cat([t[:4096], t[-4096:]])).cpu()
+    return (t if t.numel() <= 8192 else torch.cat([t[:4096], t[-4096:]])).to("cpu", copy=True)
 
 
 class Oracle:
@@ -49,16 +59,17 @@ class Oracle:
     """
 
     def __init__(self, start: list[Tensor], groups: cases.Groups, algorithm: Algorithm) -> None:
-        self.start, self.groups, self.algorithm = start, groups, algorithm
+        self.count, self.groups, self.algorithm = len(start), groups, algorithm
         self.chosen = np.unique(np.linspace(0, len(start) - 1, 32).astype(int)).tolist()
+        self.start = {i: (sample(start[i]), sample(start[i].grad)) for i in self.chosen}
         self.truth = self._stepped(torch.float64, True)
         self.bounds: dict[torch.dtype, dict[str, Tensor]] = {}
 
     def _stepped(self, dtype: torch.dtype, reference: bool) -> dict[str, Tensor]:
-        params: list[Any] = [None] * len(self.start)
-        for i in self.chosen:
-            params[i] = torch.nn.Parameter(sample(self.start[i]).to(dtype, copy=True))
-            params[i].grad = sample(self.start[i].grad).to(dtype, copy=True)
+        params: list[Any] = [None] * self.count
+        for i, (p, g) in self.start.items():
+            params[i] = torch.nn.Parameter(p.to(dtype, copy=True))
+            params[i].grad = g.to(dtype, copy=True)
         groups = grouped(params, self.groups)
         for group in groups:
             group["params"] = [p for p in group["params"] if p is not None]

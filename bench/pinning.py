@@ -8,10 +8,13 @@ def pin() -> None:
     """Start this program anew, on Linux, with a CPU for each thread, unless the caller has decided on that.
 
     Two threads that the scheduler packs on one CPU run at the speed of one, and OpenMP reads its variables only when
-    it is loaded, hence before torch is imported.
+    it is loaded, hence before torch is imported. The place of the main thread, the first, is all CPUs: the processes
+    that it starts, compilers among them, have its affinity. It stays on the CPU that the others leave free.
     """
     if sys.platform != "linux" or {"OMP_PROC_BIND", "OMP_PLACES"} & os.environ.keys():
         return
-    places = ",".join(f"{{{cpu}}}" for cpu in sorted(os.sched_getaffinity(0)))
-    environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": places}
+    cpus = sorted(os.sched_getaffinity(0))
+    places = [cpus, *([cpu] for cpu in cpus[1:])]
+    named = ",".join(f"{{{','.join(map(str, place))}}}" for place in places)
+    environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": named}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

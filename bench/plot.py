@@ -1,5 +1,6 @@
 """The pictures: GB/s against size with the ceiling, bars against the peers."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,18 @@ def bars(report: dict[str, Any], path: Path) -> None:
     finish(figure, report, path)
 
 
-def curves(report: dict[str, Any], path: Path) -> None:
-    """GB/s against the bytes that a step moves, with the ceiling."""
+def curves(report: dict[str, Any], path: Path, ceiling: float | None = None) -> None:
+    """GB/s against the bytes that a step moves, with the stream of each size, and the best of all as a line."""
     series: dict[str, list[dict[str, Any]]] = {}
     for r in report["results"]:
         series.setdefault(r["arm"], []).append(r)
     figure, axes = plt.subplots(figsize=(9, 5), dpi=150, layout="constrained")
-    for arm, rows in series.items():
+    for (arm, rows), marker in zip(series.items(), itertools.cycle(".sv^DxP*")):
         x, y = [r["bytes"] / 1e6 for r in rows], [r["gb_per_s"] for r in rows]
-        style = "--" if arm == "ceiling: copy" else "-"
-        axes.plot(x, y, style, marker=".", color=color_of(arm), label=arm)
+        style = "--" if arm == "ceiling: copy" or arm.endswith(", graph") else "-"
+        axes.plot(x, y, style, marker=marker, markersize=4, color=color_of(arm), label=arm)
+    if ceiling:
+        axes.axhline(ceiling, color=CEILING, linewidth=0.8, linestyle=":", label=f"the best stream: {ceiling:.0f} GB/s")
     axes.set(xscale="log", yscale="log", xlabel="MB moved by a step of one tensor", ylabel="GB/s")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)

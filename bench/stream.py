@@ -75,15 +75,22 @@ def stream(shape: Shape, elements: int, device: torch.device, cold: bool = True)
     if cold:
         elements = max(elements, 4 * last_level_cache(device) // shape.bytes)
     elements = max(1, min(elements, LARGEST) // LENGTH) * LENGTH
-    written, read = ([torch.zeros(elements, dtype=d, device=device) for d in part] for part in shape[:2])
+    written, read = ([random(elements, d, device) for d in part] for part in shape[:2])
     if device.type == "cpu":
         return Stream(cpu_stream([*written, *read], len(written)), elements * shape.bytes)
     if why := backends.named("triton").missing():
         raise RuntimeError(why)
-    from bench.stream_triton import BLOCK, stream_kernel
+    from bench.stream_triton import block_of, stream_kernel
 
-    grid = (elements // BLOCK,)
-    return Stream(lambda: stream_kernel[grid](tuple(written), tuple(read), BLOCK=BLOCK), elements * shape.bytes)
+    block = block_of({*shape.written, *shape.read})
+    grid = (elements // block,)
+    return Stream(lambda: stream_kernel[grid](tuple(written), tuple(read), BLOCK=block), elements * shape.bytes)
+
+
+def random(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return data as memory sees it in training: zeros are faster, since less of what they cross toggles."""
+    empty = torch.empty(elements, dtype=dtype, device=device)
+    return empty.normal_() if dtype.is_floating_point else empty.random_(-120, 120)
 
 
 def cpu_stream(arrays: list[torch.Tensor], written: int) -> Callable[[], object]:
@@ -133,5 +140,5 @@ def _library() -> ctypes.CDLL:
 def copy(elements: int, device: torch.device, cold: bool = True) -> Stream:
     """``copy_`` of a float32 array, if ``cold`` one that no cache holds."""
     elements = min(LARGEST, max(elements, last_level_cache(device) if cold else 0))
-    source, target = (torch.zeros(elements, device=device) for _ in range(2))
+    source, target = (random(elements, torch.float32, device) for _ in range(2))
     return Stream(lambda: target.copy_(source), 2 * source.nbytes)

@@ -6,38 +6,54 @@ A backend is one function, ``prepare(watch, rows, groups) -> Launch``, and one l
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Hashable
+import platform
+import sys
+from collections.abc import Callable, Hashable, Set
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fused_adamw import formats, launch, reference
+from fused_adamw import build, formats, launch, reference
+from fused_adamw._version import __version__
 from fused_adamw.formats import _warn_once
 from fused_adamw.scalars import HYPER, ROWS, Adam, Sgd
 
 if TYPE_CHECKING:
     from fused_adamw.plan import Row
 
-BUILD = (
-    "pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout; needs a C++ compiler, and ninja)"
-)
+if why := build.too_old(torch.__version__):
+    raise ImportError(f"fused_adamw cannot run: {why}")
 
 
 @functools.cache
 def _load_native() -> tuple[ModuleType | None, str]:
+    path, why = build.find(torch.__version__)
+    if path is None:
+        return None, why
     try:
-        return importlib.import_module("fused_adamw._C"), ""
-    except ModuleNotFoundError:
-        return None, f"the extension fused_adamw._C was not built; build it with: {BUILD}"
-    except ImportError as error:  # built against another torch
-        return None, f"the extension fused_adamw._C does not load ({error}); build it anew with: {BUILD}"
+        spec = importlib.util.spec_from_file_location("fused_adamw._C", path)
+        assert spec is not None and spec.loader is not None, "the name ends as those of extensions do"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        return None, f"{path} does not load ({error}); build it anew with: {build.COMMAND} --force"
+    sys.modules["fused_adamw._C"] = module
+    return module, ""
 
 
 def native() -> ModuleType | None:
     """The extension module ``fused_adamw._C``, or None where it was not built."""
     return _load_native()[0]
+
+
+def _built() -> ModuleType:
+    module, why = _load_native()
+    if module is None:
+        raise CannotRun(why)
+    return module
 
 
 Scalars = list[tuple[float, ...]]  # the fields of Adam or Sgd
@@ -77,19 +93,22 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = ()  # of parameters, gradients and states, () for all
     capturable: bool = False
 
-    def refuses(self, device: torch.device, dtypes: set[torch.dtype], capturable: bool) -> str:
+    def refuses(self, device: torch.device, dtypes: Set[torch.dtype], capturable: bool) -> str:
         """Why this backend cannot step such a tensor, or nothing."""
         if self.devices and device.type not in self.devices:
             return f"it steps tensors on {' or '.join(self.devices)}, not on {device}"
-        if self.dtypes and (other := dtypes.difference(self.dtypes)):
+        if self.dtypes and (other := dtypes - set(self.dtypes)):
             return f"it does not step {', '.join(sorted(map(str, other)))}"
         if capturable and not self.capturable:
-            return "it keeps its steps on the host, and capturable=True asks for them on the device"
+            return (
+                "it keeps its steps on the host, and capturable=True, for CUDA graphs, asks for them on a GPU: move "
+                "the parameters there before the optimizer is made, or leave out capturable=True"
+            )
         return self.missing()
 
 
 def _prepare_cpu(watch: Any, rows: list["Row"], groups: list[dict]) -> Launch:
-    return native().CpuStep(watch, rows)
+    return _built().CpuStep(watch, rows)
 
 
 class _Reference:
@@ -127,9 +146,9 @@ class _Reference:
             g = row.grad().to(compute)
             if row.rule.startswith("adam"):
                 m, v, *vmax = states
-                reference.adam(p, g, m, v, *(vmax or [None]), **values)
+                reference.adam(p, g, m, v, vmax[0] if vmax else None, **values)
             else:
-                reference.sgd(p, g, *(states or [None]), **values)
+                reference.sgd(p, g, states[0] if states else None, **values)
             formats.write(row, p, states, step)
 
 
@@ -194,14 +213,16 @@ def _cuda_missing() -> str:
     if not hasattr(module, "CudaKernels"):
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
+        why = build.record_of(Path(str(module.__file__))).get("without_cuda") or "FUSED_ADAMW_CUDA=0"
         return (
-            f"the extension was built without its CUDA part; build it, where nvcc is, with: FUSED_ADAMW_CUDA=1 {BUILD}"
+            f"the extension was built without its CUDA part ({why}); build it, where nvcc is, with: "
+            f"FUSED_ADAMW_CUDA=1 {build.COMMAND} --force"
         )
     return "" if torch.cuda.is_available() else "it is built, but there is no CUDA device"
 
 
 def _cuda_kernels(*args: Any) -> Any:
-    return native().CudaKernels(*args)
+    return _built().CudaKernels(*args)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -224,7 +245,7 @@ def named(name: str) -> Backend:
 
 def pick(
     device: torch.device,
-    dtypes: set[torch.dtype] = frozenset(),
+    dtypes: Set[torch.dtype] = frozenset(),
     capturable: bool = False,
     requested: str | None = None,
 ) -> Backend:
@@ -256,3 +277,33 @@ def pick(
             )
         return backend
     raise RuntimeError(f"no backend can step {device.type} tensors: {'; '.join(reasons)}")
+
+
+def capabilities() -> dict[str, Any]:
+    """Return what can run here, as JSON could hold it: what ``python -m fused_adamw`` prints.
+
+    ``backends`` gives each one's device types, [] for any, and the reason why it cannot run, "" where it can; ``steps``
+    the backend that steps each kind of tensor; ``extension`` the file of the native extension, what it was built for
+    and its instruction sets, the last of which is used, or None.
+    """
+    module = native()
+    extension = None
+    if module:
+        record = build.record_of(Path(str(module.__file__)))
+        extension = {"path": module.__file__, "torch": record["torch"], "instruction_sets": list(module.cpu_isas())}
+    backends = {}
+    for backend in BACKENDS:
+        reason = backend.missing()
+        if not reason and backend.devices == ("cuda",) and not torch.cuda.is_available():
+            reason = "there is no CUDA device"
+        backends[backend.name] = {"devices": list(backend.devices), "reason": reason}
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        "fused_adamw": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "extension": extension,
+        "backends": backends,
+        "steps": {d: next(b.name for b in BACKENDS if not b.refuses(torch.device(d), set(), False)) for d in devices},
+    }

@@ -3,6 +3,7 @@
 Nothing is written to the gradients, and nothing waits for a device.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -31,13 +32,15 @@ def factor_of(
     unscale = torch.ones((), dtype=torch.float64, device=home)
     if grad_scale is not None:
         unscale = grad_scale.to(home, torch.float64, non_blocking=True).reciprocal()
-    factor, norm, skip = unscale, None, None
+    factor = unscale
+    norm: Tensor | None = None
+    skip: Tensor | None = None
     if max_grad_norm is not None or skip_nonfinite:
         norm = _sum_squares(plans, home).sqrt() * unscale
-    if max_grad_norm is not None:
-        factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    if skip_nonfinite:
-        skip = ~(norm < math.inf)
+        if max_grad_norm is not None:
+            factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if skip_nonfinite:
+            skip = ~(norm < math.inf)
     if found_inf is not None:
         found = (found_inf.to(home, non_blocking=True) != 0).view(())
         for group in {group: None for part in plans for group in part.sharded_over}:  # all ranks skip, or none
@@ -60,4 +63,4 @@ def _sum_squares(plans: Sequence["Plan"], home: torch.device) -> Tensor:
     for over, s in sums.items():
         for group in over:
             torch.distributed.all_reduce(s, group=group)
-    return sum(sums.values())
+    return functools.reduce(torch.add, sums.values())

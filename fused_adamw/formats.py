@@ -32,16 +32,18 @@ rounded stochastically both do, on average.
 import warnings
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from fused_adamw.options import Rounding
 
 if TYPE_CHECKING:
     from fused_adamw.plan import Row
 
 MASTERS = {"kahan": "compensation", "split16": "remainder", "fp32": "master"}  # and their names in the state
-ROUNDINGS = ("nearest", "stochastic")
+ROUNDINGS = get_args(Rounding)
 INT8 = ("int8", torch.int8)
 BLOCK = 128  # elements to a scale
 SMALL = 4096  # elements; moments of fewer are float32 where int8 is asked for

@@ -189,7 +189,7 @@ class CapturableLaunch(Launch):
         self.current: list[Sequence[float]] = []
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
         self.captured_lr: list[tuple[int, Tensor]] = []  # and from these, of groups
-        self.spare = self._staging()  # allocated now: not within a capture
+        self.spare: Tensor | None = self._staging()  # allocated now: not within a capture
 
     def _on_device(self) -> list[Tensor]:
         return [*super()._on_device(), self.steps, self.table]

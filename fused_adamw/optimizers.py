@@ -1,6 +1,6 @@
 """The optimizer classes: one base, four thin classes with torch.optim's arguments."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_adamw import backends, clipping, formats, plan, scalars, state
-
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+from fused_adamw import backends, clipping, formats, options, plan, scalars, state
+from fused_adamw.options import Backend, Master, Params, Rounding, StateDtype, documented
 
 _KEPT = ("state_dtype", "capturable", "rounding", "master")  # of a group, whatever a checkpoint says
 
@@ -20,6 +19,9 @@ _REFUSED = {
     ("fused", False): 'the step is fused on every backend; for plain operators use backend="reference"',
     ("differentiable", True): "a fused step has no derivative; use torch.optim's class of this name",
 }
+
+# What the other modules ask an optimizer, and its user need not: left out of what dir() and tab completion show.
+_INTERNAL = {"check", "counts_on_device", "init_state_of", "kind_of", "requested", "rule", "rule_of", "scales"}
 
 
 class FusedOptimizer(Optimizer):
@@ -39,7 +41,7 @@ class FusedOptimizer(Optimizer):
     }
 
     # What unpickling, which knows nothing of us, leaves unset.
-    requested: str | None = None
+    requested: Backend | None = None
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     amp_scaling: bool = False
@@ -48,7 +50,7 @@ class FusedOptimizer(Optimizer):
     grad_norm: Tensor | None = None
     _watch: Any = None
     _plans: Sequence[plan.Plan] = ()
-    _alone: dict[Tensor, tuple] | None = None  # what step_parameter has prepared
+    _alone: dict[Tensor, tuple]  # what step_parameter has prepared
     _scaling: tuple[bool, bool] = (False, False)
     _captured: Sequence[plan.Plan] = ()
     _loading: dict[str, Any] | None = None
@@ -57,7 +59,7 @@ class FusedOptimizer(Optimizer):
         self,
         params: Params,
         defaults: dict[str, Any],
-        backend: str | None,
+        backend: Backend | None,
         max_grad_norm: float | None,
         skip_nonfinite: bool,
         amp_scaling: bool,
@@ -86,6 +88,7 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's; raises ValueError for a hyperparameter out of range, naming the group."""
         if isinstance(param_group, dict):
+            options.name_dtype(param_group)
             full = {**self.defaults, **param_group}
             self.check(full, len(self.param_groups))
             if full.get("decouple_lr"):
@@ -96,15 +99,17 @@ class FusedOptimizer(Optimizer):
 
     @staticmethod
     def check(group: dict[str, Any], index: int | None = None) -> None:
-        """Raise ValueError for an option that no step could use."""
+        """Raise ValueError or TypeError for an option that no step could use; name a dtype by the dtype."""
+        options.name_dtype(group)
         try:
             scalars.check(group)
             formats.check(group)
             declared = group.get("state_dtype")
-            if declared not in (None, *plan.DTYPES, *formats.INT8):
-                raise ValueError(f"state_dtype={declared}: must be one of {', '.join(map(str, plan.DTYPES))}, 'int8'")
-        except ValueError as error:
-            raise error if index is None else ValueError(f"{error} (group {index})") from None
+            if declared not in (None, *options.DTYPES, *formats.INT8):
+                names = ", ".join(map(str, options.DTYPES))
+                raise ValueError(f"state_dtype={declared!r}: must be one of {names}, their names, or 'int8'")
+        except (ValueError, TypeError) as error:
+            raise error if index is None else type(error)(f"{error} (group {index})") from None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -124,7 +129,8 @@ class FusedOptimizer(Optimizer):
         with torch._C._profiler._RecordFunctionFast(f"Optimizer.step#{type(self).__name__}.step"):
             return self._step(*args)
 
-    step.hooked = True  # no wrapper of torch's around it: it costs 8 us a step, and is called where it has work to do
+    # No wrapper of torch's around it: it costs 8 us a step, and is called where it has work to do.
+    step.hooked = True  # type: ignore[attr-defined]
 
     def _observers(self) -> tuple[Any, ...]:
         return (
@@ -182,7 +188,8 @@ class FusedOptimizer(Optimizer):
             raise
         for part in plans:
             part.bring(rows)
-        factor, skipped = 1.0, False
+        factor: float | Tensor = 1.0
+        skipped = False
         if plans and self.scales():
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             if not self.amp_scaling:
@@ -293,7 +300,7 @@ class FusedOptimizer(Optimizer):
         it loads where the graph reads it; needs ``capturable=True``. A learning rate that is a tensor on the device is
         read by the graph itself. State that was replaced by hand needs a new capture.
         """
-        alone = chain.from_iterable(plans for *_, plans, _ in (self._alone or {}).values())
+        alone = chain.from_iterable(plans for *_, plans, _ in self._alone.values())
         for part in (*self._captured, *self._plans, *alone):
             if refresh := getattr(part.launch, "refresh", None):
                 refresh(self.param_groups)
@@ -338,8 +345,12 @@ class FusedOptimizer(Optimizer):
 
         Checkpoints of torch.optim's class of the same name (for-loop, foreach or fused) load too.
         """
+
+        def before(_: Optimizer, loaded: dict[str, Any]) -> None:
+            self._before_loading(loaded)
+
         # Registered last, so that it sees what the user's own hooks made of the dict.
-        hook = self.register_load_state_dict_pre_hook(FusedOptimizer._before_loading)
+        hook = self.register_load_state_dict_pre_hook(before)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -356,7 +367,7 @@ class FusedOptimizer(Optimizer):
         for i, group in enumerate(merged):
             self.check(group, i)
         group_of = {p: group for group in merged for p in group["params"]}
-        for key, _, p in self._loaded_params():
+        for key, _, p in self._loaded_params(loaded):
             own, names = loaded["state"].get(key, {}), self.rule_of(group_of[p])[1]
             at = f"{type(self).__name__}: loading parameter {key} (shape {list(p.shape)})"
             plan.check_formats(at, p, group_of[p], names, own)
@@ -368,9 +379,9 @@ class FusedOptimizer(Optimizer):
                         f"{list(value.shape)}, the parameter {list(p.shape)}: it is another model's"
                     )
 
-    def _loaded_params(self) -> list[tuple[Any, dict[str, Any], Tensor]]:
+    def _loaded_params(self, loaded: dict[str, Any]) -> list[tuple[Any, dict[str, Any], Tensor]]:
         """(key in the state that is being loaded, group, parameter) of every parameter."""
-        keys = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
+        keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
         params = ((group, p) for group in self.param_groups for p in group["params"])
         return [(key, group, p) for key, (group, p) in zip(keys, params, strict=False)]
 
@@ -378,7 +389,7 @@ class FusedOptimizer(Optimizer):
         own, old = getattr(self, "param_groups", []), getattr(self, "state", {})
         super().__setstate__(kept)
         self._drop_plans()  # they hold the old tensors
-        self._retire([part for *_, plans, _ in (self._alone or {}).values() for part in plans])
+        self._retire([part for *_, plans, _ in getattr(self, "_alone", {}).values() for part in plans])
         self._alone = {}
         for i, group in enumerate(self.param_groups):
             for key, value in (own[i] if i < len(own) else self.defaults).items():
@@ -391,9 +402,10 @@ class FusedOptimizer(Optimizer):
             if i < len(own):  # how the state is kept is this optimizer's matter, not the checkpoint's
                 for key in _KEPT:
                     self._set(group, key, own[i].get(key))
+            options.name_dtype(group)
         if self._loading is not None:
             # torch has cast every state to its parameter's dtype (bf16 parameters: a loss); take the saved ones again.
-            for key, group, p in self._loaded_params():
+            for key, group, p in self._loaded_params(self._loading):
                 if key in self._loading["state"]:
                     loaded = self._loading["state"][key]
                     self.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in loaded.items()}
@@ -415,11 +427,31 @@ class FusedOptimizer(Optimizer):
                 if isinstance(was.get(name), Tensor) and was[name].dtype is value.dtype:
                     own[name] = was[name].copy_(value)
 
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in _INTERNAL]
+
+    def __repr__(self) -> str:
+        """torch's, and what is an option of the optimizer and of no group."""
+        devices = dict.fromkeys(p.device for group in self.param_groups for p in group["params"])
+        # Not by the property, which warns of, or raises, what the step is to.
+        chosen = {
+            str(device): next(b.name for b in backends.BACKENDS if not b.refuses(device, set(), False))
+            for device in devices
+        }
+        names = self.requested or ", ".join(
+            name if len(set(chosen.values())) == 1 else f"{name} on {device}" for device, name in chosen.items()
+        )
+        ours = {"amp_scaling": self.amp_scaling, "backend": names}
+        ours |= {"max_grad_norm": self.max_grad_norm, "skip_nonfinite": self.skip_nonfinite}
+        lines = "".join(f"    {name}: {value}\n" for name, value in ours.items())
+        return f"{super().__repr__().removesuffix(')')}\nAll groups\n{lines})"
+
     def __getstate__(self) -> dict[str, Any]:
         kept = ("requested", "max_grad_norm", "skip_nonfinite", "amp_scaling")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
 
+@documented
 class Adam(FusedOptimizer):
     r"""Adam with L2 regularization (Algorithm 2 of arXiv 1711.05101), a drop-in for :class:`torch.optim.Adam`.
 
@@ -430,43 +462,6 @@ class Adam(FusedOptimizer):
             - \gamma \, \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon}
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: learning rate γ, a float or a tensor of one element.
-        betas: coefficients β1, β2 of the running averages.
-        eps: ε, added to the denominator.
-        weight_decay: λ.
-        amsgrad: use the maximum of all v_t so far (arXiv 1904.09237).
-        foreach, differentiable, fused: torch's choice of an implementation. There is one here, and it is fused:
-            ``fused=True`` and the defaults are accepted.
-        capturable: keep steps and scalars on the device, so that a CUDA graph of the step replays correctly; see
-            :meth:`refresh_captured`. On the "triton" and "cuda" backends.
-        maximize: ascend.
-        decoupled_weight_decay: decay as AdamW does.
-        decouple_lr: decoupled decay as in the paper: see AdamW.
-        state_dtype: storage of the moments; by default float32, or float64 for float64 parameters. ``"int8"``: codes
-            of one byte, with a scale for every 128 of them; moments of fewer than 4096 elements stay float32.
-        rounding: ``"nearest"``, or ``"stochastic"``: bfloat16 parameters, and second moments in bfloat16 or int8, are
-            rounded up or down with the probability that makes the mean right, by random bits of Philox 4x32-10, a
-            function of seed, step, parameter and element: the same on every replica, backend and shard, and after a
-            resume.
-        master: of bfloat16 parameters: ``"kahan"``, a compensation in bfloat16; ``"split16"``, the lower half of a
-            float32 of which the parameter is the upper; ``"fp32"``, a float32, of float16 ones too. Updates act on
-            these, and the parameter is their rounded value. See :meth:`refresh_masters`.
-        seed: of stochastic rounding; the only part of it that is state.
-        backend: "cpu", "triton", "cuda" or "reference"; by default the best that runs on the device of a tensor.
-        max_grad_norm: clip by the global norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the
-            step: gradients are read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device.
-        skip_nonfinite: a step whose gradients' norm is not finite changes nothing and is not counted.
-        amp_scaling: let ``torch.amp.GradScaler`` hand its scale and its finding of infinities to the step, which then
-            divides and skips by itself, without a synchronisation. By default the scaler does both before the step, so
-            that the gradients can be clipped in between, and that Accelerate sees which steps were skipped.
-
-    Parameters and gradients are float32, bfloat16, float16, float64, or complex of these, in any mix. Arithmetic is in
-    float32 (float64 for float64 parameters), with one rounding to the storage type.
-
-    Raises:
-        ValueError: for a hyperparameter out of range, in torch's words, and with its group.
-        RuntimeError: for an argument or a backend that cannot be had, with what to do instead.
     """
 
     rule = "adam"
@@ -487,11 +482,11 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         decouple_lr: bool = False,
-        state_dtype: torch.dtype | str | None = None,
-        rounding: str = "nearest",
-        master: str | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: Rounding = "nearest",
+        master: Master | None = None,
         seed: int = 0,
-        backend: str | None = None,
+        backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
@@ -533,11 +528,13 @@ def _floats(betas: Sequence[float | Tensor]) -> tuple[float, ...]:
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
     for i, beta in enumerate(betas):
+        scalars.check_number("beta", beta)
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{i}] must be 1-element")
     return tuple(float(beta) for beta in betas)
 
 
+@documented
 class AdamW(Adam):
     r"""Adam with decoupled weight decay (Algorithm 2 of arXiv 1711.05101), a drop-in for :class:`torch.optim.AdamW`.
 
@@ -549,7 +546,7 @@ class AdamW(Adam):
     with :math:`d = \gamma \lambda` as in torch or, with ``decouple_lr``, :math:`d = (\gamma / \gamma_0) \lambda` as in
     the paper, where :math:`\gamma_0` is the learning rate that the group was made with (its ``base_lr``).
 
-    Args and errors are those of :class:`Adam`.
+    Args:
 
     >>> import torch, fused_adamw
     >>> w = torch.nn.Parameter(torch.ones(3))
@@ -577,11 +574,11 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decouple_lr: bool = False,
-        state_dtype: torch.dtype | str | None = None,
-        rounding: str = "nearest",
-        master: str | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: Rounding = "nearest",
+        master: Master | None = None,
         seed: int = 0,
-        backend: str | None = None,
+        backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
@@ -611,6 +608,7 @@ class AdamW(Adam):
         )
 
 
+@documented
 class SGD(FusedOptimizer):
     r"""Stochastic gradient descent with momentum and L2 regularization, a drop-in for :class:`torch.optim.SGD`.
 
@@ -624,18 +622,6 @@ class SGD(FusedOptimizer):
     :math:`b_1 = g_1` (:math:`\gamma g_1`), undampened, as in torch.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: learning rate γ, a float or a tensor of one element.
-        momentum: μ.
-        dampening: τ.
-        weight_decay: λ.
-        nesterov: Nesterov's momentum: :math:`g_t + \mu b_t` in place of :math:`b_t`.
-        maximize: ascend.
-        foreach, differentiable, fused, capturable: as in :class:`Adam`.
-        lr_in_momentum: the paper's momentum, in which a change of the learning rate acts on new gradients only.
-        state_dtype, rounding, master, seed, backend, max_grad_norm, skip_nonfinite, amp_scaling: as in :class:`Adam`.
-
-    Raises: as :class:`Adam`.
     """
 
     rule = "sgd"
@@ -658,11 +644,11 @@ class SGD(FusedOptimizer):
         capturable: bool = False,
         decouple_lr: bool = False,
         lr_in_momentum: bool = False,
-        state_dtype: torch.dtype | str | None = None,
-        rounding: str = "nearest",
-        master: str | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: Rounding = "nearest",
+        master: Master | None = None,
         seed: int = 0,
-        backend: str | None = None,
+        backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
@@ -699,6 +685,7 @@ class SGD(FusedOptimizer):
         return ("sgd_momentum", ("momentum_buffer",)) if group["momentum"] else ("sgd", ())
 
 
+@documented
 class SGDW(SGD):
     r"""SGD with decoupled weight decay (Algorithm 1 of arXiv 1711.05101).
 
@@ -708,7 +695,9 @@ class SGDW(SGD):
 
     with :math:`d = \gamma \lambda`, torch's convention of AdamW, or, with ``decouple_lr``, the paper's
     :math:`d = (\gamma / \gamma_0) \lambda`. ``SGDW(..., decouple_lr=True, lr_in_momentum=True)`` is Algorithm 1 to
-    the letter. Args and errors are those of :class:`SGD`.
+    the letter.
+
+    Args:
     """
 
     _decoupled = True

@@ -8,17 +8,17 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from fused_adamw import backends, formats, scalars, state
+from fused_adamw import backends, formats, options, scalars, state
 
 if TYPE_CHECKING:
-    from fused_adamw.optimizers import FusedOptimizer
+    from torch.distributed.tensor import DTensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    from fused_adamw.optimizers import FusedOptimizer
 
 
 @dataclass(slots=True)
@@ -60,11 +60,11 @@ class Row:
         return 1 if self.rule.startswith("adam") else -1
 
     def grad(self) -> Tensor:
-        return self.g if self.g is not None else real(local(self.param.grad))
+        return self.g if self.g is not None else real(local(gradient(self.param)))
 
     def copy_gradient(self) -> None:
         if self.g is not None:
-            self.g.copy_(real(local(self.param.grad)))
+            self.g.copy_(real(local(gradient(self.param))))
 
     def before(self) -> None:
         """Fill the copy of the parameter, which a launch before this one may have changed."""
@@ -228,15 +228,17 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
     for *_, group, p in live.values():
         optimizer.init_state_of(group, p)
 
-    watched = optimizer.param_groups, optimizer.state
+    watched: tuple[list[dict[str, Any]], dict[Tensor, Any]] = optimizer.param_groups, optimizer.state
     index = {slot: slot for slot in live}
     if only is not None:
         ((slot, (_, _, group, _)),) = live.items()
         live, chosen, index = {0: live[slot]}, {0: chosen[slot]}, {0: slot}
         watched = [{**group, "params": [only]}], {only: optimizer.state[only]}
-    watch = backends.native().Watch if backends.native() else Watch
+    native = backends.native()
     there = [optimizer.counts_on_device(group, p) for group in watched[0] for p in group["params"]]
-    watch = watch(*watched, there, optimizer.kind_of, optimizer.rule, scalars.HYPER[optimizer.rule])
+    watch = (native.Watch if native else Watch)(
+        *watched, there, optimizer.kind_of, optimizer.rule, scalars.HYPER[optimizer.rule]
+    )
     later = _overlaps({slot: local(p) for slot, (*_, p) in live.items()})
     buckets: dict[Any, tuple[backends.Backend, list[Row]]] = {}
     for slot, (_, i, group, param) in live.items():
@@ -247,10 +249,10 @@ def build(optimizer: "FusedOptimizer", only: Tensor | None = None) -> tuple[Any,
         extra = local(own[form.extra]) if form.extra else None
         scales = tuple(local(own[name]) for name in form.scales(names))
         place = place_of(param) if form.stochastic else formats.WHOLE
-        p, grad = local(param), local(param.grad)
+        p, grad = local(param), local(gradient(param))
         dense = real(p) if same_layout(p, dense_like(p)) else real(torch.empty_like(p))
         plain = same_layout(grad, dense_like(p)) and not grad.is_conj() and not grad.is_neg()
-        plain = plain and not _pending(param.grad)  # its memory is out of the watch's sight, at every step anew
+        plain = plain and not _pending(gradient(param))  # its memory is out of the watch's sight, at every step anew
         g = None if plain else torch.empty_like(dense, dtype=real(grad).dtype)
         kind = form, extra, scales, int(group.get("seed", 0)), index[slot], place
         row = Row(slot, i, there[slot], rule, param, dense, states, own["step"], g, *kind)
@@ -320,7 +322,7 @@ def _place(optimizer: "FusedOptimizer", i: int, j: int) -> str:
 
 
 def _backend_of(optimizer: "FusedOptimizer", at: str, group: dict, p: Tensor) -> "backends.Backend":
-    dtypes = {p.dtype.to_real(), p.grad.dtype.to_real(), state_dtype_of(p, group.get("state_dtype")).to_real()}
+    dtypes = {p.dtype.to_real(), gradient(p).dtype.to_real(), state_dtype_of(p, group.get("state_dtype")).to_real()}
     try:
         return backends.pick(p.device, dtypes, bool(group.get("capturable")), optimizer.requested)
     except RuntimeError as error:
@@ -333,7 +335,7 @@ def check_formats(at: str, p: Tensor, group: Mapping[str, Any], names: tuple[str
         form = formats.kept(p, group, names)
         if form.stochastic:
             place_of(p)
-        if form.int8 and sharded_over(p) and (place_of(p)[2] or blocks_across(p) is None):
+        if form.int8 and is_dtensor(p) and sharded_over(p) and (place_of(p)[2] or blocks_across(p) is None):
             raise TypeError(
                 f"it is placed {p.placements}, which cuts the blocks of {formats.BLOCK} elements that share a scale of "
                 "int8 moments: shard it along the first dimension, the others a multiple of that, or give its group "
@@ -365,7 +367,7 @@ def _check(at: str, p: Tensor, group: dict, names: tuple[str, ...], own: dict) -
     if p.layout is not torch.strided:
         raise TypeError(f"{at}: its layout is {p.layout}, and only dense parameters can be stepped: use p.to_dense()")
     for name, t in (("the parameter", p), ("its gradient", g)):
-        if t.dtype.to_real() not in DTYPES:
+        if t.dtype.to_real() not in options.DTYPES:
             raise TypeError(
                 f"{at}: {name} is {t.dtype}; only float32, bfloat16, float16, float64 and complex of these can be "
                 "stepped: convert it, or leave the parameter out of the optimizer"
@@ -419,7 +421,7 @@ def check_sharding(at: str, p: Tensor, others: Mapping[str, Tensor]) -> None:
                 remedy = "set p.grad = None and run backward again"
             kind = "DTensor" if is_dtensor(p) else type(p).__name__
             raise TypeError(f"{at}: the parameter is a {kind}, {name} a {kinds[name]}: {remedy}")
-        if is_dtensor(p) and (t.device_mesh != p.device_mesh or t.placements != p.placements):
+        if is_dtensor(p) and is_dtensor(t) and (t.device_mesh != p.device_mesh or t.placements != p.placements):
             if name == "its gradient":
                 remedy = "p.grad = p.grad.redistribute(p.device_mesh, p.placements) before the step"
                 if t.device_mesh != p.device_mesh:
@@ -427,7 +429,13 @@ def check_sharding(at: str, p: Tensor, others: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{at}: {where}, {name} {t.placements} on {t.device_mesh}: {remedy}")
 
 
-def is_dtensor(t: Tensor) -> bool:
+def gradient(p: Tensor) -> Tensor:
+    """The gradient of a parameter that was found to have one."""
+    assert p.grad is not None
+    return p.grad
+
+
+def is_dtensor(t: Tensor) -> TypeGuard["DTensor"]:
     """Whether t is a DTensor; without importing what that takes."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)

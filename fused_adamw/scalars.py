@@ -43,8 +43,8 @@ class Sgd(NamedTuple):
 
 def adam(group: Mapping[str, Any], step: float) -> Adam:
     """The row of Adam and AdamW at their ``step``-th step (1 at the first)."""
-    lr = float(group["lr"])
-    beta1, beta2 = map(float, group["betas"])
+    lr = _float("lr", group["lr"])
+    beta1, beta2 = (_float("beta", beta) for beta in group["betas"])
     decay, l2, sign = _decay(group, lr)
     return Adam(
         decay=decay,
@@ -54,7 +54,7 @@ def adam(group: Mapping[str, Any], step: float) -> Adam:
         w2=1 - beta2,
         step_size=lr / (1 - beta1**step),
         inv_sqrt_bc2=1 / math.sqrt(1 - beta2**step),
-        eps=float(group["eps"]),
+        eps=_float("eps", group["eps"]),
         step=step,
     )
 
@@ -65,8 +65,8 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     torch multiplies the momentum by the learning rate, Algorithm 1 of the paper accumulates it
     (``lr_in_momentum``); the two are the same as long as the learning rate stays the same.
     """
-    lr = float(group["lr"])
-    momentum = float(group["momentum"])
+    lr = _float("lr", group["lr"])
+    momentum = _float("momentum", group["momentum"])
     decay, l2, sign = _decay(group, lr)
     into, out = (lr, 1.0) if group.get("lr_in_momentum") else (1.0, lr)
     if not momentum:
@@ -80,7 +80,7 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
         l2=l2,
         grad_factor=sign,
         momentum=momentum,
-        c1=into * (1 - float(group["dampening"]) if step > 1 else 1.0),
+        c1=into * (1 - _float("dampening", group["dampening"]) if step > 1 else 1.0),
         c2=out,
         take_g=take_g,
         take_b=take_b,
@@ -90,14 +90,15 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
 
 def adam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     """What ``adam`` depends on, in the order of ``Kernels.scalars`` in ``launch.py``."""
-    beta1, beta2 = group["betas"]
-    return (*_decay_hyper(group), beta1, beta2, group["eps"])
+    beta1, beta2 = (_float("beta", beta) for beta in group["betas"])
+    return (*_decay_hyper(group), beta1, beta2, _float("eps", group["eps"]))
 
 
 def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     """What ``sgd`` depends on, in the order of ``Kernels.scalars`` in ``launch.py``."""
     flags = bool(group["nesterov"]) + 2 * bool(group.get("lr_in_momentum"))
-    return (*_decay_hyper(group), group["momentum"], group["dampening"], flags)
+    momentum, dampening = (_float(name, group[name]) for name in ("momentum", "dampening"))
+    return (*_decay_hyper(group), momentum, dampening, flags)
 
 
 def is_on_device(lr: float | Tensor) -> bool:
@@ -107,9 +108,9 @@ def is_on_device(lr: float | Tensor) -> bool:
 
 def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     """lr (0 where only the device knows it), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
-    lr = 0.0 if is_on_device(group["lr"]) else float(group["lr"])
+    lr = 0.0 if is_on_device(group["lr"]) else _float("lr", group["lr"])
     base_lr = _base_lr(group) if group.get("decouple_lr") else 1.0
-    weight_decay = float(group["weight_decay"])
+    weight_decay = _float("weight_decay", group["weight_decay"])
     parts = (weight_decay, 0.0) if group.get("decoupled_weight_decay") else (0.0, weight_decay)
     return (lr, base_lr, *parts, -1.0 if group["maximize"] else 1.0)
 
@@ -117,7 +118,7 @@ def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
 def _decay(group: Mapping[str, Any], lr: float) -> tuple[float, float, float]:
     """(decay, l2, grad_factor): lr * weight_decay is torch's decay, (lr / base_lr) * weight_decay the paper's."""
     sign = -1.0 if group["maximize"] else 1.0
-    weight_decay = float(group["weight_decay"])
+    weight_decay = _float("weight_decay", group["weight_decay"])
     if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf):
         check(group)
     if not group.get("decoupled_weight_decay"):
@@ -133,8 +134,11 @@ def _base_lr(group: Mapping[str, Any]) -> float:
 
 
 def check(group: Mapping[str, Any]) -> None:
-    """Raise ValueError, in torch's words, for a hyperparameter that no step could use."""
+    """Raise ValueError, in torch's words, for a hyperparameter that no step could use; TypeError for no number."""
     lr = group["lr"]
+    given = {name: group[name] for name in (*_NOT_NEGATIVE, "dampening") if name in group}
+    for name, value in (*given.items(), *(("beta", beta) for beta in group.get("betas", ()))):
+        check_number(name, value)
     if getattr(lr, "numel", int)() > 1:
         raise ValueError("Tensor lr must be 1-element")
     for name, text in _NOT_NEGATIVE.items():
@@ -154,6 +158,18 @@ def check(group: Mapping[str, Any]) -> None:
             "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
             f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"
         )
+
+
+def _float(name: str, value: Any) -> float:
+    check_number(name, value)
+    return float(value)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError for what is no number."""
+    if not hasattr(value, "__float__"):
+        yaml = ": in YAML, 1e-3 is a string, 1.0e-3 a number" if isinstance(value, str) else ""
+        raise TypeError(f"{name} must be a number, and is {value!r}{yaml}")
 
 
 _NOT_NEGATIVE = {

@@ -118,7 +118,8 @@ class CosineWarmRestarts(LRScheduler):
                 raise ValueError(f"Invalid epoch: {epoch}, it must be a number of at least 0")
             steps = epoch * self.steps_per_epoch
             whole = round(steps)
-            self.last_epoch = (whole if math.isclose(steps, whole, rel_tol=1e-12) else steps) - 1
+            # torch declares an int, and takes fractions.
+            self.last_epoch = (whole if math.isclose(steps, whole, rel_tol=1e-12) else steps) - 1  # type: ignore[assignment]
         super().step()
 
     def get_lr(self) -> list[float | Tensor]:

@@ -43,7 +43,7 @@ def _init_moment(own: Own, name: str, p: Tensor, int8: bool, declared: Any) -> N
     have, dtype = _as_float(own, name), plan.state_dtype_of(p, declared)
     if have is None:
         own[name] = plan.state_like(p, dtype).zero_()
-    elif have is not own.get(name) or not _fits(have, p, dtype):
+    elif not _fits(have, p, dtype) or have is not own.get(name):
         own[name] = plan.state_like(p, dtype)
         plan.local(own[name]).copy_(plan.local(have))
     for key in coded:
@@ -67,26 +67,33 @@ def _scales_of(codes: Tensor) -> Tensor:
     if not plan.is_dtensor(codes):
         return scales
     shape = _scales_shape(codes)
-    more = {"run_check": False, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
-    return type(codes).from_local(scales, codes.device_mesh, codes.placements, **more)
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = codes.device_mesh, codes.placements
+    return type(codes).from_local(scales, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def check_codes(own: Own) -> None:
     """Raise ValueError for codes that have not the scales that are theirs."""
     for name in sorted({key.removesuffix(part) for key in own for part in _CODED if key.endswith(part)}):
         codes, scales = (own.get(name + part) for part in _CODED)
-        good = isinstance(codes, Tensor) and isinstance(scales, Tensor) and codes.dtype in (torch.int8, torch.uint8)
-        if good:
-            good = scales.dtype is torch.float32 and scales.is_contiguous() and scales.shape == _scales_shape(codes)
-            good = good and plan.is_dtensor(scales) == plan.is_dtensor(codes) and scales.device == codes.device
-        if good and plan.is_dtensor(codes):
-            good = scales.placements == codes.placements and scales.device_mesh == codes.device_mesh
-        if not good:
+        if not _belong_together(codes, scales):
             expected = f"float32 {list(_scales_shape(codes))}" if isinstance(codes, Tensor) else "codes"
             raise ValueError(
                 f"its state {name + _CODED[1]!r} does not go with {name + _CODED[0]!r}, which needs {expected}: "
                 "load the right checkpoint, or del optimizer.state[p]"
             )
+
+
+def _belong_together(codes: Any, scales: Any) -> bool:
+    if not isinstance(codes, Tensor) or not isinstance(scales, Tensor) or codes.dtype not in (torch.int8, torch.uint8):
+        return False
+    if scales.dtype is not torch.float32 or not scales.is_contiguous() or scales.shape != _scales_shape(codes):
+        return False
+    if scales.device != codes.device:
+        return False
+    if plan.is_dtensor(codes) and plan.is_dtensor(scales):
+        return scales.placements == codes.placements and scales.device_mesh == codes.device_mesh
+    return plan.is_dtensor(scales) == plan.is_dtensor(codes)
 
 
 _CODED = ("_codes", "_scales")

@@ -115,6 +115,10 @@ WORKLOADS: dict[str, Workload] = {
     "465-groups": Workload(one_group_each),
     "1x131k": Workload(lambda layers: one_group([(131072,)])),
     "1x16M": Workload(lambda layers: one_group([(1 << 24,)])),
+    # For a GPU's memory alone.
+    "1x256Mi": Workload(lambda layers: one_group([(1 << 28,)])),
+    "1x1Gi": Workload(lambda layers: one_group([(1 << 30,)])),
+    "llama-2b": Workload(llama_7b, 9),  # the first layers of Llama 7B: 2.08 G elements
 }
 
 # Options that torch.optim's class of the same name has too.
@@ -150,7 +154,29 @@ def name_of(case: Any) -> str:
     """A test's id for a case."""
     if isinstance(case, dict):
         return ",".join(f"{k}={v.tolist() if isinstance(v, Tensor) else v}" for k, v in case.items()) or "defaults"
+    if isinstance(case, (list, tuple)) and not isinstance(case, Target):
+        return "-".join(map(name_of, case))
     return str(case).removeprefix("torch.")
+
+
+def pairwise(sizes: list[int]) -> list[list[int]]:
+    """Rows of one index for each axis, in which every two indices of different axes meet: few, and always the same."""
+    axes = range(len(sizes))
+    missing = {
+        (i, a, j, b) for i, j in itertools.combinations(axes, 2) for a in range(sizes[i]) for b in range(sizes[j])
+    }
+    rows = []
+    while missing:
+        i, a, j, b = min(missing)
+        row = {i: a, j: b}
+        for k in (k for k in axes if k not in row):
+            met = [
+                sum((*min((k, c), own), *max((k, c), own)) in missing for own in row.items()) for c in range(sizes[k])
+            ]
+            row[k] = met.index(max(met))
+        rows.append([row[k] for k in axes])
+        missing -= {(k, row[k], m, row[m]) for k, m in itertools.combinations(axes, 2)}
+    return rows
 
 
 def parameters(
@@ -166,9 +192,16 @@ def set_gradients(params: Iterable[Tensor], step: int, dtype: torch.dtype | None
     generator = torch.Generator().manual_seed(1000 + step)
     for i, p in enumerate(params):
         g = torch.randn(p.shape, generator=generator) * 10.0 ** (-(i % 4))
-        if dtype is not None:
-            p.grad_dtype = dtype
-        p.grad = g.to(p.device, dtype or p.dtype)
+        set_gradient(p, g.to(p.device, dtype or p.dtype))
+
+
+def set_gradient(p: Tensor, g: Tensor) -> None:
+    """Make g, of any dtype, the gradient of p; torch 2.8 and 2.9 take another dtype than p's only in this way."""
+    if hasattr(p, "grad_dtype"):
+        p.grad_dtype, p.grad = g.dtype, g
+    else:
+        p.grad = torch.zeros_like(p)
+        p.grad.data = g
 
 
 def make(name: str, params: Any, options: dict[str, Any], **ours: Any) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import importlib
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ PTXSIM = ROOT.parent / "shared" / "ptxsim"
 if PTXSIM.is_dir():
     sys.path.append(str(PTXSIM))
     import ptxsim
-needs_ptxsim = pytest.mark.skipif(not PTXSIM.is_dir(), reason="needs ../shared/ptxsim")
+needs_ptxsim = pytest.mark.emulator
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 FORMATS = {F32: 0, BF16: 2, F16: 3, I8: 4}  # of csrc/formats.h
@@ -282,6 +283,33 @@ class Cuda:
                 shared=number(r"(\d+) bytes smem"),
             )
         return found
+
+
+LOOP = """
+import torch, triton
+import triton.language as tl
+
+@triton.jit
+def count(to, n):
+    for i in range(tl.load(n)):
+        tl.store(to, i + 1)
+
+to, n = torch.zeros(1, dtype=torch.int32), torch.full((1,), 3, dtype=torch.int32)
+count[(1,)](to, n)
+assert to.item() == 3
+"""
+
+
+@functools.cache
+def needs_interpreter() -> None:
+    """Skip the test where Triton's interpreter cannot run a loop, as that of triton 3.6 cannot beside numpy 2.5."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "loop.py"
+        script.write_text(LOOP)
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    if run.returncode:
+        pytest.skip(f"Triton's interpreter cannot run a loop here: {run.stderr.strip().splitlines()[-1]}")
 
 
 def one_entry(ptx: str, entry: str) -> str:

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as distributed
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -144,11 +145,10 @@ def test_from_the_cpu_to_a_gpu_and_back(there, capturable):
 WAYS = ["state_dict", "torch.save", "deepcopy", "pickle", "dcp", "dcp flattened", "dcp full"]
 
 
-@pytest.mark.parametrize(("name", "options"), [*cases.SHARED, *cases.OURS], ids=cases.name_of)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name_of)
-@pytest.mark.parametrize("way", WAYS)
-def test_resume_is_exact(name, options, dtype, way, target):
+@pytest.mark.pairwise(case=[*cases.SHARED, *cases.OURS], way=WAYS, dtype=[torch.float32, torch.bfloat16])
+def test_resume_is_exact(case, dtype, way, target):
     """Save after 3 steps, go on for 3: the bits of 6 steps without a break, also with bf16 parameters."""
+    name, options = case
     if way == "dcp full" and "SGD" in name and "momentum" not in options:
         return  # torch.distributed.checkpoint raises "Expected device to be set" for such a state, torch's SGD's too
     params = cases.parameters([(9,), (2, 3)], dtype, target.device)
@@ -204,6 +204,10 @@ def test_distributed_checkpoints_of_torch(name, flat, to_ours):
     steps(a, range(3))
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     saved = copy.deepcopy(get_optimizer_state_dict(module(a), a, options=options))
+    if name == "SGD" and flat and to_ours and not hasattr(distributed, "_reconstruct_nested_dict"):
+        with pytest.raises(KeyError, match="step"):  # torch 2.8, as docs/compatibility.md says
+            set_optimizer_state_dict(module(b), b, saved, options=options)
+        return
     set_optimizer_state_dict(module(b), b, saved, options=options)
     with torch.no_grad():
         for p, q in zip(first, second, strict=True):

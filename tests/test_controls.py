@@ -1,6 +1,7 @@
 """Negative controls: the suite's own checks, run on code broken on purpose, have to fail."""
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from dataclasses import replace
@@ -218,6 +219,16 @@ extern "C" void step(float* p, float* g, float* m, float* v, long n, const doubl
 SOURCES = ("rules.h", "formats.h", "step.h", "loops_cpu.h", "formats_avx2.h", "step_cpu.cpp")
 
 
+@pytest.mark.parametrize("sizes", [[21, 7, 2, 2], [3, 3, 3, 3], [1, 4, 2], [5, 5]])
+def test_pairwise_leaves_no_pair_out(sizes):
+    rows = cases.pairwise(sizes)
+    for (i, m), (j, n) in itertools.combinations(enumerate(sizes), 2):
+        assert {(row[i], row[j]) for row in rows} == set(itertools.product(range(m), range(n)))
+    largest, next_largest = sorted(sizes)[:-3:-1]
+    assert len(rows) <= 2 * largest * next_largest
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutated_kernel_is_seen(name, tmp_path):

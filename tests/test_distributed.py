@@ -1,4 +1,4 @@
-"""Several ranks: DTensor parameters, FSDP2, DDP, ZeRO, distributed checkpoints. Each test is one set of processes."""
+"""Several ranks: DTensor parameters, FSDP2, DDP, ZeRO, distributed checkpoints. The tests share their ranks."""
 
 import contextlib
 import copy
@@ -128,6 +128,12 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def reaped():
+    yield
+    ranks.close()
+
+
 # ---- the step of DTensors
 
 
@@ -165,14 +171,15 @@ def test_pieces_of_pieces_are_not_numbered():
 
 
 def check_same_bits(backend, native):
-    if not native:
-        backends.native = lambda: None
     build, built = plan.build, []
-    plan.build = lambda optimizer: built.append(optimizer) or build(optimizer)
     dtypes = [torch.float32, BF16, torch.float32, *[BF16] * len(FORMATS)]
-    for (name, options), dtype in zip(RULES + FORMATS, dtypes, strict=True):
-        model, optimizer = check_rule(name, options, dtype, backend)
-        assert built.count(optimizer) == 2  # at the first step, and when the late gradient came
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(backends, "native", lambda: None)
+        patch.setattr(plan, "build", lambda optimizer: built.append(optimizer) or build(optimizer))
+        for (name, options), dtype in zip(RULES + FORMATS, dtypes, strict=True):
+            model, optimizer = check_rule(name, options, dtype, backend)
+            assert built.count(optimizer) == 2  # at the first step, and when the late gradient came
     return [plan.local(p).numel() for p in trainable(model)]
 
 
@@ -328,6 +335,7 @@ def check_host():
 
 
 def test_nothing_is_left_behind_and_nothing_goes_unseen():
+    ranks.close()  # the most memory that a rank has had is to be that of this function
     ranks.run(1, check_host)
 
 
@@ -412,8 +420,13 @@ def test_refused():
 
 def check_gradient_that_changes_its_placement(native):
     """Between two steps, with nothing else changed; equal placements in another object change nothing."""
-    if not native:
-        backends.native = lambda: None
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(backends, "native", lambda: None)
+        _check_gradient_that_changes_its_placement(native)
+
+
+def _check_gradient_that_changes_its_placement(native):
     mesh = init_device_mesh("cpu", (2,))
     p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()], src_data_rank=None))
     optimizer = cases.make("SGD", [p], {"lr": 1.0}, backend="cpu" if native else "reference")
@@ -660,12 +673,13 @@ def test_killed_rank_leaves_the_checkpoint_before_it(when, tmp_path):
 def check_example(folder, steps, every):
     from argparse import Namespace
 
-    from bench import demo
+    from bench import gpt
     from examples import train_fsdp
 
-    demo.CHARACTERS = 100_000
     own = Namespace(steps=steps, every=every, checkpoints=Path(folder), seed=0)
-    return train_fsdp.train(own, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "CHARACTERS", 100_000)
+        return train_fsdp.train(own, torch.device("cpu"))
 
 
 def test_example_resumes_to_the_bit(tmp_path):

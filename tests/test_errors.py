@@ -153,6 +153,8 @@ BAD_OPTIONS = [
     ("AdamW", {"betas": (0.9, 0.99, 0.5)}, "there must be two"),
     ("AdamW", {"betas": (torch.ones(2), torch.ones(2))}, "Tensor betas[0] must be 1-element"),
     ("AdamW", {"state_dtype": torch.int16}, "state_dtype=torch.int16: must be one of torch.float32"),
+    ("AdamW", {"state_dtype": "bf16"}, "state_dtype='bf16': must be one of torch.float32"),
+    ("AdamW", {"state_dtype": "nn"}, "state_dtype='nn': must be one of torch.float32"),
     ("AdamW", {"backend": "cudnn"}, "no backend 'cudnn': there are 'cpu', 'triton', 'cuda', 'reference'"),
 ]
 
@@ -170,6 +172,16 @@ def test_bad_option_of_a_group():
     optimizer = fused_adamw.SGD([a])
     with pytest.raises(ValueError, match=r"Invalid momentum value: -1 \(group 1\)"):
         optimizer.add_param_group({"params": [b], "momentum": -1})
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+def test_capturable_on_the_cpu(backend):
+    p = cases.parameters([(3,)])[0]
+    optimizer = fused_adamw.AdamW([p], capturable=True, backend=backend)
+    cases.set_gradients([p], 1)
+    with pytest.raises(RuntimeError, match=r"group 0, parameter 0 .*: move the parameters there .* or leave out capt"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("option", [{"foreach": True}, {"fused": False}, {"differentiable": True}])
@@ -209,6 +221,33 @@ def test_names_that_no_longer_fit_are_left_out():
     model.bias.grad = sparse_like(torch.ones(3))
     with pytest.raises(RuntimeError, match=r"group 0, parameter 0 \(shape \[3\]\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "text"),
+    [
+        ("AdamW", {"lr": "1e-3"}, "lr must be a number, and is '1e-3': in YAML, 1e-3 is a string"),
+        ("AdamW", {"weight_decay": None}, "weight_decay must be a number, and is None"),
+        ("Adam", {"betas": ("0.9", 0.999)}, "beta must be a number, and is '0.9'"),
+        ("SGD", {"dampening": [0.5]}, r"dampening must be a number, and is \[0.5\]"),
+    ],
+)
+def test_no_number(name, option, text):
+    """In the constructor, in a group, and set by hand."""
+    a, b = cases.parameters([(3,), (3,)])
+    cls = getattr(fused_adamw, name)
+    with pytest.raises(TypeError, match=text):
+        cls([a], **option)
+    with pytest.raises(TypeError, match=rf"({text}).*\(group 1\)"):
+        cls([{"params": [a]}, {"params": [b], **option}])
+    for steps in (0, 1):
+        optimizer = cls([a])
+        cases.set_gradients([a], 1)
+        for _ in range(steps):
+            optimizer.step()
+        optimizer.param_groups[0].update(option)
+        with pytest.raises(TypeError, match=text):
+            optimizer.step()
 
 
 def test_typing_error_in_an_argument():

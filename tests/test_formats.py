@@ -98,8 +98,7 @@ def stored(values, options, target):
     """What is stored of these float32 in bfloat16 parameters, with random bits of step 1 for parameter 1."""
     filler, p = cases.parameters([(3,)], BF16, target.device)[0], torch.zeros(len(values), dtype=BF16)
     p = torch.nn.Parameter(p.to(target.device))
-    p.grad_dtype = F32
-    p.grad = values.to(target.device)
+    cases.set_gradient(p, values.to(target.device))
     optimizer = cases.make("SGD", [filler, p], {"lr": 1.0, "maximize": True, **options}, backend=target.backend)
     optimizer.step()
     return optimizer, p
@@ -238,7 +237,7 @@ def test_a_parameter_that_is_overwritten_is_what_counts(options, dtype, target):
 @pytest.mark.parametrize("options", CURES, ids=cases.name_of)
 def test_weight_decay_in_bf16(options):
     """1000 steps at lr * wd = 1e-4 with zero gradients: torch's 1 stays 1, ours comes to 0.9048."""
-    n, expected = 1_000_000, (1 - 1e-4) ** 1000
+    n, expected = 200_000, (1 - 1e-4) ** 1000
     p = torch.nn.Parameter(torch.ones(n if options == CURES[0] else 1000, dtype=BF16))
     q = torch.nn.Parameter(torch.ones(1000, dtype=BF16))
     p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
@@ -635,7 +634,7 @@ def test_options_set_by_hand_are_checked():
         ({"rounding": "Stochastic"}, "rounding='Stochastic': must be one of 'nearest', 'stochastic' .group 0."),
         ({"master": "bogus"}, "master='bogus': must be None or one of"),
         ({"seed": -1}, "seed=-1: must be a whole number"),
-        ({"state_dtype": "int4"}, "state_dtype=int4: must be one of"),
+        ({"state_dtype": "int4"}, "state_dtype='int4': must be one of"),
         ({"amsgrad": True}, "amsgrad=True is not supported"),
     ):
         optimizer = trained("AdamW", {"state_dtype": "int8", "rounding": "stochastic"}, cases.CPU)
@@ -726,7 +725,7 @@ def test_a_seed_is_saved_however_the_rounding_was_chosen():
         ({"master": "bf16"}, "master='bf16': must be None or one of 'kahan', 'split16', 'fp32'"),
         ({"seed": -1}, "seed=-1: must be a whole number from 0 to 2**63 - 1"),
         ({"seed": 1.5}, "seed=1.5: must be a whole number"),
-        ({"state_dtype": "int4"}, "state_dtype=int4: must be one of torch.float32"),
+        ({"state_dtype": "int4"}, "state_dtype='int4': must be one of torch.float32"),
         ({"state_dtype": "int8", "amsgrad": True}, "state_dtype='int8' with amsgrad=True is not supported"),
     ],
     ids=cases.name_of,

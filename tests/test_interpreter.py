@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu_kernels import needs_interpreter
+
 HERE = Path(__file__).parent
 FILES = ["test_plan.py", "test_optimizers.py", "test_errors.py", "test_checkpoints.py"]
 LEFT_OUT = "dtypes or bfloat16 or sentinels or 1000 or 465 or moments_keep or one_launch or goes_on_from or dcp"
@@ -20,6 +22,7 @@ LEFT_OUT = "dtypes or bfloat16 or sentinels or 1000 or 465 or moments_keep or on
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_suite_in_the_interpreter():
+    needs_interpreter()
     files = [str(HERE / name) for name in FILES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"cpu-triton and not ({LEFT_OUT})"]
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import re
 import weakref
 
 import numpy as np
@@ -24,6 +25,69 @@ def test_signature_is_torchs_and_ours_after_it(name):
         assert ours[key].kind == wanted.kind
     order = [k for k, v in ours.items() if v.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert order == [k for k, v in torchs.items() if v.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "SGDW"])
+def test_help_documents_every_argument(name):
+    cls = getattr(fused_adamw, name)
+    doc = inspect.getdoc(cls)
+    section = doc[doc.index("\nArgs:\n") : doc.index("\nParameters and gradients are")]
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", section, re.MULTILINE | re.DOTALL)
+    signature = inspect.signature(cls).parameters
+    assert [entry for entry, _ in entries] == list(signature)
+    for entry, text in entries:
+        if signature[entry].default is not inspect.Parameter.empty:
+            assert text.rstrip().endswith(f"(default: {signature[entry].default!r}).")
+    assert max(map(len, doc.splitlines())) <= 120
+
+
+def test_dir_shows_what_is_public():
+    assert dir(fused_adamw) == sorted(fused_adamw.__all__)
+    ours, torchs = (
+        {name for name in dir(m.AdamW(cases.parameters([(3,)]))) if not name.startswith("_")}
+        for m in (fused_adamw, torch.optim)
+    )
+    ours -= torchs
+    assert {"step_parameter", "init_state", "warmup", "export", "backend", "grad_norm"} <= ours
+    for name in ours:
+        assert name in ("amp_scaling", "grad_norm", "max_grad_norm", "skip_nonfinite") or (
+            inspect.getdoc(getattr(fused_adamw.AdamW, name))
+        )
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "torch.bfloat16", "float64"])
+def test_state_dtype_by_its_name(name):
+    """As a YAML file gives it: to the constructor, to a group, to a group by hand, and beside a checkpoint."""
+    dtype = getattr(torch, name.removeprefix("torch."))
+    saved = cases.make("AdamW", cases.parameters([(3,)]), {})
+    for how in ("constructor", "group", "hand", "load"):
+        p = cases.parameters([(3,)])[0]
+        own = {"state_dtype": name}
+        optimizer = cases.make(
+            "AdamW",
+            [{"params": [p], **own}] if how == "group" else [p],
+            {**own} if how in ("constructor", "load") else {},
+        )
+        if how == "hand":
+            optimizer.param_groups[0].update(own)
+        cases.set_gradients([p, *saved.param_groups[0]["params"]], 0)
+        if how == "load":
+            saved.step()
+            optimizer.load_state_dict(saved.state_dict())
+        optimizer.step()
+        assert optimizer.state[p]["exp_avg"].dtype is dtype
+        assert optimizer.param_groups[0]["state_dtype"] is dtype
+
+
+def test_state_dtype_by_its_name_as_the_dtype_itself_in_a_load():
+    """Set by hand and loaded into before any step has seen it."""
+    a, b = (cases.make("AdamW", cases.parameters([(3,)]), {}) for _ in range(2))
+    cases.set_gradients(a.param_groups[0]["params"], 0)
+    a.step()
+    b.param_groups[0]["state_dtype"] = "bfloat16"
+    b.load_state_dict(a.state_dict())
+    (own,) = b.state.values()
+    assert own["exp_avg"].dtype is b.param_groups[0]["state_dtype"] is torch.bfloat16
 
 
 def test_docstring_example(doctest_namespace):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_adamw import backends, plan, scalars
+from fused_adamw import backends, options, plan, scalars
 from tests import cases
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}
@@ -112,9 +112,9 @@ def test_complex_is_two_reals(target):
     assert a.state[p]["exp_avg"].dtype is torch.complex64
 
 
-@pytest.mark.parametrize("dtype", plan.DTYPES, ids=cases.name_of)
-@pytest.mark.parametrize("grad_dtype", plan.DTYPES, ids=cases.name_of)
-@pytest.mark.parametrize("state_dtype", [None, *plan.DTYPES], ids=cases.name_of)
+@pytest.mark.parametrize("dtype", options.DTYPES, ids=cases.name_of)
+@pytest.mark.parametrize("grad_dtype", options.DTYPES, ids=cases.name_of)
+@pytest.mark.parametrize("state_dtype", [None, *options.DTYPES], ids=cases.name_of)
 def test_any_mix_of_dtypes(dtype, grad_dtype, state_dtype, target):
     """The update is float32's (float64's) of the values as stored, rounded once into the storage."""
     if dtype is torch.float64 and state_dtype in (torch.bfloat16, torch.float16):

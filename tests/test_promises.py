@@ -21,7 +21,7 @@ PROMISES = {
         "decouple_lr=True is the paper's decay": "test_algorithm_1",
     },
     "test_training": {
-        "repr is torch's": "test_repr_is_torchs",
+        "repr is torch's, and tells what runs": "test_repr_is_torchs",
         "every learning rate scheduler of torch": "test_scheduler",
         "lr as a float or a tensor, changed between steps": "test_lr_changes_its_kind_between_steps",
         "closures": "test_a_closure_is_evaluated_anew_at_each_step",

@@ -233,7 +233,24 @@ def test_named_parameters(target):
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
 def test_repr_is_torchs(name):
     ours, torchs = (getattr(m, name)(cases.parameters([(3,)])) for m in (cases.fused_adamw, torch.optim))
-    assert repr(ours) == repr(torchs)
+    start, ours_alone = repr(ours).split("\nAll groups\n")
+    assert start + ")" == repr(torchs)
+    assert ours_alone == (
+        "    amp_scaling: False\n    backend: cpu\n    max_grad_norm: None\n    skip_nonfinite: False\n)"
+    )
+
+
+def test_repr_tells_what_was_asked_for_and_what_runs(monkeypatch):
+    """Without a warning, or the error, that are the step's."""
+    params = cases.parameters([(3,)])
+    optimizer = cases.fused_adamw.AdamW(params, backend="triton", max_grad_norm=0.5, skip_nonfinite=True)
+    for line in ("backend: triton", "max_grad_norm: 0.5", "skip_nonfinite: True"):
+        assert f"    {line}\n" in repr(optimizer)
+    monkeypatch.setattr(backends, "_load_native", lambda: (None, "not built"))
+    meta = torch.nn.Parameter(torch.ones(3, device="meta"))
+    assert "    backend: reference\n" in repr(cases.fused_adamw.AdamW(params))
+    monkeypatch.undo()
+    assert "    backend: cpu on cpu, reference on meta\n" in repr(cases.fused_adamw.AdamW([*params, meta]))
 
 
 # ---- wrappers

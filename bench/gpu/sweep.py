@@ -1,0 +1,119 @@
+"""Time steps with other chunks, warps, widths and cache hints, without a change of the product."""
+
+import importlib
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import fused_adamw
+from bench.gpu.record import Record
+from bench.gpu.times import begin, clean, timed
+from bench.measures import first_line
+from bench.stream import random
+from fused_adamw import launch
+
+triton_launch = importlib.import_module("fused_adamw.triton_kernels.launch")
+SOURCE = Path(triton_launch.__file__).parent
+CHUNKS = (1024, 2048, 4096, 8192, 32768, 65536)
+CONFIGS = {"2 warps": (2, 4), "8 warps": (8, 4), "width 8": (4, 8), "2 warps, width 8": (2, 8)}
+# Every access of the streams, in triton_kernels/formats.py, ends in this.
+ACCESS = "mask=mask)"
+EVICT, CACHE = ', eviction_policy="evict_first"', ', cache_modifier="{}"'
+HINTS = {
+    "loads evict first": (EVICT, ""),
+    "stores evict first": ("", EVICT),
+    "all evict first": (EVICT, EVICT),
+    "loads .cg": (CACHE.format(".cg"), ""),
+    "stores .cs": ("", CACHE.format(".cs")),
+    "loads .cg, stores .cs": (CACHE.format(".cg"), CACHE.format(".cs")),
+}
+
+
+def sweep(record: Record) -> None:
+    """Time every variant. The default comes first and last: what differs between these two is noise."""
+    begin(record)
+    sizes = {"1x256Mi": 5000} if record.tiny else {"1x256Mi": 1 << 28, "1x24Mi": 24 << 20}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, n in sizes.items():
+            variants = [*variants_of(), ("triton", "default, again", ExitStack)]
+            for backend, variant, patched in variants[:: 4 if record.tiny else 1]:
+                if not record.time_left(f"{variant} and what follows"):
+                    return
+                row = {"list": name, "dtype": str(dtype).removeprefix("torch."), "backend": backend, "variant": variant}
+                try:
+                    with patched():
+                        seconds = step_seconds(n, dtype, backend, record.tiny)
+                    size = 7 * n * dtype.itemsize
+                    record.emit(kind="sweep", **row, ms_median=seconds * 1e3, gb_per_s=size / seconds / 1e9)
+                    print(row, f"{size / seconds / 1e9:.1f} GB/s", flush=True)
+                except Exception as error:
+                    record.emit(kind="skipped", case=f"sweep {name} {dtype}", arm=variant, reason=first_line(error))
+                    print(row, first_line(error), flush=True)
+                clean()
+
+
+def step_seconds(n: int, dtype: torch.dtype, backend: str, tiny: bool) -> float:
+    """Return the seconds of a step of one tensor."""
+    p = torch.nn.Parameter(random(n, dtype, torch.device("cuda")))
+    p.grad = random(n, dtype, torch.device("cuda"))
+    optimizer = fused_adamw.AdamW([p], lr=1e-6, backend=backend, state_dtype=dtype)
+    optimizer.step()
+    return timed(optimizer.step, tiny)
+
+
+def variants_of() -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """Yield the backend, the name, and a context in which optimizers are made that way."""
+    for backend in ("triton", "cuda"):
+        yield backend, "default", ExitStack
+        for chunk in CHUNKS:
+            yield backend, f"chunk {chunk}", lambda chunk=chunk: chunked(chunk)
+    for name, (warps, width) in CONFIGS.items():
+        yield "triton", name, lambda warps=warps, width=width: configured(warps, width)
+    for name, (load, store) in HINTS.items():
+        yield "triton", name, lambda load=load, store=store: hinted(load, store)
+
+
+def chunked(chunk: int) -> Any:
+    """Give a program so many elements."""
+    return mock.patch.object(launch, "chunk_size", lambda numel: chunk)
+
+
+def configured(warps: int, width: int) -> Any:
+    """Give a Triton program so many warps, and a thread so many elements at a time."""
+    true = triton_launch.config
+
+    def config(variant: Any, warp_size: int) -> tuple[dict, dict]:
+        constexprs, options = true(variant, warp_size)
+        return constexprs | {"THREADS": warps * warp_size, "WIDTH": width}, options | {"num_warps": warps}
+
+    return mock.patch.object(triton_launch, "config", config)
+
+
+@contextmanager
+def hinted(load: str, store: str) -> Iterator[None]:
+    """Use copies of the Triton kernels with a hint at every load and store of a stream."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in SOURCE.glob("*.py"):
+            lines = path.read_text().splitlines(keepends=True)
+            if path.name == "formats.py":
+                lines = [with_hint(line, load, store) for line in lines]
+            (Path(folder) / path.name).write_text("".join(lines))
+        package = types.ModuleType(f"hinted_{abs(hash((load, store)))}")
+        package.__path__ = [folder]
+        sys.modules[package.__name__] = package
+        kernels = importlib.import_module(f"{package.__name__}.multi_tensor")
+        with mock.patch.object(triton_launch, "step_kernel", kernels.step_kernel):
+            yield
+
+
+def with_hint(line: str, load: str, store: str) -> str:
+    """Put a hint into the access of a line of formats.py, if it has one."""
+    hint = load if "tl.load(" in line else store if "tl.store(" in line else ""
+    return line.replace(ACCESS, f"{ACCESS[:-1]}{hint})")
