@@ -135,8 +135,7 @@ def test_random_bits_differ_by_step_parameter_and_seed(target):
     for _ in range(2):
         for t in (p, q):
             t.detach().zero_()
-            t.grad_dtype = F32
-            t.grad = x.to(target.device)
+            cases.set_gradient(t, x.to(target.device))
         optimizer.step()
         others += [p.detach().clone(), q.detach().clone()]
     agreeing = {
