@@ -56,6 +56,7 @@ class FusedOptimizer(Optimizer):
         self,
         params: Params,
         defaults: dict[str, Any],
+        *,
         backend: Backend | None,
         max_grad_norm: float | None,
         skip_nonfinite: bool,
@@ -181,7 +182,13 @@ class FusedOptimizer(Optimizer):
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             if not self.amp_scaling:
                 scale = found = None
-            factor, self.grad_norm = clipping.factor_of(plans, self.max_grad_norm, self.skip_nonfinite, scale, found)
+            factor, self.grad_norm = clipping.factor_of(
+                plans,
+                max_grad_norm=self.max_grad_norm,
+                skip_nonfinite=self.skip_nonfinite,
+                grad_scale=scale,
+                found_inf=found,
+            )
             # If steps may be skipped, the host counts those of CPU tensors alone, and reads only their factor.
             skipped = self.skips_steps and any(part.device.type == "cpu" for part in plans) and factor.item() < 0
         for part in plans:
