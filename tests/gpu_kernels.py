@@ -25,6 +25,7 @@ import torch
 
 from fused_adamw import contract
 from fused_adamw.contract import STATES
+from fused_adamw.tensors import NOT_SHARDED
 from tests import cases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,6 @@ F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 FORMATS = {F32: 0, BF16: 2, F16: 3, I8: 4}  # of csrc/formats.h
 MASTERS = ["none", "kahan", "split16", "fp32"]
 QUANT_BLOCK = 128
-WHOLE = (0, 1 << 62, 0)  # the place of what is no shard
 SEED = 0x123456789ABCDEF
 
 
@@ -358,13 +358,13 @@ class Tensor:
     offsets: list[int]  # bytes by which each lies off a multiple of 256
     scalars: int
     index: int = 0
-    place: tuple[int, int, int] = WHOLE
+    place: tuple[int, int, int] = NOT_SHARDED
 
 
 SPECIAL = [0.0, -0.0, 1e-45, -3e-39, 6e-8, 1e-20, 65519.0, 65520.0, -3e38, math.inf, -math.inf, math.nan]
 
 
-def tensors(variant, sizes, rows, seed=0, unaligned=False, places=(WHOLE,)) -> list[Tensor]:
+def tensors(variant, sizes, rows, seed=0, unaligned=False, places=(NOT_SHARDED,)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def make(k: int, n: int, dtype: torch.dtype) -> torch.Tensor:

@@ -26,10 +26,10 @@ from tests.gpu_kernels import (
     INT8_STOCHASTIC,
     LAYOUTS,
     MOMENTUM,
+    NOT_SHARDED,
     SPLIT16,
     STOCHASTIC,
     VARIANTS,
-    WHOLE,
     Cuda,
     Triton,
     changed,
@@ -134,7 +134,14 @@ def test_bits(compiler, sm, variant, cpu_step):
 
 
 # Of shards: pieces of one dimension or another, the first ones of rows that 8 divides, and of large tensors.
-PLACES = [WHOLE, (16, 24, 40), (3, 1 << 62, 0), ((1 << 40) + 8, 1 << 62, 0), ((1 << 33) + 5, 13, 1001), (0, 4096, 8)]
+PLACES = [
+    NOT_SHARDED,
+    (16, 24, 40),
+    (3, 1 << 62, 0),
+    ((1 << 40) + 8, 1 << 62, 0),
+    ((1 << 33) + 5, 13, 1001),
+    (0, 4096, 8),
+]
 
 
 @needs_ptxsim
