@@ -6,6 +6,9 @@ import sys
 import warnings
 from pathlib import Path
 
+# Modules that stand in a folder, by subcommand.
+FOLDERS = {"demo": "studies.demo", "formats": "studies.formats", "paper": "paper.experiments"}
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
@@ -144,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         try:
-            command = importlib.import_module(f"bench.{args.command}")
+            command = importlib.import_module(f"bench.{FOLDERS.get(args.command, args.command)}")
         except ModuleNotFoundError as error:
             if error.name not in ("matplotlib", "numpy", "rich", "sklearn"):
                 raise

@@ -8,13 +8,11 @@ import matplotlib
 import matplotlib.patheffects
 import numpy as np
 
-from bench.claims import NEAR, best_decay, multiplier, taken, usable, usable_rates
-from bench.digits import STEPS_PER_EPOCH
+from bench.paper.claims import NEAR, Curve, Grid, Lengths, best_decay, multiplier, taken, usable, usable_rates
+from bench.paper.digits import STEPS_PER_EPOCH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from bench.paper import Curve, Grid, Lengths
 
 TITLES = {"SGD": "SGD with L2", "SGDW": "SGDW", "Adam": "Adam with L2", "AdamW": "AdamW"}
 COLORS = {"SGD": "tab:orange", "SGDW": "tab:green", "Adam": "tab:red", "AdamW": "tab:blue"}
@@ -31,10 +29,10 @@ WIDTH = 7  # inches
 
 
 def draw(
-    grids: dict[tuple[str, str], "Grid"],
-    short: list["Curve"],
-    long: list["Curve"],
-    lengths: "Lengths",
+    grids: dict[tuple[str, str], Grid],
+    short: list[Curve],
+    long: list[Curve],
+    lengths: Lengths,
     folder: Path,
 ) -> Iterator[Path]:
     """Write the five figures, and yield their paths."""
@@ -75,7 +73,7 @@ def thousandths(values: np.ndarray) -> list[str]:
     return [f"{1e3 * v:.2g}" if v < 0.0995 else f"{1e3 * v:.0f}" for v in values]
 
 
-def heatmaps(rows: list[list["Grid"]]) -> "matplotlib.figure.Figure":
+def heatmaps(rows: list[list[Grid]]) -> "matplotlib.figure.Figure":
     """Test error over learning rate and weight decay, on one colour scale."""
     from matplotlib import pyplot as plt
     from matplotlib.colors import LogNorm
@@ -110,7 +108,7 @@ def heatmaps(rows: list[list["Grid"]]) -> "matplotlib.figure.Figure":
     return figure
 
 
-def mark(ax: "Axes", grid: "Grid") -> None:
+def mark(ax: "Axes", grid: Grid) -> None:
     """The best cell, and the best decay of each learning rate."""
     mean, rates = grid.errors.mean(0), np.array(usable_rates(grid), dtype=int)
     start, step = np.log2(grid.decays[1]), np.log2(grid.decays[2] / grid.decays[1])
@@ -136,7 +134,7 @@ def band(ax: "Axes", x: np.ndarray, values: np.ndarray, **style: object) -> None
     ax.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def learning_curves(curves: list["Curve"]) -> "matplotlib.figure.Figure":
+def learning_curves(curves: list[Curve]) -> "matplotlib.figure.Figure":
     """Training loss and test error by epoch, and one against the other."""
     from matplotlib import pyplot as plt
 
@@ -159,7 +157,7 @@ def learning_curves(curves: list["Curve"]) -> "matplotlib.figure.Figure":
     return figure
 
 
-def restarts(curves: list["Curve"]) -> "matplotlib.figure.Figure":
+def restarts(curves: list[Curve]) -> "matplotlib.figure.Figure":
     """Any-time test error with and without restarts, above the multipliers."""
     from matplotlib import pyplot as plt
 
@@ -186,7 +184,7 @@ def restarts(curves: list["Curve"]) -> "matplotlib.figure.Figure":
     return figure
 
 
-def run_lengths(lengths: "Lengths") -> "matplotlib.figure.Figure":
+def run_lengths(lengths: Lengths) -> "matplotlib.figure.Figure":
     """Test error of runs of several lengths, over the raw and over the normalized decay."""
     from matplotlib import pyplot as plt
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import sklearn
@@ -18,8 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import fused_adamw
-from bench import claims, digits, figures
-from bench.digits import STEPS_PER_EPOCH, Batch, train
+from bench.paper import claims, digits, figures
+from bench.paper.claims import Claim, Curve, Grid, Lengths
+from bench.paper.digits import STEPS_PER_EPOCH, Batch, train
 from bench.timing import console, environment, print_head
 
 ALGORITHMS = ("SGD", "SGDW", "Adam", "AdamW")
@@ -43,42 +44,6 @@ class Plan:
 
 FULL = Plan(8, 30, tuple(range(6)), tuple(range(7)), 150, (4, 8, 16, 32, 64, 128), tuple(range(-1, 8)))
 QUICK = Plan(2, 10, (1, 3, 5), (0, 2, 4, 6), 30, (2, 4, 8, 16), (0, 2, 4, 6, 8))
-
-
-class Grid(NamedTuple):
-    """Final results over learning rates and weight decays."""
-
-    algorithm: str
-    schedule: str
-    rates: np.ndarray
-    decays: np.ndarray  # the first is 0
-    errors: np.ndarray  # (seed, rate, decay), fractions of the test images
-
-    def best(self) -> tuple[int, int]:
-        """Indices of the rate and the decay with the least mean error."""
-        mean = self.errors.mean(0)
-        return np.unravel_index(mean.argmin(), mean.shape)
-
-
-class Curve(NamedTuple):
-    """Results in the course of training, a row for each seed."""
-
-    algorithm: str
-    schedule: str
-    rate: float
-    decay: float  # λ, or λ_norm under restarts
-    epochs: np.ndarray
-    errors: np.ndarray  # (seed, epoch)
-    losses: np.ndarray
-
-
-class Lengths(NamedTuple):
-    """AdamW's final errors over the length of the run and the weight decay."""
-
-    rate: float
-    epochs: np.ndarray
-    decays: np.ndarray
-    errors: np.ndarray  # (seed, length, decay)
 
 
 def octaves(least: float, above: Iterable[int]) -> list[float]:
@@ -120,7 +85,7 @@ class Points:
             "fused_adamw": fused_adamw.__version__,
             "torch": torch.__version__,
             "scikit-learn": sklearn.__version__,
-            "bench/digits.py": hashlib.sha256(Path(digits.__file__).read_bytes()).hexdigest()[:12],
+            "bench/paper/digits.py": hashlib.sha256(Path(digits.__file__).read_bytes()).hexdigest()[:12],
         }
         self.of: dict[str, dict[str, Any]] = {}
         for line in path.read_text("utf-8").splitlines() if path.exists() else ():
@@ -251,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def report(stated: list["claims.Claim"], plan: Plan) -> None:
+def report(stated: list[Claim], plan: Plan) -> None:
     """Print a row for each claim."""
     table = Table("claim of the paper", "measured here", "95 % interval", "seen?", show_lines=True)
     for claim in stated:

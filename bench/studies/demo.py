@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fused_adamw
-from bench.gpt import BATCH, CONTEXT, GPT, batches, corpus
+from bench.studies.gpt import BATCH, CONTEXT, GPT, batches, corpus
 from bench.timing import bytes_of_step, console, environment, interleave, print_head
 
 OURS, LOOP, FUSED = "fused_adamw.AdamW", "torch AdamW (for-loop, the default)", "torch AdamW (fused=True)"

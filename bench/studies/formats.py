@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fused_adamw
-from bench import demo, digits, gpt
 from bench.memory import FORMS, Form
+from bench.paper import digits
+from bench.studies import demo, gpt
 from bench.timing import console, environment, print_head
 from fused_adamw import formats
 

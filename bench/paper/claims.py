@@ -1,19 +1,52 @@
 """What the paper claims, each as a number measured on the runs of ``bench paper``, with an interval."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bench.digits import SCHEDULES, STEPS_PER_EPOCH
-
-if TYPE_CHECKING:
-    from bench.paper import Curve, Grid, Lengths
+from bench.paper.digits import SCHEDULES, STEPS_PER_EPOCH
 
 RESAMPLES = 2000
 NEAR = 0.005  # errors this close to the least are as good as the least: 8 of 1,541 test images
 USABLE = 0.015  # learning rates whose least error is this close to the least of all are usable
+
+
+class Grid(NamedTuple):
+    """Final results over learning rates and weight decays."""
+
+    algorithm: str
+    schedule: str
+    rates: np.ndarray
+    decays: np.ndarray  # the first is 0
+    errors: np.ndarray  # (seed, rate, decay), fractions of the test images
+
+    def best(self) -> tuple[int, int]:
+        """Indices of the rate and the decay with the least mean error."""
+        mean = self.errors.mean(0)
+        return np.unravel_index(mean.argmin(), mean.shape)
+
+
+class Curve(NamedTuple):
+    """Results in the course of training, a row for each seed."""
+
+    algorithm: str
+    schedule: str
+    rate: float
+    decay: float  # λ, or λ_norm under restarts
+    epochs: np.ndarray
+    errors: np.ndarray  # (seed, epoch)
+    losses: np.ndarray
+
+
+class Lengths(NamedTuple):
+    """AdamW's final errors over the length of the run and the weight decay."""
+
+    rate: float
+    epochs: np.ndarray
+    decays: np.ndarray
+    errors: np.ndarray  # (seed, length, decay)
 
 
 class Claim(NamedTuple):
@@ -42,7 +75,7 @@ def usable(errors: np.ndarray) -> list[int]:
     return [int(i) for i in np.flatnonzero(inside)]
 
 
-def usable_rates(grid: "Grid") -> list[int]:
+def usable_rates(grid: Grid) -> list[int]:
     """Indices of learning rates that are about as good as the best one and have a best decay inside the grid."""
     mean = grid.errors.mean(0)[:, 1:]
     return [i for i in usable(mean) if mean[i].min() <= mean.min() + USABLE]
@@ -55,7 +88,7 @@ def slope(x: np.ndarray, y: list[float]) -> float:
     return float(np.polyfit(np.log2(x), y, 1)[0])
 
 
-def shift(grid: "Grid") -> Callable[[np.ndarray], float]:
+def shift(grid: Grid) -> Callable[[np.ndarray], float]:
     """How many octaves the best weight decay moves for each octave of the learning rate, of resampled seeds."""
     rates = usable_rates(grid)
 
@@ -66,7 +99,7 @@ def shift(grid: "Grid") -> Callable[[np.ndarray], float]:
     return of
 
 
-def shrinkage(lengths: "Lengths", normalized: bool) -> Callable[[np.ndarray], float]:
+def shrinkage(lengths: Lengths, normalized: bool) -> Callable[[np.ndarray], float]:
     """How many octaves the best weight decay, or λ_norm, moves when the run gets twice as long."""
     factor = np.sqrt(STEPS_PER_EPOCH * lengths.epochs) if normalized else np.ones(len(lengths.epochs))
     rows = usable(lengths.errors.mean(0))
@@ -78,12 +111,12 @@ def shrinkage(lengths: "Lengths", normalized: bool) -> Callable[[np.ndarray], fl
     return of
 
 
-def least(grid: "Grid") -> Callable[[np.ndarray], float]:
+def least(grid: Grid) -> Callable[[np.ndarray], float]:
     """The error of the best cell, in percent."""
     return lambda seeds: 100 * float(grid.errors[seeds].mean(0).min())
 
 
-def at_equal_loss(a: "Curve", b: "Curve") -> Callable[[np.ndarray], float]:
+def at_equal_loss(a: Curve, b: Curve) -> Callable[[np.ndarray], float]:
     """Test error of a less that of b, in percent, averaged over the training losses that both pass through late."""
 
     def of(seeds: np.ndarray) -> float:
@@ -101,13 +134,13 @@ def at_equal_loss(a: "Curve", b: "Curve") -> Callable[[np.ndarray], float]:
     return of
 
 
-def any_time(a: "Curve", b: "Curve") -> Callable[[np.ndarray], float]:
+def any_time(a: Curve, b: Curve) -> Callable[[np.ndarray], float]:
     """Test error of a less that of b, in percent, averaged over the evaluations: whenever one may have to stop."""
     difference = taken(a) - taken(b)
     return lambda seeds: 100 * float(difference[seeds].mean())
 
 
-def taken(curve: "Curve") -> np.ndarray:
+def taken(curve: Curve) -> np.ndarray:
     """Errors of the network that one would take at each evaluation (seed, epoch).
 
     With restarts that of the end of the last finished cycle, as the authors recommend (arXiv 1608.03983, section 3),
@@ -120,7 +153,7 @@ def taken(curve: "Curve") -> np.ndarray:
     return curve.errors[:, [max(end[end <= i], default=i) for i in range(len(curve.epochs))]]
 
 
-def multiplier(curve: "Curve") -> tuple[np.ndarray, np.ndarray]:
+def multiplier(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     """(epoch, η) at each step of a run."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     total = int(curve.epochs[-1])
@@ -133,7 +166,7 @@ def multiplier(curve: "Curve") -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(found)) / STEPS_PER_EPOCH, np.array(found)
 
 
-def final(a: "Curve", b: "Curve") -> Callable[[np.ndarray], float]:
+def final(a: Curve, b: Curve) -> Callable[[np.ndarray], float]:
     """Test error of a less that of b at the end, in percent."""
     return lambda seeds: 100 * float((a.errors[seeds, -1] - b.errors[seeds, -1]).mean())
 
@@ -166,9 +199,7 @@ def within(bound: float) -> Callable[[float, float], str]:
     return verdict
 
 
-def state(
-    grids: dict[tuple[str, str], "Grid"], short: list["Curve"], long: list["Curve"], lengths: "Lengths"
-) -> list[Claim]:
+def state(grids: dict[tuple[str, str], Grid], short: list[Curve], long: list[Curve], lengths: Lengths) -> list[Claim]:
     """Every claim, measured."""
     of = {(name, schedule): grid for (name, schedule), grid in grids.items()}
     sgd, sgdw, adam, adamw = (of[name, "cosine"] for name in ("SGD", "SGDW", "Adam", "AdamW"))
