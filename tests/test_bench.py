@@ -26,7 +26,7 @@ from bench.__main__ import main
 from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of
 from bench.memory import FORMS
 from bench.paper import claims, digits, experiments
-from bench.studies import demo
+from bench.studies import demo, gpt
 from bench.studies.formats import Run
 from tests import cases
 
@@ -61,7 +61,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys, threads) -> Callable[..., str]
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., str]) -> None:
-    monkeypatch.setattr(demo, "CHARACTERS", 100_000)
+    monkeypatch.setattr(gpt, "CHARACTERS", 100_000)
     monkeypatch.setattr(demo, "VALIDATION_BATCHES", 2)
     out = here("demo", "--steps", "1", "--threads", "1", "--out", str(tmp_path / "new"))
     for text in ("threads", "validation", "28 bytes per parameter", "fused_adamw.AdamW", "fused=True", "demo.png"):
@@ -505,7 +505,7 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     (tmp_path / "paper_points.jsonl").write_text("\n".join(kept) + "\n", "utf-8")
     again = [json.loads(line)["batch"]["schedule"] for line in (lines[0], lines[-1])]
     trained.clear()
-    monkeypatch.setattr(experiments.figures, "draw", lambda *results: [])
+    monkeypatch.setattr(experiments.figures, "draw", lambda *results: None)
     assert main(command) == 0
     assert sorted(batch.schedule for batch in trained) == sorted(again)
     assert json.loads((tmp_path / "paper.json").read_text("utf-8"))["claims"] == report["claims"]
@@ -563,6 +563,19 @@ def test_paper_measures_how_the_best_decay_moves(moves: int) -> None:
         assert (claims.negative(low, high), claims.within(1 / 3)(low, high)) == verdicts[moves]
     else:
         assert claims.within(1 / 3)(low, high) == "yes"
+
+
+def test_paper_takes_intervals_as_scipy_does() -> None:
+    from scipy import stats
+
+    values = np.random.default_rng(1).standard_normal(8)
+    options = {"vectorized": False, "method": "percentile", "n_resamples": claims.RESAMPLES}
+    found = stats.bootstrap(
+        (np.arange(8),), lambda seeds: values[seeds].mean(), **options, rng=np.random.default_rng(0)
+    )
+    assert claims.bootstrap(lambda seeds: float(values[seeds].mean()), 8)[1:] == pytest.approx(
+        found.confidence_interval, rel=1e-12
+    )
 
 
 def test_paper_leaves_out_what_has_no_valley() -> None:
