@@ -1,14 +1,17 @@
 # make demo · make test · make quick · make test-integrations · make bench · make lint: each sets up .venv first, once.
 # make resolve · make test-versions · make wheel · make cuda-check: about installing it elsewhere.
 # A torch of your own:  make test VENV=/path/to/env CONSTRAINTS=/dev/null
+# The Python at hand, without an environment and without network (demo, test, quick, bench):  make test VENV= PYTHON=python3
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-READY := $(VENV)/.fused_adamw
+READY := $(if $(VENV),$(VENV)/.fused_adamw,build/.ready)
+RUN := $(if $(VENV),$(BIN)/python,$(PYTHON))
 
 # Processes that share the CPUs, a file of tests each; threads that spin would wait for threads that cannot run.
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+XDIST = $(shell $(RUN) -c 'import xdist' 2> /dev/null && echo '-n auto --dist loadfile --no-loadscope-reorder')
+PYTEST = OMP_WAIT_POLICY=passive $(RUN) -m pytest $(XDIST)
 
 # With make cuda-check; any CUDA build of torch whose major version of CUDA is that of nvcc.
 CUDA_TORCH ?= torch==2.14.1
@@ -24,7 +27,7 @@ INDEX_ALONE := env -u UV_INDEX -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_I
 .PHONY: demo test quick test-integrations bench gpu lint format clean cuda-check resolve test-versions wheel
 
 demo: $(READY)
-	$(BIN)/python -m bench demo
+	$(RUN) -m bench demo
 
 test: $(READY)
 	$(PYTEST)
@@ -38,7 +41,7 @@ test-integrations: $(VENV)/.integrations
 	$(BIN)/python -m pytest -W default tests/integrations
 
 bench: $(READY)
-	$(BIN)/python -m bench step
+	$(RUN) -m bench step
 
 # On a machine with a GPU, with the Python at hand: no environment, no network. ARGS="--minutes 5 --stages build parity"
 gpu:
@@ -89,13 +92,18 @@ wheel: $(READY)
 clean:
 	rm -rf build dist *.egg-info fused_adamw/_C.*
 
+build/.ready: fused_adamw/build.py $(wildcard csrc/*)
+	FUSED_ADAMW_CPU=1 $(PYTHON) -m fused_adamw build
+	mkdir -p build
+	touch $@
+
 # torch first: the extension is built against the torch it will run beside.
-$(READY): setup.py fused_adamw/build.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
+$(VENV)/.fused_adamw: setup.py fused_adamw/build.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch numpy setuptools ninja
 	FUSED_ADAMW_CPU=1 $(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
-	touch $(READY)
+	touch $@
 
 $(VENV)/.integrations: $(READY)
 	FUSED_ADAMW_CPU=1 $(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[integrations]'

@@ -36,9 +36,9 @@ class Stub:
 
 def stub_kernels() -> None:
     """Let the Triton backend's host code drive CPU tensors, and no kernel run."""
-    from fused_adamw.triton_kernels import launch
+    from fused_adamw.triton_kernels import kernels
 
-    launch.TritonKernels = Stub
+    kernels.TritonKernels = Stub
     triton = backends.named("triton")
     backends.BACKENDS = (dataclasses.replace(triton, devices=("cpu",)), *backends.BACKENDS)
     torch._fused_adamw_ = lambda *args, **options: None

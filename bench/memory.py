@@ -10,6 +10,7 @@ from torch import Tensor
 import fused_adamw
 from bench import measures
 from bench.output import begin, console, table
+from fused_adamw.contract import MASTER_KEYS
 from tests import cases
 
 BF16 = torch.bfloat16
@@ -73,7 +74,7 @@ def measured(form: Form, like: cases.Groups) -> dict[str, float]:
     cases.set_gradients(params, 0)
     optimizer = fused_adamw.AdamW(measures.grouped(params, like), **form.options)
     optimizer.step()
-    masters = set(fused_adamw.formats.MASTERS.values())
+    masters = set(MASTER_KEYS.values())
     states = [item for own in optimizer.state.values() for item in own.items()]
     tensors: dict[str, list[Tensor]] = {
         "parameter": params,

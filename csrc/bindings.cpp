@@ -12,7 +12,7 @@ namespace fused_adamw {
 namespace {
 
 #if defined(FUSED_ADAMW_CUDA)
-// fused_adamw.launch.Kernels, launched on the current stream of the current device.
+// fused_adamw.gpu.Kernels, launched on the current stream of the current device.
 class CudaKernels {
 public:
   CudaKernels(at::Device device, const std::string& rule, at::ScalarType p, at::ScalarType g,
@@ -81,13 +81,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<const py::list&, const py::dict&, const std::vector<bool>&, const py::object&,
                     const std::string&, py::object>())
       .def("poll", &Watch::poll)
-      .def("rows", &Watch::scalar_rows)
+      .def("scalar_rows", &Watch::scalar_rows)
       .def("advance", &Watch::advance)
       .def("upload", &Watch::upload)
       .def("scalars_of", &Watch::scalars_of);
   py::class_<CpuStep>(m, "CpuStep")
       .def(py::init<const Watch&, const py::list&>(), py::keep_alive<1, 2>())
-      .def("bring", &CpuStep::prepare_step)
+      .def("prepare_step", &CpuStep::prepare_step)
       .def("run", &CpuStep::run)
       .def("sum_squares", &CpuStep::sum_squares);
 #if defined(FUSED_ADAMW_CUDA)

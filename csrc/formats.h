@@ -1,5 +1,5 @@
 // How a value is stored: every format is read into the compute type and written back with one rounding, to
-// nearest even unless said otherwise. The rules never see a storage type. fused_adamw/formats.py does the
+// nearest even unless said otherwise. The rules never see a storage type. fused_adamw/codecs.py does the
 // same in Python and gives the reasons.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The rows of one launch on the CPU, made from those of plan.py.
+// The rows of one launch on the CPU, made from those of fused_adamw/contract.py.
 #pragma once
 
 #include <ATen/ops/scalar_tensor.h>
@@ -22,14 +22,14 @@ inline int isa = [] {
 
 class CpuStep {
 public:
-  // rows: a list of plan.Row.
+  // rows: a list of contract.Row.
   CpuStep(const Watch& watch, const py::list& rows) : watch_(watch) {
     for (const py::handle& item : rows) {
       const auto slot = item.attr("slot").cast<size_t>();
       const auto p = item.attr("p").cast<at::Tensor>();
       const auto g = item.attr("g").cast<std::optional<at::Tensor>>();
       const auto states = item.attr("states").cast<std::vector<at::Tensor>>();
-      const auto extra = item.attr("extra").cast<std::optional<at::Tensor>>();
+      const auto extra = item.attr("master_data").cast<std::optional<at::Tensor>>();
       const auto scales = item.attr("scales").cast<std::vector<at::Tensor>>();
       Row row{};
       row.p = p.mutable_data_ptr();
@@ -50,7 +50,7 @@ public:
       row.seed = item.attr("seed").cast<uint64_t>();
       row.index = item.attr("index").cast<uint32_t>();
       std::tie(row.offset, row.run, row.skip) =
-          item.attr("place").cast<std::tuple<int64_t, int64_t, int64_t>>();
+          item.attr("numbering").cast<std::tuple<int64_t, int64_t, int64_t>>();
       rows_.push_back(row);
       sources_.push_back({slot, !g});
       keep_alive_.push_back(p);

@@ -76,7 +76,7 @@ enum Column {
 // multiples of 8, or nothing is drawn by it. ALIGNED: SHARD_ALIGNED, and every address is a multiple of 16.
 enum Flag { ALIGNED = 1, SHARD_ALIGNED = 2 };
 
-// The CUDA functions take tables in device memory, which fused_adamw/launch.py fills, and a stream of the
+// The CUDA functions take tables in device memory, which fused_adamw/gpu.py fills, and a stream of the
 // current device. They return cudaGetErrorString of what went wrong, or nullptr.
 struct Tables {
   const int64_t* rows;

@@ -79,7 +79,8 @@ inline Local local_of(const at::Tensor& t, PyObject* object = nullptr) {
   return dtensor.type && PyObject_TypeCheck(object, dtensor.type) ? inside(object) : Local{&t};
 }
 
-// Returns nullptr for a tensor without memory of its own (a wrapper subclass); plan.py refuses those by name.
+// Returns nullptr for a tensor without memory of its own (a wrapper subclass); checks.py refuses those by
+// name.
 inline const void* address_of(const at::Tensor& t) {
   const at::TensorImpl& impl = *t.unsafeGetTensorImpl();
   if (!impl.has_storage() || !impl.numel()) return nullptr;

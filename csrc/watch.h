@@ -1,5 +1,5 @@
 // What the plans of an optimizer were built from: its groups, parameters, gradients and states. Each step
-// polls whether they are still the same, which takes some 60 ns for a parameter. plan.Watch does the same in
+// polls whether they are still the same, which takes some 60 ns for a parameter. watch.Watch does the same in
 // Python.
 #pragma once
 

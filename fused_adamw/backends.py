@@ -1,4 +1,4 @@
-"""The registry of backends: which one steps a device's tensors, and why not another.
+"""Registers the backends, and chooses the one that steps a device's tensors or says why it cannot.
 
 A backend is one function, ``prepare(watch, rows, groups) -> Launch``, and one line of ``BACKENDS``.
 """
@@ -12,17 +12,15 @@ from collections.abc import Callable, Hashable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 
-from fused_adamw import build, formats, launch, reference
+from fused_adamw import build, gpu, reference
 from fused_adamw._version import __version__
+from fused_adamw.contract import Launch, Row, Variant, Watch
 from fused_adamw.formats import _warn_once
-from fused_adamw.scalars import HYPER, ROWS, Adam, Sgd
-
-if TYPE_CHECKING:
-    from fused_adamw.plan import Row
+from fused_adamw.scalars import HYPER
 
 if why := build.too_old(torch.__version__):
     raise ImportError(f"fused_adamw cannot run: {why}")
@@ -45,56 +43,44 @@ def _load_native() -> tuple[ModuleType | None, str]:
 
 
 def native() -> ModuleType | None:
-    """The extension module ``fused_adamw._C``, or None where it was not built."""
+    """Return the extension module ``fused_adamw._C``, or None where it was not built."""
     return _load_native()[0]
 
 
 def _built() -> ModuleType:
     module, why = _load_native()
     if module is None:
-        raise CannotRun(why)
+        raise RuntimeError(why)
     return module
 
 
-Scalars = list[tuple[float, ...]]  # the fields of Adam or Sgd
-
-
-class Launch(Protocol):
-    """The rows of one launch, as a backend has prepared them."""
-
-    def bring(self, scalars: Scalars) -> None:
-        """Take the scalars and the gradients of the step to come."""
-
-    def sum_squares(self) -> torch.Tensor:
-        """The sum of the squares of the gradients, float64, 0-dim, on their device."""
-
-    def run(self, factor: float | torch.Tensor) -> None:
-        """Step, with gradients multiplied by ``factor``, 1.0 or a tensor; where that is negative nothing is done."""
-
-
 class CannotRun(RuntimeError):
-    """A backend found, when it was to be prepared, that it cannot run here."""
+    """Says why a backend that seemed able to run could not prepare a launch."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"backend={name!r} cannot run: {why}")
+        self.name, self.why = name, why
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to step a bucket of rows in one call.
+    """Steps a bucket of rows in one call.
 
-    ``prepare(watch, rows, groups)`` returns the launch; ``missing()`` says why the backend cannot run here, or nothing;
-    ``bucket(row)`` tells rows apart that cannot share a launch; ``warmup`` compiles without a launch.
+    ``prepare(watch, rows, groups)`` returns the launch; ``missing()`` returns why the backend cannot run here, or "";
+    ``bucket(row)`` returns a key that rows of one launch share; ``warmup(device, variant)`` compiles without a launch.
     """
 
     name: str
     devices: tuple[str, ...]  # device types, () for any
-    prepare: Callable[[Any, list["Row"], list[dict]], Launch]
+    prepare: Callable[[Watch, list[Row], list[dict]], Launch]
     missing: Callable[[], str] = lambda: ""
-    bucket: Callable[["Row"], Hashable] = lambda row: None
-    warmup: Callable[..., None] = lambda *_: None
+    bucket: Callable[[Row], Hashable] = lambda row: None
+    warmup: Callable[[torch.device, Variant], Any] = lambda device, variant: None
     dtypes: tuple[torch.dtype, ...] = ()  # of parameters, gradients and states, () for all
     capturable: bool = False
 
     def refuses(self, device: torch.device, dtypes: Set[torch.dtype], capturable: bool) -> str:
-        """Why this backend cannot step such a tensor, or nothing."""
+        """Return why this backend cannot step such a tensor, or ""."""
         if self.devices and device.type not in self.devices:
             return f"it steps tensors on {' or '.join(self.devices)}, not on {device}"
         if self.dtypes and (other := dtypes - set(self.dtypes)):
@@ -107,87 +93,40 @@ class Backend:
         return self.missing()
 
 
-def _prepare_cpu(watch: Any, rows: list["Row"], groups: list[dict]) -> Launch:
+def _prepare_cpu(watch: Watch, rows: list[Row], groups: list[dict]) -> Launch:
     return _built().CpuStep(watch, rows)
 
 
-class _Reference:
-    """A launch in plain PyTorch."""
-
-    def __init__(self, watch: Any, rows: list["Row"], groups: list[dict]) -> None:
-        self.watch, self.rows, self.groups = watch, rows, groups
-
-    def bring(self, scalars: Scalars) -> None:
-        self.scalars = scalars
-
-    def _scalars_of(self, row: "Row") -> Adam | Sgd:
-        adam = row.rule.startswith("adam")
-        if not row.on_device:
-            return (Adam if adam else Sgd)(*self.scalars[self.watch.scalars_of(row.slot)])
-        row.step += 1
-        return ROWS["adam" if adam else "sgd"](self.groups[row.group], row.step.item())
-
-    def sum_squares(self) -> torch.Tensor:
-        norms = torch._foreach_norm([row.grad() for row in self.rows], dtype=torch.float64)
-        return torch.stack(norms).square().sum()
-
-    @torch.no_grad()
-    def run(self, factor: float | torch.Tensor) -> None:
-        if isinstance(factor, torch.Tensor):
-            factor = factor.item()
-        if factor < 0:
-            return
-        for row in self.rows:
-            values = self._scalars_of(row)._asdict()
-            values["grad_factor"] *= factor
-            step = int(values.pop("step"))
-            compute = torch.float64 if row.p.dtype is torch.float64 else torch.float32
-            p, *states = formats.read(row, compute)
-            g = row.grad().to(compute)
-            if row.rule.startswith("adam"):
-                m, v, *vmax = states
-                reference.adam(p, g, m, v, vmax[0] if vmax else None, **values)
-            else:
-                reference.sgd(p, g, states[0] if states else None, **values)
-            formats.write(row, p, states, step)
+_broken: dict[str, str] = {}  # by the name of a backend that failed to prepare a launch: its error
 
 
-_broken: dict[str, str] = {}  # backends that raised when they were prepared, and what
+def leave_out(error: CannotRun) -> None:
+    """Stop choosing this backend, and give the reason to those who ask for it by name."""
+    _broken[error.name] = error.why
 
 
-def _on_a_gpu(
-    name: str, kernels: Callable[..., Any], missing: Callable[[], str], devices: tuple[str, ...]
-) -> "Backend":
-    """A backend that launches ``kernels(device, rule, p, g, state, master, stochastic)``, over tables."""
+def _on_a_gpu(name: str, kernels: Callable[..., Any], missing: Callable[[], str], devices: tuple[str, ...]) -> Backend:
+    """Make a backend that launches ``kernels(device, variant)``, over tables."""
 
-    def prepare(watch: Any, rows: list["Row"], groups: list[dict]) -> Launch:
+    def prepare(watch: Watch, rows: list[Row], groups: list[dict]) -> Launch:
         row = rows[0]
         try:
-            compiled = kernels(row.p.device, *bucket(row)[:-1])
-        except NotImplementedError:  # these formats alone
+            compiled = kernels(row.p.device, row.variant)
+        except NotImplementedError:  # the backend runs, but lacks kernels for these formats
             raise
         except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
-            _broken[name] = f"it failed: {type(error).__name__}: {error}"
-            raise CannotRun(f"backend={name!r} cannot run: {_broken[name]}") from error
-        if not row.on_device:
-            return launch.Launch(watch, rows, compiled, groups)
-        hyper = HYPER["adam" if row.rule.startswith("adam") else "sgd"]
-        return launch.CapturableLaunch(watch, rows, compiled, groups, hyper)
-
-    def bucket(row: "Row") -> tuple:
-        state = row.states[0] if row.states else row.p
-        return row.rule, row.p.dtype, row.grad().dtype, state.dtype, row.master, row.stochastic, row.on_device
-
-    def warmup(rule: str, p: torch.Tensor, state: torch.dtype, master: str, stochastic: bool) -> None:
-        kernels(p.device, rule, p.dtype, p.dtype, p.dtype if rule == "sgd" else state, master, stochastic)
+            raise CannotRun(name, f"it failed: {type(error).__name__}: {error}") from error
+        if not row.counts_on_device:
+            return gpu.Launch(watch, rows, compiled, groups)
+        return gpu.CapturableLaunch(watch, rows, compiled, groups, HYPER[row.family])
 
     return Backend(
         name,
         devices,
         prepare,
         missing=lambda: _broken.get(name) or missing(),
-        bucket=bucket,
-        warmup=warmup,
+        bucket=lambda row: (row.variant, row.counts_on_device),
+        warmup=lambda device, variant: kernels(device, variant),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         capturable=True,
     )
@@ -200,10 +139,10 @@ def _triton_missing() -> str:
     return ""
 
 
-def _triton_kernels(*args: Any) -> Any:
-    from fused_adamw.triton_kernels.launch import TritonKernels
+def _triton_kernels(device: torch.device, variant: Variant) -> Any:
+    from fused_adamw.triton_kernels.kernels import TritonKernels
 
-    return TritonKernels(*args)
+    return TritonKernels(device, variant)
 
 
 def _cuda_missing() -> str:
@@ -221,8 +160,8 @@ def _cuda_missing() -> str:
     return "" if torch.cuda.is_available() else "it is built, but there is no CUDA device"
 
 
-def _cuda_kernels(*args: Any) -> Any:
-    return _built().CudaKernels(*args)
+def _cuda_kernels(device: torch.device, variant: Variant) -> Any:
+    return _built().CudaKernels(device, *variant)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -231,12 +170,12 @@ BACKENDS = (
     Backend("cpu", ("cpu",), _prepare_cpu, missing=lambda: _load_native()[1]),
     _on_a_gpu("triton", _triton_kernels, _triton_missing, ("cuda", "cpu") if INTERPRETED else ("cuda",)),
     _on_a_gpu("cuda", _cuda_kernels, _cuda_missing, ("cuda",)),
-    Backend("reference", (), _Reference),
+    Backend("reference", (), reference.Launch),
 )
 
 
 def named(name: str) -> Backend:
-    """The backend of this name; raises ValueError, which lists the names there are."""
+    """Return the backend of this name; raises ValueError, which lists the names there are."""
     for backend in BACKENDS:
         if backend.name == name:
             return backend
@@ -249,10 +188,10 @@ def pick(
     capturable: bool = False,
     requested: str | None = None,
 ) -> Backend:
-    """The backend that steps tensors of this device and of these dtypes of parameter, gradient and state.
+    """Return the backend that steps tensors of this device and of these dtypes of parameter, gradient and state.
 
-    Raises RuntimeError with the reason where the one asked for cannot, or where none can; warns once where none was
-    asked for and it comes to the reference backend.
+    Raises RuntimeError with the reason if the one asked for cannot, or if none can. Warns once if none was asked for
+    and the choice falls to the reference backend.
     """
     if requested is not None:
         backend = named(requested)

@@ -1,4 +1,4 @@
-"""What the gradients of a step are multiplied by: clipping by the global norm, and what a GradScaler asks for.
+"""Computes what the gradients of a step are multiplied by: for clipping by the global norm, and for a GradScaler.
 
 Nothing is written to the gradients, and nothing waits for a device.
 """
@@ -6,23 +6,21 @@ Nothing is written to the gradients, and nothing waits for a device.
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fused_adamw.plan import Plan
+from fused_adamw.plan import Plan
 
 
 def factor_of(
-    plans: Sequence["Plan"],
+    plans: Sequence[Plan],
     max_grad_norm: float | None,
     skip_nonfinite: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The factor of all gradients, float64, negative where the step is to be skipped; and their norm, float32.
+    """Return the factor of all gradients, float64, negative where the step is to be skipped; and their norm, float32.
 
     As ``torch.nn.utils.clip_grad_norm_`` has it: ``min(1, max_grad_norm / (norm + 1e-6))``, over the gradients divided
     by ``grad_scale``. The sum of squares is taken in double, always in the same order; over the ranks that share a
@@ -43,7 +41,7 @@ def factor_of(
             skip = ~(norm < math.inf)
     if found_inf is not None:
         found = (found_inf.to(home, non_blocking=True) != 0).view(())
-        for group in {group: None for part in plans for group in part.sharded_over}:  # all ranks skip, or none
+        for group in {group: None for part in plans for group in part.shard_groups}:  # all ranks skip, or none
             counted = found.to(torch.int32)
             torch.distributed.all_reduce(counted, group=group)
             found = counted > 0
@@ -53,12 +51,12 @@ def factor_of(
     return factor.view(()), None if norm is None else norm.view(()).float()
 
 
-def _sum_squares(plans: Sequence["Plan"], home: torch.device) -> Tensor:
-    """Over all gradients, of which this rank may hold a shard."""
+def _sum_squares(plans: Sequence[Plan], home: torch.device) -> Tensor:
+    """Return the sum over all gradients, of which this rank may hold a shard."""
     sums: dict[tuple, Tensor] = {}
     for part in plans:
         s = part.launch.sum_squares().to(home, non_blocking=True)
-        over = part.sharded_over
+        over = part.shard_groups
         sums[over] = sums[over] + s if over in sums else s
     for over, s in sums.items():
         for group in over:

@@ -1,9 +1,9 @@
-"""The update rules in pure PyTorch, once for Python: to be read beside the paper, and run as the "reference" backend.
+"""Defines the update rules in pure PyTorch, to be read beside the paper; and runs them, as the "reference" backend.
 
 Source: Loshchilov & Hutter, *Decoupled Weight Decay Regularization*, arXiv 1711.05101, Algorithms 1 and 2. In the
 paper's letters θ is ``p``, g is ``g``, m is ``m`` (``b`` in SGD), v is ``v``, α·η_t is the learning rate, and λ is
 the weight decay. Decoupled decay and L2 regularization differ in two numbers, ``decay`` and ``l2``, of which one is
-zero, so that AdamW and Adam are one rule, and SGDW and SGD another. What the numbers are is told in ``scalars.py``.
+zero, so that AdamW and Adam are one rule, and SGDW and SGD another. ``scalars.py`` computes these numbers.
 
 The sequence of roundings, which every compiled backend follows to the bit (``fma`` rounds once, every other operation
 rounds once, to nearest even)::
@@ -28,18 +28,22 @@ Here, in PyTorch, ``fma(a, b, c)`` is ``addcmul``, which may round twice: in flo
 tests, in float32 it agrees with the compiled backends to a few ulp.
 """
 
+import torch
 from torch import Tensor
+
+from fused_adamw import codecs, scalars
+from fused_adamw.contract import Row, Scalars, Watch
 
 
 def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c."""
+    """Return a * b + c."""
     if isinstance(a, Tensor):
         return c.addcmul(a, b)
     return c.add(b, alpha=a)
 
 
 def decayed(p: Tensor, g: Tensor, decay: float, l2: float, grad_factor: float) -> tuple[Tensor, Tensor]:
-    """What both rules start with.
+    """Apply the decay to p, and factor and L2 term to g: both rules start with this.
 
     Algorithm 2, line 12 (Algorithm 1, line 9), the term -η_t·λ·θ; and line 6, g = ∇f(θ) + λ·θ.
     """
@@ -64,7 +68,7 @@ def adam(
     inv_sqrt_bc2: float,
     eps: float,
 ) -> None:
-    """One step of Adam or AdamW, in place (Algorithm 2; ``vmax`` is AMSGrad's, arXiv 1904.09237)."""
+    """Step Adam or AdamW once, in place (Algorithm 2; ``vmax`` is AMSGrad's, arXiv 1904.09237)."""
     x, g = decayed(p, g, decay, l2, grad_factor)
     m.lerp_(g, w1)  # line 7: m = β1·m + (1-β1)·g
     v.copy_(fma(w2, g * g, fma(-w2, v, v)))  # line 8: v = β2·v + (1-β2)·g²
@@ -89,10 +93,57 @@ def sgd(
     take_g: float,
     take_b: float,
 ) -> None:
-    """One step of SGD or SGDW, in place (Algorithm 1; ``c1 = 1`` and ``c2 = lr`` make it torch's)."""
+    """Step SGD or SGDW once, in place (Algorithm 1; ``c1 = 1`` and ``c2 = lr`` make it torch's)."""
     x, g = decayed(p, g, decay, l2, grad_factor)
     d = take_g * g
     if b is not None:
         b.copy_(fma(c1, g, momentum * b))  # line 8: m = β1·m + η_t·α·g
         d = fma(take_b, b, d)
     p.copy_(fma(-c2, d, x))  # line 9: θ = θ - m - η_t·λ·θ
+
+
+class Launch:
+    """Steps rows with plain PyTorch operators: the ``contract.Launch`` of the "reference" backend."""
+
+    def __init__(self, watch: Watch, rows: list[Row], groups: list[dict]) -> None:
+        self.watch, self.rows, self.groups = watch, rows, groups
+
+    def prepare_step(self, scalars: Scalars) -> None:
+        """Take the scalars of the coming step."""
+        self.scalars = scalars
+
+    def sum_squares(self) -> Tensor:
+        """Return the sum of the squares of the gradients, float64, 0-dim, on their device."""
+        norms = torch._foreach_norm([row.grad() for row in self.rows], dtype=torch.float64)
+        return torch.stack(norms).square().sum()
+
+    @torch.no_grad()
+    def run(self, factor: float | Tensor) -> None:
+        """Step every row, and count the steps that are counted on the device."""
+        if isinstance(factor, Tensor):
+            factor = factor.item()
+        if factor < 0:
+            return
+        for row in self.rows:
+            if row.counts_on_device:
+                row.step += 1
+            self._step(row, factor)
+
+    def _step(self, row: Row, factor: float) -> None:
+        values = self._scalars_of(row)._asdict()
+        values["grad_factor"] *= factor
+        step = int(values.pop("step"))
+        p, *states = codecs.read(row, torch.float64 if row.p.dtype is torch.float64 else torch.float32)
+        g = row.grad().to(p.dtype)
+        if row.family == "adam":
+            m, v, *vmax = states
+            adam(p, g, m, v, vmax[0] if vmax else None, **values)
+        else:
+            sgd(p, g, states[0] if states else None, **values)
+        codecs.write(row, p, states, step)
+
+    def _scalars_of(self, row: Row) -> scalars.Adam | scalars.Sgd:
+        if row.counts_on_device:
+            return scalars.ROWS[row.family](self.groups[row.group], row.step.item())
+        kind = scalars.Adam if row.family == "adam" else scalars.Sgd
+        return kind(*self.scalars[self.watch.scalars_of(row.slot)])

@@ -1,9 +1,9 @@
-"""Hyperparameters of a group and a step count → the numbers of a launch, in double precision.
+"""Computes the numbers of a launch from the hyperparameters of a group and a step count, in double precision.
 
-The only code that tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row
-are the arguments of the rules in ``reference.py``, and the step, which formats draw random bits by; their order is that
-of the structs in ``csrc/rules.h``. Steps that are counted on the host take their rows from ``csrc/scalars.h``, which
-computes the same from ``HYPER``; this is for when that is not built, and what it is tested against.
+Only this code tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row are
+the arguments of the rules in ``reference.py``, and the step, which stochastic rounding draws by; their order is that of
+the structs in ``csrc/rules.h``. Steps that are counted on the host take their rows from ``csrc/scalars.h``, which
+computes the same from ``HYPER``. This code runs where that is not built, and is its oracle in the tests.
 """
 
 import math
@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fused_adamw import options
+from fused_adamw.layout import LR_IN_MOMENTUM, NESTEROV
+
 
 class Adam(NamedTuple):
-    """A row of the rule ``reference.adam``."""
+    """Holds a row of scalars for the rule ``reference.adam``."""
 
     decay: float
     l2: float
@@ -28,7 +31,7 @@ class Adam(NamedTuple):
 
 
 class Sgd(NamedTuple):
-    """A row of the rule ``reference.sgd``."""
+    """Holds a row of scalars for the rule ``reference.sgd``."""
 
     decay: float
     l2: float
@@ -42,7 +45,7 @@ class Sgd(NamedTuple):
 
 
 def adam(group: Mapping[str, Any], step: float) -> Adam:
-    """The row of Adam and AdamW at their ``step``-th step (1 at the first)."""
+    """Return the row of Adam and AdamW at their ``step``-th step (1 at the first)."""
     lr = _float("lr", group["lr"])
     beta1, beta2 = (_float("beta", beta) for beta in group["betas"])
     decay, l2, sign = _decay(group, lr)
@@ -60,7 +63,7 @@ def adam(group: Mapping[str, Any], step: float) -> Adam:
 
 
 def sgd(group: Mapping[str, Any], step: float) -> Sgd:
-    """The row of SGD and SGDW at their ``step``-th step (1 at the first, whose momentum is not dampened, as in torch).
+    """Return the row of SGD and SGDW at their ``step``-th step (1 at the first, which is not dampened, as in torch).
 
     torch multiplies the momentum by the learning rate, Algorithm 1 of the paper accumulates it
     (``lr_in_momentum``); the two are the same as long as the learning rate stays the same.
@@ -89,14 +92,14 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
 
 
 def adam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """What ``adam`` depends on, in the order of ``Kernels.scalars`` in ``launch.py``."""
+    """Return what ``adam`` depends on, in the order of ``layout.HYPER_LR`` and on."""
     beta1, beta2 = (_float("beta", beta) for beta in group["betas"])
     return (*_decay_hyper(group), beta1, beta2, _float("eps", group["eps"]))
 
 
 def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """What ``sgd`` depends on, in the order of ``Kernels.scalars`` in ``launch.py``."""
-    flags = bool(group["nesterov"]) + 2 * bool(group.get("lr_in_momentum"))
+    """Return what ``sgd`` depends on, in the order of ``layout.HYPER_LR`` and on."""
+    flags = NESTEROV * bool(group["nesterov"]) + LR_IN_MOMENTUM * bool(group.get("lr_in_momentum"))
     momentum, dampening = (_float(name, group[name]) for name in ("momentum", "dampening"))
     return (*_decay_hyper(group), momentum, dampening, flags)
 
@@ -107,7 +110,7 @@ def is_on_device(lr: float | Tensor) -> bool:
 
 
 def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """lr (0 where only the device knows it), base_lr, decoupled decay (times lr / base_lr), l2, sign."""
+    """Return the columns HYPER_LR to HYPER_SIGN of ``layout.py``."""
     lr = 0.0 if is_on_device(group["lr"]) else _float("lr", group["lr"])
     base_lr = _base_lr(group) if group.get("decouple_lr") else 1.0
     weight_decay = _float("weight_decay", group["weight_decay"])
@@ -116,11 +119,11 @@ def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def _decay(group: Mapping[str, Any], lr: float) -> tuple[float, float, float]:
-    """(decay, l2, grad_factor): lr * weight_decay is torch's decay, (lr / base_lr) * weight_decay the paper's."""
+    """Return (decay, l2, grad_factor): torch's decay is lr * weight_decay, the paper's lr / base_lr * weight_decay."""
     sign = -1.0 if group["maximize"] else 1.0
     weight_decay = _float("weight_decay", group["weight_decay"])
     if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf):
-        check(group)
+        options.check_hyperparameters(group)
     if not group.get("decoupled_weight_decay"):
         return 0.0, weight_decay, sign
     return (lr / _base_lr(group) if group.get("decouple_lr") else lr) * weight_decay, 0.0, sign
@@ -133,52 +136,11 @@ def _base_lr(group: Mapping[str, Any]) -> float:
         raise ValueError("decouple_lr=True, set by hand, needs the group's 'base_lr' too: a positive float") from None
 
 
-def check(group: Mapping[str, Any]) -> None:
-    """Raise ValueError, in torch's words, for a hyperparameter that no step could use; TypeError for no number."""
-    lr = group["lr"]
-    given = {name: group[name] for name in (*_NOT_NEGATIVE, "dampening") if name in group}
-    for name, value in (*given.items(), *(("beta", beta) for beta in group.get("betas", ()))):
-        check_number(name, value)
-    if getattr(lr, "numel", int)() > 1:
-        raise ValueError("Tensor lr must be 1-element")
-    for name, text in _NOT_NEGATIVE.items():
-        if name in group and not 0.0 <= group[name] < math.inf:
-            raise ValueError(f"Invalid {text}: {group[name]}")
-    if "betas" in group and len(group["betas"]) != 2:
-        raise ValueError(f"Invalid betas: {group['betas']}, there must be two")
-    for i, beta in enumerate(group.get("betas", ())):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if group.get("decouple_lr") and not group.get("decoupled_weight_decay"):
-        raise ValueError("decouple_lr=True needs decoupled weight decay: use AdamW or SGDW, or drop it")
-    if group.get("decouple_lr") and not group.get("base_lr", group["lr"]) > 0:
-        raise ValueError(
-            "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
-            f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"
-        )
-
-
 def _float(name: str, value: Any) -> float:
-    check_number(name, value)
+    options.check_number(name, value)
     return float(value)
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise TypeError for what is no number."""
-    if not hasattr(value, "__float__"):
-        yaml = ": in YAML, 1e-3 is a string, 1.0e-3 a number" if isinstance(value, str) else ""
-        raise TypeError(f"{name} must be a number, and is {value!r}{yaml}")
-
-
-_NOT_NEGATIVE = {
-    "lr": "learning rate",
-    "eps": "epsilon value",
-    "weight_decay": "weight_decay value",
-    "momentum": "momentum value",
-}
-
-# By the optimizer's rule.
+# By family.
 HYPER: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {"adam": adam_hyper, "sgd": sgd_hyper}
 ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Sgd]] = {"adam": adam, "sgd": sgd}

@@ -1,4 +1,4 @@
-"""What the paper schedules and torch does not: warm restarts that also drive normalized weight decay.
+"""Schedules what the paper does and torch does not: warm restarts that also drive normalized weight decay.
 
 torch's own schedulers (CosineAnnealingLR, StepLR, OneCycleLR, ...) work with these optimizers as they are; what is here
 works with torch's optimizers too. Source: Loshchilov & Hutter, *Decoupled Weight Decay Regularization*, arXiv
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 def normalized_weight_decay(norm: float, batch_size: float, dataset_size: float, epochs: float) -> float:
-    r"""The weight decay of a run, by its length: :math:`\lambda = \lambda_{norm} \sqrt{b / (B T)}`.
+    r"""Return the weight decay of a run, by its length: :math:`\lambda = \lambda_{norm} \sqrt{b / (B T)}`.
 
     The best decay shrinks with the number of updates; normalized by the square root of that number it is about the same
     for short and long runs (the paper's section 4, appendix B.1). It is a decay in the paper's convention: give it to
@@ -40,7 +40,7 @@ def normalized_weight_decay(norm: float, batch_size: float, dataset_size: float,
 
 
 class CosineWarmRestarts(LRScheduler):
-    r"""Cosine annealing with warm restarts, which can also drive normalized weight decay: AdamWR and SGDWR.
+    r"""Anneals by a cosine with warm restarts, and can also drive normalized weight decay: AdamWR and SGDWR.
 
     .. math::
         \gamma_t &= \gamma_{min} + \tfrac{1}{2} (\gamma_0 - \gamma_{min}) (1 + \cos(\pi \, T_{cur} / T_i)) \\
@@ -123,7 +123,7 @@ class CosineWarmRestarts(LRScheduler):
         super().step()
 
     def get_lr(self) -> list[float | Tensor]:
-        """The learning rates of the groups where the schedule is now; sets their weight decays."""
+        """Return the learning rates of the groups where the schedule is now; set their weight decays."""
         groups = self.optimizer.param_groups
         self._join(groups)
         self.cycle, self.T_i, self.T_cur = self._position(self.last_epoch / self.steps_per_epoch)
@@ -157,7 +157,7 @@ class CosineWarmRestarts(LRScheduler):
             self.base_decays = [*self.base_decays, _copy(norm)]
 
     def _position(self, epoch: float) -> tuple[int, float, float]:
-        """(i, T_i, T_cur) at an epoch; 0.1 + 0.2, a little beyond 0.3, is taken for a restart at 0.3."""
+        """Return (i, T_i, T_cur) at an epoch; 0.1 + 0.2, a little beyond 0.3, is taken for a restart at 0.3."""
         reached = epoch * (1 + 1e-12)
         cycle, start, length = 0, 0.0, self.T_0
         if self.T_mult == 1:
@@ -170,7 +170,7 @@ class CosineWarmRestarts(LRScheduler):
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of a model in two groups: those to decay, and biases, norms and scalars, which are not.
+    """Return the parameters of a model in two groups: those to decay, and biases, norms and scalars, which are not.
 
     Not decayed are the parameters of normalization layers, those with "bias" in their own name, and all with fewer than
     two dimensions. A group that would be empty, or equal in its options to the other (``weight_decay=0``), is left out,

@@ -17,12 +17,14 @@ import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from fused_adamw import contract
+from fused_adamw.contract import STATES
 from tests import cases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,18 +40,10 @@ MASTERS = ["none", "kahan", "split16", "fp32"]
 QUANT_BLOCK = 128
 WHOLE = (0, 1 << 62, 0)  # the place of what is no shard
 SEED = 0x123456789ABCDEF
-STATES = {"adam": 2, "adam_amsgrad": 3, "sgd": 0, "sgd_momentum": 1}
 
 
-class Variant(NamedTuple):
-    """What a compiled kernel depends on, besides the architecture."""
-
-    rule: str
-    p: torch.dtype
-    g: torch.dtype
-    state: torch.dtype
-    master: str = "none"
-    stochastic: bool = False
+class Variant(contract.Variant):
+    """With what the tests ask of it."""
 
     def __str__(self) -> str:
         formats = [self.master] * (self.master != "none") + ["stochastic"] * self.stochastic
@@ -156,25 +150,36 @@ class Triton:
         name = f"_kernels_{abs(hash(folder))}"
         package = sys.modules[name] = types.ModuleType(name)
         package.__path__ = [str(folder)]
-        self.kernels = importlib.import_module(f"{name}.multi_tensor")
-
-    @staticmethod
-    def _dtype(dtype: torch.dtype):
-        import triton.language as tl
-
-        return {F32: tl.float32, BF16: tl.bfloat16, F16: tl.float16, I8: tl.int8}[dtype]
-
-    def variant(self, variant: Variant):
-        return self.kernels.Variant(variant.rule, *map(self._dtype, variant[1:4]), variant.master, variant.stochastic)
+        self.kernels = importlib.import_module(f"{name}.kernels")
 
     def step(self, sm: int, variant: Variant) -> Compiled:
-        return self._compiled(self.kernels.compile_for(self._target(sm), self.variant(variant)))
+        return self._compiled(self.compile_step(self._target(sm), variant))
+
+    def compile_step(self, target, variant: Variant):
+        """Compile ahead of time, for a target of Triton's; needs no GPU."""
+        constexprs, options = self.kernels.config(variant, target.warp_size)
+        signature = {"rows": "*i64", "chunks": "*i32", "scalars": "*fp32", "factor": "*fp32", "chunk": "i32"}
+        return self._compile(self.kernels.step_kernel, target, signature, constexprs, options)
 
     def scalars(self, sm: int, adam: bool) -> Compiled:
-        return self._compiled(self.kernels.compile_scalars_for(self._target(sm), adam))
+        signature = {"hyper": "*fp64", "steps": "*i64", "factor": "*fp32", "scalars": "*fp32"}
+        kernel, options = self.kernels.scalars_kernel, self.kernels.SCALARS_OPTIONS
+        return self._compiled(self._compile(kernel, self._target(sm), signature, {"ADAM": adam}, options))
 
     def squares(self, sm: int, g: torch.dtype) -> Compiled:
-        return self._compiled(self.kernels.compile_squares_for(self._target(sm), self._dtype(g)))
+        constexprs = self.kernels.square_constexprs(g, self._target(sm).warp_size)
+        signature = {"rows": "*i64", "chunks": "*i32", "sums": "*fp64", "chunk": "i32"}
+        kernel, options = self.kernels.square_kernel, self.kernels.OPTIONS
+        return self._compiled(self._compile(kernel, self._target(sm), signature, constexprs, options))
+
+    @staticmethod
+    def _compile(kernel, target, signature, constexprs, options):
+        import triton
+        from triton.compiler import ASTSource
+
+        signature = signature | dict.fromkeys(constexprs, "constexpr")
+        tables = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
+        return triton.compile(ASTSource(kernel, signature, constexprs, tables), target=target, options=options)
 
     @staticmethod
     def blocks(rows: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_adamw import backends, formats, plan, reference, scalars
+from fused_adamw import backends, codecs, plan, reference, scalars
 from tests import cases, exact, test_error, test_formats, test_launch, test_plan, test_reference
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -30,13 +30,13 @@ def fails(check, *args):
 def mutate_row(monkeypatch, **changes):
     """Rows of scalars with these fields computed from the true row."""
     watch = backends.native().Watch
-    true = watch.rows
+    true = watch.scalar_rows
 
     def wrong(self):
         rows = [scalars.Adam(*row) for row in true(self)]
         return [row._replace(**{name: change(row) for name, change in changes.items()}) for row in rows]
 
-    monkeypatch.setattr(watch, "rows", wrong)
+    monkeypatch.setattr(watch, "scalar_rows", wrong)
 
 
 MUTANTS = {
@@ -79,7 +79,7 @@ def mutate(monkeypatch, rows=lambda rows: rows, scalars=lambda scalars: scalars)
 
     def prepare(watch, true_rows, groups):
         launch = cpu.prepare(watch, rows(true_rows), groups)
-        return SimpleNamespace(bring=lambda true: launch.bring(scalars(true)), run=launch.run)
+        return SimpleNamespace(prepare_step=lambda true: launch.prepare_step(scalars(true)), run=launch.run)
 
     wrong = backends.Backend(cpu.name, cpu.devices, prepare)
     monkeypatch.setattr(backends, "BACKENDS", (wrong, *backends.BACKENDS[1:]))
@@ -145,7 +145,7 @@ def without_notice(master, p, extra):
         return extra
     if master == "kahan":
         return p.float() + extra.float()
-    return formats._from_bits((formats._bits(p.float()) + extra.long()) & 0xFFFFFFFF)
+    return codecs._from_bits((codecs._bits(p.float()) + extra.long()) & 0xFFFFFFFF)
 
 
 FORMATS = {
@@ -155,7 +155,7 @@ FORMATS = {
     "rounding to nearest": ("stochastic", lambda true: lambda x, random: x.bfloat16(), *BY_BITS),
     "a NaN that is rounded": (
         "stochastic",
-        lambda true: lambda x, random: formats._from_bits((formats._bits(x) + random) & 0xFFFF0000).bfloat16(),
+        lambda true: lambda x, random: codecs._from_bits((codecs._bits(x) + random) & 0xFFFF0000).bfloat16(),
         *BY_BITS,
     ),
     "ties to even": ("_rounded", lambda true: torch.Tensor.to, test_formats.test_split16_is_every_float32, REFERENCE),
@@ -181,7 +181,7 @@ FORMATS = {
 def test_a_wrong_format_is_seen(name, monkeypatch):
     what, wrong, check, *args = FORMATS[name]
     check(*args)
-    monkeypatch.setattr(formats, what, wrong(getattr(formats, what)))
+    monkeypatch.setattr(codecs, what, wrong(getattr(codecs, what)))
     fails(check, *args)
 
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_adamw
-from fused_adamw import backends, plan
+from fused_adamw import backends, plan, tensors
 from tests import cases, ranks
 
 ROOT = Path(__file__).parents[1]
@@ -119,8 +119,8 @@ def locals_of(optimizer, twin_optimizer):
         states = {"p": (p, q)} | {k: (v, twin_optimizer.state[q][k]) for k, v in optimizer.state[p].items()}
         for name, (mine, whole) in states.items():
             assert isinstance(mine, DTensor) == (isinstance(p, DTensor) and name != "step")
-            ours[f"{i}.{name}"] = plan.local(mine.detach())
-            theirs[f"{i}.{name}"] = plan.local(placed_like(whole.detach(), mine))
+            ours[f"{i}.{name}"] = tensors.local(mine.detach())
+            theirs[f"{i}.{name}"] = tensors.local(placed_like(whole.detach(), mine))
     return ours, theirs
 
 
@@ -180,7 +180,7 @@ def check_same_bits(backend, native):
         for (name, options), dtype in zip(RULES + FORMATS, dtypes, strict=True):
             model, optimizer = check_rule(name, options, dtype, backend)
             assert built.count(optimizer) == 2  # at the first step, and when the late gradient came
-    return [plan.local(p).numel() for p in trainable(model)]
+    return [tensors.local(p).numel() for p in trainable(model)]
 
 
 def check_rule(name, options, dtype, backend):
@@ -219,7 +219,7 @@ def check_clipping(backend):
         if t == 2:
             before = {name: x.clone() for name, x in locals_of(a, b)[0].items()}
             if dist.get_rank() == 1:
-                plan.local(model.second.weight.grad)[0, 0] = float("nan")
+                tensors.local(model.second.weight.grad)[0, 0] = float("nan")
             a.step()
             assert a.grad_norm.isnan()
             cases.assert_same_bits(locals_of(a, b)[0], before)
@@ -231,9 +231,9 @@ def check_clipping(backend):
     c = cases.make("AdamW", trainable(model), {}, backend=backend, amp_scaling=True)
     c.found_inf = found
     inject(model, twin, 0)
-    before = [plan.local(p).clone() for p in trainable(model)]
+    before = [tensors.local(p).clone() for p in trainable(model)]
     c.step()
-    assert all(torch.equal(plan.local(p), x) for p, x in zip(trainable(model), before, strict=True))
+    assert all(torch.equal(tensors.local(p), x) for p, x in zip(trainable(model), before, strict=True))
     for mine, whole in zip(*(list(x.values()) for x in locals_of(a, b)), strict=True):
         torch.testing.assert_close(mine, whole, rtol=1e-6, atol=1e-8)
 
@@ -261,12 +261,12 @@ def check_meshes():
             t = torch.randn(shape, generator=torch.Generator().manual_seed(len(ours)))
             ours.append(nn.Parameter(distribute_tensor(t, mesh, own, src_data_rank=None)))
             whole.append(nn.Parameter(t))
-            assert plan.sharded_over(ours[-1]) == tuple(groups)
-            total = plan.local(ours[-1]).detach().double().square().sum()
-            for group in plan.sharded_over(ours[-1]):
+            assert tensors.shard_groups(ours[-1]) == tuple(groups)
+            total = tensors.local(ours[-1]).detach().double().square().sum()
+            for group in tensors.shard_groups(ours[-1]):
                 dist.all_reduce(total, group=group)
             torch.testing.assert_close(total, t.double().square().sum())
-    assert plan.sharded_over(whole[0]) == ()
+    assert tensors.shard_groups(whole[0]) == ()
     gaps = torch.randn(8, 6)  # a shard that is not dense, and a gradient laid out otherwise
     ours.append(nn.Parameter(DTensor.from_local(gaps[:, 1:4], mesh, [Replicate(), Replicate()])))
     whole.append(nn.Parameter(gaps[:, 1:4].clone()))
@@ -306,9 +306,9 @@ def check_host():
         optimizer.step()
         assert torch.equal(p.detach().to_local(), before - 1)
 
-    loss, version = p.square().sum(), plan.local(p)._version
+    loss, version = p.square().sum(), tensors.local(p)._version
     optimizer.step()
-    assert plan.local(p)._version > version
+    assert tensors.local(p)._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -439,7 +439,7 @@ def _check_gradient_that_changes_its_placement(native):
     p.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False)
     with pytest.raises(ValueError, match="Partial"):
         optimizer.step()
-    assert (plan.local(p) == -2).all()
+    assert (tensors.local(p) == -2).all()
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -617,7 +617,7 @@ def check_full_state(folder):
     inject(twin, twin, 1)
     b.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        plan.local(p).data.copy_(plan.local(placed_like(q.detach(), p)))
+        tensors.local(p).data.copy_(tensors.local(placed_like(q.detach(), p)))
     whole = get_optimizer_state_dict(twin, b)
     set_optimizer_state_dict(model, a, copy.deepcopy(whole), options=StateDictOptions(full_state_dict=True))
     cases.assert_same_bits(*locals_of(a, b))
@@ -743,20 +743,20 @@ def check_gpus():
     for way, wrap in ways.items():
         model = wrap(Net() if way == "offload" else Net().to(device))
         params = trainable(model)
-        twins = [nn.Parameter(plan.local(p.detach()).cpu().clone()) for p in params]
+        twins = [nn.Parameter(tensors.local(p.detach()).cpu().clone()) for p in params]
         a, b = fused_adamw.AdamW(params, **options), fused_adamw.AdamW(twins, **options)
         assert list(a.backend.values()) == ["cpu" if way == "offload" else "triton"]
         for t in range(3):
             x = batch(t, device)[share]
             (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
             for p, q in zip(params, twins, strict=True):
-                q.grad = plan.local(p.grad).cpu().clone()
+                q.grad = tensors.local(p.grad).cpu().clone()
             a.step()
             b.step()
             for p, q in zip(params, twins, strict=True):
                 ours = {"p": p.detach(), **a.state[p]}
                 theirs = {"p": q.detach(), **b.state[q]}
-                cases.assert_same_bits({name: plan.local(t) for name, t in ours.items()}, theirs)
+                cases.assert_same_bits({name: tensors.local(t) for name, t in ours.items()}, theirs)
             a.zero_grad()
         compare(model)
 

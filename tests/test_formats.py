@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from fused_adamw import backends, formats, plan
+from fused_adamw import backends, codecs, formats, plan
+from fused_adamw.contract import MASTER_KEYS
+from fused_adamw.tensors import NOT_SHARDED
 from tests import cases
 from tests.test_checkpoints import module
 
@@ -75,23 +77,21 @@ def test_philox_is_that_of_its_authors(counter, key, known):
     assert [f"{x:08x}" for x in philox(counter, key)] == known.split()
 
 
-@pytest.mark.parametrize("place", [formats.WHOLE, (5, 1 << 62, 0), ((1 << 35) + 2, 3, 10)])
+@pytest.mark.parametrize("place", [NOT_SHARDED, (5, 1 << 62, 0), ((1 << 35) + 2, 3, 10)])
 def test_words(place):
     seed, step, index, n = (1 << 40) + 12345, 70000, 17, 50
     offset, run, skip = place
     numbers = [offset + i + i // run * skip for i in range(n)]
     key = seed & 0xFFFFFFFF, seed >> 32
     expected = [philox(((i >> 2) & 0xFFFFFFFF, i >> 34, step, index), key)[i & 3] for i in numbers]
-    assert formats.words(seed, step, index, place, n, torch.device("cpu")).tolist() == expected
+    assert codecs.words(seed, step, index, place, n, torch.device("cpu")).tolist() == expected
 
 
 # Neighbours of all exponents, of both signs: exact ones, ones just beside, halves, NaN with and without a payload.
 HIGH = torch.cat([torch.arange(0, 0x8000, 64) + d for d in (-1, 0, 1)]) % 0x8000
 LOW = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-VALUES = formats._from_bits(((HIGH[:, None] << 16) | LOW).flatten())
-VALUES = torch.cat(
-    [VALUES, -VALUES, formats._from_bits(torch.tensor([0x7FFFFFFF, 0x7F7FFFFF, 0xFFFFFFFF, 0x7F800000]))]
-)
+VALUES = codecs._from_bits(((HIGH[:, None] << 16) | LOW).flatten())
+VALUES = torch.cat([VALUES, -VALUES, codecs._from_bits(torch.tensor([0x7FFFFFFF, 0x7F7FFFFF, 0xFFFFFFFF, 0x7F800000]))])
 
 
 def stored(values, options, target):
@@ -107,8 +107,8 @@ def stored(values, options, target):
 def test_stochastic_rounding_is_that_of_the_formula(target):
     """To the bit; infinities stay, and every NaN is a NaN."""
     _, p = stored(VALUES, {"rounding": "stochastic", "seed": 99}, target)
-    random = formats.words(99, 1, 1, formats.WHOLE, len(VALUES), torch.device("cpu")) >> 16
-    torch.testing.assert_close(p.detach().cpu(), formats.stochastic(VALUES, random), rtol=0, atol=0, equal_nan=True)
+    random = codecs.words(99, 1, 1, NOT_SHARDED, len(VALUES), torch.device("cpu")) >> 16
+    torch.testing.assert_close(p.detach().cpu(), codecs.stochastic(VALUES, random), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(p.cpu().isnan(), VALUES.isnan())
     assert p[-1].isinf()
 
@@ -151,13 +151,13 @@ def test_random_bits_differ_by_step_parameter_and_seed(target):
 def test_split16_is_every_float32(target):
     """Its halves come apart and together again, over all remainders: what a step with lr=0 leaves is what it found."""
     high = torch.tensor([0, 1, 0x7F, 0x80, 0x81, 0x3F7F, 0x3F80, 0x7F7E, 0x7F7F])
-    x = formats._from_bits(((high[:, None] << 16) | torch.arange(0x10000)).flatten())
+    x = codecs._from_bits(((high[:, None] << 16) | torch.arange(0x10000)).flatten())
     x = torch.cat([x, -x])
     p, r = torch.empty(len(x), dtype=BF16), torch.empty(len(x), dtype=torch.int16)
-    formats.write_master("split16", x, p, r)
-    assert torch.equal(bits(formats.read_master("split16", p, r)), bits(x))
+    codecs.write_master("split16", x, p, r)
+    assert torch.equal(bits(codecs.read_master("split16", p, r)), bits(x))
     nearest = x.to(BF16)
-    ties = (formats._bits(x) & 0xFFFF) == 0x8000
+    ties = (codecs._bits(x) & 0xFFFF) == 0x8000
     assert torch.equal(bits(p)[~ties], bits(nearest)[~ties])
     assert (p.float().abs() > x.abs())[ties].all()
 
@@ -172,12 +172,12 @@ def test_split16_is_every_float32(target):
     assert torch.equal(optimizer.state[param]["remainder"].cpu()[kept], r[kept])
 
 
-@pytest.mark.parametrize("master", formats.MASTERS)
+@pytest.mark.parametrize("master", MASTER_KEYS)
 def test_a_master_holds_what_is_stored(master, target):
     """Of all kinds of values: exactly, with Kahan's compensation to an ulp of it; and NaN stays NaN."""
     optimizer, p = stored(VALUES, {"master": master}, target)
-    extra = optimizer.state[p][formats.MASTERS[master]]
-    held, p = formats.read_master(master, p.detach().cpu(), extra.cpu()), p.detach().cpu()
+    extra = optimizer.state[p][MASTER_KEYS[master]]
+    held, p = codecs.read_master(master, p.detach().cpu(), extra.cpu()), p.detach().cpu()
     assert torch.equal(held.isnan(), VALUES.isnan())
     if master == "kahan":
         plain = p.isfinite() & ~VALUES.isnan()
@@ -193,11 +193,9 @@ def test_split16_and_fp32_go_the_same_way(target):
     for master in ("split16", "fp32"):
         optimizer = trained("AdamW", {"master": master, "lr": 1e-2, "weight_decay": 0.1}, target, steps=20)
         values = [
-            formats.read_master(master, p.detach(), own[formats.MASTERS[master]]) for p, own in optimizer.state.items()
+            codecs.read_master(master, p.detach(), own[MASTER_KEYS[master]]) for p, own in optimizer.state.items()
         ]
-        moments = {
-            k: v for k, v in cases.tensors_of(optimizer).items() if k.split(".")[1] not in formats.MASTERS.values()
-        }
+        moments = {k: v for k, v in cases.tensors_of(optimizer).items() if k.split(".")[1] not in MASTER_KEYS.values()}
         found.append(moments | {f"{i}.value": v for i, v in enumerate(values)})
     cases.assert_same_bits(*found)
 
@@ -211,14 +209,14 @@ def test_a_parameter_that_is_overwritten_is_what_counts(options, dtype, target):
     optimizer = trained("SGD", {"lr": 1e-2, **options}, target, dtype=dtype)
     p = optimizer.param_groups[0]["params"][0]
     optimizer.param_groups[0]["lr"] = 0.0
-    extra = optimizer.state[p][formats.MASTERS[options["master"]]]
-    before = formats.read_master(options["master"], p.detach(), extra)
+    extra = optimizer.state[p][MASTER_KEYS[options["master"]]]
+    before = codecs.read_master(options["master"], p.detach(), extra)
     with torch.no_grad():
         p[::2] *= 0.01
         p[1::4] = 0
     wanted = p.detach().float()
     go_on(optimizer, [9])
-    after, info = formats.read_master(options["master"], p.detach(), extra), torch.finfo(dtype)
+    after, info = codecs.read_master(options["master"], p.detach(), extra), torch.finfo(dtype)
     assert ((after - wanted).abs() <= wanted.abs() * info.eps + info.smallest_normal * info.eps).all()
     if options["master"] == "fp32":
         overwritten = torch.arange(len(p)) % 4 != 3
@@ -226,7 +224,7 @@ def test_a_parameter_that_is_overwritten_is_what_counts(options, dtype, target):
     assert torch.equal(after[3::4], before[3::4])  # what was not overwritten keeps its digits
     assert not torch.equal(before[3::4], wanted[3::4])
     optimizer.refresh_masters()
-    assert torch.equal(formats.read_master(options["master"], p.detach(), extra), p.float())
+    assert torch.equal(codecs.read_master(options["master"], p.detach(), extra), p.float())
 
 
 # ---- What is lost, and what is not.
@@ -323,8 +321,8 @@ def moments(n=5000):
 def test_codes(second):
     """Errors: half a step of the code, of a first moment relative to its block, of a second one relative to itself."""
     x = moments().abs() if second else moments()
-    codes, scales = formats.encode(x, second)
-    y = formats.decode(codes, scales, second)
+    codes, scales = codecs.encode(x, second)
+    y = codecs.decode(codes, scales, second)
     assert torch.equal(y.isnan(), ~x.isfinite())
     assert (y[:256] == 0).all()
     assert torch.equal(scales[2], x[256:384][x[256:384].isfinite()].abs().max())
@@ -343,8 +341,8 @@ def test_codes_of_second_moments_have_the_right_mean():
     """Under stochastic rounding, within four standard errors, also of the decay that rounding to nearest loses."""
     x = torch.full((128 * 2000,), 0.7)
     x[::128] = 1.0  # the scale of each block
-    word = formats.words(1, 1, 0, formats.WHOLE, len(x), torch.device("cpu"))
-    y = formats.decode(*formats.encode(x, True, word), True)
+    word = codecs.words(1, 1, 0, NOT_SHARDED, len(x), torch.device("cpu"))
+    y = codecs.decode(*codecs.encode(x, True, word), True)
     y = y.view(-1, 128)[:, 1:].double()
     assert abs(y.mean().item() - 0.7) < 4 * y.std().item() / y.numel() ** 0.5
     assert y.unique().numel() == 2
@@ -421,8 +419,8 @@ def test_codes_of_first_moments_have_the_right_mean():
     for value in (0.7, 0.01, 1e-5):
         x = torch.full((128 * 2000,), value)
         x[::128] = 1.0  # the scale of each block
-        word = formats.words(1, 1, 0, formats.WHOLE, len(x), torch.device("cpu"))
-        y = formats.decode(*formats.encode(x, False, word), False).view(-1, 128)[:, 1:].double()
+        word = codecs.words(1, 1, 0, NOT_SHARDED, len(x), torch.device("cpu"))
+        y = codecs.decode(*codecs.encode(x, False, word), False).view(-1, 128)[:, 1:].double()
         assert abs(y.mean().item() - value) < 4 * y.std().item() / y.numel() ** 0.5
         assert y.unique().numel() == 2
 
@@ -476,8 +474,8 @@ def test_same_bits_for_any_split_into_shards(options, target, monkeypatch):
     monkeypatch.setattr(formats, "SMALL", 1)
     cuts = [(0, 13), (13, 14), (14, 54), (54, 77)]
     shards = [torch.nn.Parameter(whole.detach()[a:b].clone()) for a, b in cuts]
-    places = {p: (a * step, 1 << 62, 0) for p, (a, _) in zip(shards, cuts, strict=True)} | {whole: formats.WHOLE}
-    monkeypatch.setattr(plan, "place_of", places.get)
+    places = {p: (a * step, 1 << 62, 0) for p, (a, _) in zip(shards, cuts, strict=True)} | {whole: NOT_SHARDED}
+    monkeypatch.setattr(plan, "shard_numbering", places.get)
     optimizers = [cases.make("AdamW", [p], {"lr": 1e-2, **options}, backend=target.backend) for p in [*shards, whole]]
     for t in range(3):
         cases.set_gradients([whole], t)

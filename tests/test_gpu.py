@@ -6,7 +6,8 @@ import importlib.util
 import pytest
 import torch
 
-from fused_adamw import backends, launch
+from fused_adamw import backends
+from fused_adamw.gpu import Launch
 from tests import cases
 
 gpu = pytest.mark.gpu
@@ -15,7 +16,7 @@ gpu = pytest.mark.gpu
 @pytest.fixture
 def launches(monkeypatch):
     """Every launch of a step's kernel: (chunks, device, stream)."""
-    seen, true = [], launch.Launch.__init__
+    seen, true = [], Launch.__init__
 
     class Counted:
         def __init__(self, kernels):
@@ -28,7 +29,7 @@ def launches(monkeypatch):
     def init(self, watch, rows, kernels, *others):
         true(self, watch, rows, Counted(kernels), *others)
 
-    monkeypatch.setattr(launch.Launch, "__init__", init)
+    monkeypatch.setattr(Launch, "__init__", init)
     return seen
 
 
@@ -474,13 +475,13 @@ def test_float64_goes_to_the_reference_or_is_refused(backend):
 @pytest.mark.parametrize(("broken", "left"), [(["triton"], "cuda"), (["triton", "cuda"], "reference")])
 def test_a_backend_that_fails_is_left_with_a_warning(broken, left, monkeypatch):
     """Triton without a compiler, CUDA code for other architectures."""
-    from fused_adamw.triton_kernels import launch as triton_launch
+    from fused_adamw.triton_kernels import kernels
 
     def fail(*_):
         raise RuntimeError("ptxas not found")
 
     for backend in broken:
-        where = {"triton": (triton_launch, "TritonKernels"), "cuda": (backends.native(), "CudaKernels")}[backend]
+        where = {"triton": (kernels, "TritonKernels"), "cuda": (backends.native(), "CudaKernels")}[backend]
         monkeypatch.setattr(*where, fail)
     monkeypatch.setattr(backends, "_broken", {})
     backends._warn_once.cache_clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_adamw import backends, launch
+from fused_adamw import backends, gpu, layout
 from tests import cases, test_gpu
 
 vgpu = pytest.importorskip("vgpu", reason="needs the virtual GPU")
@@ -50,14 +50,14 @@ def test_a_staging_buffer_used_again_too_early(backend, monkeypatch):
         shared[self] = torch.zeros(self.host.nbytes + self.scalars.nbytes, dtype=torch.uint8, pin_memory=True)
 
     def upload(self, scalars, staging=None):
-        staging = shared[self][: self.host.nbytes + launch.SCALARS_BYTES * len(scalars)]
+        staging = shared[self][: self.host.nbytes + layout.SCALARS_BYTES * len(scalars)]
         self.watch.upload(self.host, self.slots, scalars, self.buffer, True, staging)
         if early:
             staging.zero_()
 
-    true_init = launch.Launch.__init__
-    monkeypatch.setattr(launch.Launch, "__init__", init)
-    monkeypatch.setattr(launch.Launch, "_upload", upload)
+    true_init = gpu.Launch.__init__
+    monkeypatch.setattr(gpu.Launch, "__init__", init)
+    monkeypatch.setattr(gpu.Launch, "_upload", upload)
     early = False
     assert not caught(test_gpu.test_a_network_trains_to_the_bits_of_the_cpu, backend)
     early = True
@@ -71,8 +71,8 @@ def test_a_table_that_tells_of_more_elements_than_there_are(backend, monkeypatch
         cases.make("AdamW", [p], {}, backend=backend).step()
 
     assert not caught(check)
-    row = launch.Launch._row
-    monkeypatch.setattr(launch.Launch, "_row", staticmethod(lambda r: [*row(r)[:5], row(r)[5] + 1, 0, 0]))
+    row = gpu.Launch._row
+    monkeypatch.setattr(gpu.Launch, "_row", staticmethod(lambda r: [*row(r)[:5], row(r)[5] + 1, 0, 0]))
     assert caught(check)
 
 
@@ -96,14 +96,14 @@ def mutant(tmp_path, old, new):
         ("mask = None if ALIGNED else i < end", "mask = None"),
         ("if whole < n:", "if whole + 1 < n:"),
         (
-            "if tl.load(row + 7) & 1 != 0:\n        whole = n // (THREADS",
+            "if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:\n        whole = n // (THREADS",
             "if n > 0:\n        whole = n // (THREADS",
         ),
     ],
     ids=["a dropped tail mask", "a skipped tail", "alignment taken for granted"],
 )
 def test_a_broken_kernel(old, new, monkeypatch, tmp_path):
-    from fused_adamw.triton_kernels import launch as triton_launch
+    from fused_adamw.triton_kernels import kernels
 
     def check():
         base = torch.zeros(2000, device="cuda")
@@ -119,5 +119,5 @@ def test_a_broken_kernel(old, new, monkeypatch, tmp_path):
         cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
     assert not caught(check)
-    monkeypatch.setattr(triton_launch, "step_kernel", mutant(tmp_path, old, new).step_kernel)
+    monkeypatch.setattr(kernels, "step_kernel", mutant(tmp_path, old, new).step_kernel)
     assert caught(check)

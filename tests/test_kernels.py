@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from fused_adamw import launch, scalars
+from fused_adamw import gpu, layout, scalars
 from tests import gpu_kernels
 from tests.gpu_kernels import (
     ADAM,
@@ -65,7 +65,7 @@ ON = [(c.name, sm) for c in (Triton, Cuda) for sm in c.architectures]
 def test_chunks_are_whole_blocks_of_codes():
     """No two chunks share a scale, for any size of a launch."""
     sizes = [n + d for k in range(48) for n in (1 << k, 3 << k) for d in (-1, 0, 1)]
-    assert {launch.chunk_size(n) % gpu_kernels.QUANT_BLOCK for n in sizes} == {0}
+    assert {gpu.chunk_size(n) % gpu_kernels.QUANT_BLOCK for n in sizes} == {0}
 
 
 # ---- What came out of the compiler.
@@ -212,7 +212,7 @@ def test_bytes(compiler, sm, variant, minimum):
     n = 1 << 18
     assert variant.bytes == minimum
     compiled, rows = compiler.step(sm, variant), scalar_rows(variant.rule)
-    _, result = simulate(compiled, variant, tensors(variant, [n], rows), rows, launch.chunk_size(1 << 30), race=False)
+    _, result = simulate(compiled, variant, tensors(variant, [n], rows), rows, gpu.chunk_size(1 << 30), race=False)
     memory = [i for i in result.s.mem_ins if i["lanes"]]
     # Distinct bytes of each warp: all lanes read the same entry of a table, and that is one request.
     requested = sum(i["eff"] * 32 * i["sectors"] for i in memory)
@@ -271,7 +271,7 @@ def test_scalars_on_the_device(compiler, sm, adam):
     cases_of = [(group, step) for group in groups for step in steps]
     mem = gpu_kernels.ptxsim.GlobalMemory(1 << 24)
     counters = mem.upload(np.array([step - 1 for _, step in cases_of], np.float32), "counters")
-    out = mem.alloc(len(cases_of) * launch.SCALARS_BYTES, "out", np.float32)
+    out = mem.alloc(len(cases_of) * layout.SCALARS_BYTES, "out", np.float32)
     tables = [
         mem.upload(np.array([scalars.HYPER[rule](group) for group, _ in cases_of]), readonly=True),
         mem.upload(counters.addr + 4 * np.arange(len(cases_of)), readonly=True),

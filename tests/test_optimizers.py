@@ -11,7 +11,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fused_adamw
-from fused_adamw import backends, plan, scalars
+from fused_adamw import backends, scalars
+from fused_adamw.watch import Watch
 from tests import cases
 
 NAMES = ["AdamW", "Adam", "SGD"]
@@ -319,7 +320,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("watch", [backends.native().Watch, plan.Watch])
+@pytest.mark.parametrize("watch", [backends.native().Watch, Watch])
 @pytest.mark.parametrize("cls", [fused_adamw.AdamW, fused_adamw.SGDW])
 def test_what_is_set_by_hand_is_in_the_next_row(cls, watch):
     """The rows have the bits of scalars.py whatever changes, tensors and lists within themselves too."""
@@ -332,12 +333,12 @@ def test_what_is_set_by_hand_is_in_the_next_row(cls, watch):
         p.grad = torch.ones(1)
         optimizer.state[p]["step"].fill_(9.0 * i)
     groups = optimizer.param_groups
-    row_of, hyper = scalars.ROWS[optimizer.rule], scalars.HYPER[optimizer.rule]
+    row_of, hyper = scalars.ROWS[optimizer.family], scalars.HYPER[optimizer.family]
     kind = bool
-    seen = watch(groups, optimizer.state, [False] * 3, kind, optimizer.rule, hyper)
+    seen = watch(groups, optimizer.state, [False] * 3, kind, optimizer.family, hyper)
 
     def rows():
-        return [list(row) for row in seen.rows()]
+        return [list(row) for row in seen.scalar_rows()]
 
     for change in CHANGES:
         groups[1].update(change)

@@ -324,17 +324,17 @@ def test_a_change_is_seen_wherever_it_is_in_the_list(change, k):
     optimizer = cases.make("AdamW", params, {})
     cases.set_gradients(params, 0)
     optimizer.init_state()
-    args = optimizer.kind_of, "adam", scalars.HYPER["adam"]
+    args = optimizer.plan_key, "adam", scalars.HYPER["adam"]
     watch = backends.native().Watch(optimizer.param_groups, optimizer.state, [False] * len(params), *args)
     versions = [p._version for p in params]
     for t in (1, 2):
         cases.set_gradients(params, t)
-        assert watch.poll(optimizer.param_groups, optimizer.state, optimizer.kind_of)
+        assert watch.poll(optimizer.param_groups, optimizer.state, optimizer.plan_key)
         watch.advance()
         assert {p._version - version for p, version in zip(params, versions, strict=True)} == {t}
         assert {own["step"].item() for own in optimizer.state.values()} == {t}
     STALE[change](optimizer.param_groups[0], optimizer.state, k)
-    assert not watch.poll(optimizer.param_groups, optimizer.state, optimizer.kind_of)
+    assert not watch.poll(optimizer.param_groups, optimizer.state, optimizer.plan_key)
 
 
 def test_parameters_that_share_memory_are_stepped_one_after_the_other(target):

@@ -57,7 +57,7 @@ def test_bits_are_the_documented_sequence(name, options, isa):
         streams = [p.detach(), p.grad, *(optimizer.state[p].get(k, torch.zeros(77)) for k in names)]
         before = list(zip(*map(fractions, streams), strict=True))
         optimizer.step()
-        row = scalars.ROWS[optimizer.rule](group, t)._asdict()
+        row = scalars.ROWS[optimizer.family](group, t)._asdict()
         s = {k: Fraction(float(np.float32(v))) for k, v in row.items()}
         function = exact.adam if rule.startswith("adam") else exact.sgd
         after = list(zip(*map(fractions, [p.detach(), *(optimizer.state[p][k] for k in names)]), strict=True))

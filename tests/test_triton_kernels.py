@@ -36,7 +36,7 @@ def test_compiled_code_for_amd(variant):
     from triton.backends.compiler import GPUTarget
 
     own = Triton()
-    compiled = own.kernels.compile_for(GPUTarget("hip", "gfx942", 64), own.variant(variant))
+    compiled = own.compile_step(GPUTarget("hip", "gfx942", 64), variant)
     assert compiled.metadata.shared == 0
     asm = compiled.asm["amdgcn"]
     codes = variant.state is I8
@@ -55,7 +55,7 @@ def test_compiled_code_for_amd(variant):
 def test_fusion_would_find_nothing(cpu_step, tmp_path):
     """Every product that is added to something is an explicit fma already, in case a compiler ignores the option."""
     right, wrong = 'NUM_WARPS, "enable_fp_fusion": False', 'NUM_WARPS, "enable_fp_fusion": True'
-    fused = changed(Triton(), "multi_tensor.py", right, wrong, tmp_path)
+    fused = changed(Triton(), "kernels.py", right, wrong, tmp_path)
     for variant in (ADAM, MOMENTUM):
         rows = scalar_rows(variant.rule)
         given = tensors(variant, [CHUNK + 700], rows)
@@ -66,13 +66,14 @@ def test_fusion_would_find_nothing(cpu_step, tmp_path):
 INTERPRETED = """
 import importlib, sys, types
 import torch
+from fused_adamw.contract import Variant
 package = types.ModuleType("kernels")
 package.__path__ = [sys.argv[1]]
 sys.modules["kernels"] = package
-kernels = importlib.import_module("kernels.multi_tensor")
+kernels = importlib.import_module("kernels.kernels")
 launches = torch.load(sys.argv[2])
 for rule, data, scalars, chunk in launches:
-    variant = kernels.Variant(rule, *[kernels.tl.float32] * 3)
+    variant = Variant(rule, *[torch.float32] * 3)
     rows = [
         [*(t.data_ptr() for t in x), *[0] * (5 - len(x)), x[0].numel(), i % 4, 3, *[0] * 8]
         for i, x in enumerate(data)

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from fused_adamw import backends, formats, options
+from fused_adamw import backends, contract, options
 
 RIGHT = """\
 import torch
@@ -59,8 +59,7 @@ def test_mypy_reads_the_installed_package(tmp_path: Path) -> None:
 
 def test_the_literals_are_what_there_is() -> None:
     assert get_args(options.Backend) == tuple(backend.name for backend in backends.BACKENDS)
-    assert get_args(options.Master) == tuple(formats.MASTERS)
-    assert get_args(options.Rounding) == formats.ROUNDINGS
+    assert get_args(options.Master) == tuple(contract.MASTER_KEYS)
     _, names = get_args(options.StateDtype)
     for name in get_args(names):
         group = {"state_dtype": name}

@@ -1,10 +1,12 @@
-"""How a value is stored, for Triton: ``csrc/formats.h``, with its names and its bits. Everything is read into fp32.
+"""Reads and writes each storage format in Triton, with the names and the bits of ``csrc/formats.h``, as fp32.
 
-Tiles are [threads, elements of each]; what a thread's elements share (a scale, a counter) is [threads].
+Tiles are [threads, elements of each]; values that a thread's elements share (a scale, a counter) are [threads].
 """
 
 import triton
 import triton.language as tl
+
+from .layout import COL_INDEX, COL_OFFSET, COL_RUN, COL_SEED, COL_SKIP
 
 QUANT_BLOCK = tl.constexpr(128)  # elements that share a scale
 NAN_BF16 = tl.constexpr(0x7FC0)
@@ -25,13 +27,13 @@ def store(pointers, x, mask):
 
 @triton.jit
 def bits(x):
-    """Of an fp32 or a 16-bit float."""
+    """Return the bits of an fp32 or a 16-bit float."""
     return x.to(tl.int32 if x.dtype.primitive_bitwidth == 32 else tl.int16, bitcast=True)
 
 
 @triton.jit
 def bf16(x, add):
-    """The bf16 of the high bits once ``add`` has rounded them."""
+    """Return x as bf16: its upper 16 bits, after ``add`` was added to round them."""
     return tl.where(x != x, NAN_BF16, (bits(x) + add) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
@@ -40,10 +42,10 @@ def bf16(x, add):
 
 @triton.jit
 def places(row, base):
-    """Where element ``base`` of a row lies among all elements of its parameter, for ``number``."""
-    run = tl.load(row + 14)
-    skip = tl.load(row + 15)
-    first = tl.load(row + 13) + base + base // run * skip
+    """Return where element ``base`` of a row lies among all elements of its parameter, for ``number``."""
+    run = tl.load(row + COL_RUN)
+    skip = tl.load(row + COL_SKIP)
+    first = tl.load(row + COL_OFFSET) + base + base // run * skip
     # A run longer than any chunk has one end at most in it, where it stays if the run is shortened: 32 bits do.
     short = tl.minimum(run, 1 << 30)
     begin = short - tl.minimum(run - base % run, short)
@@ -58,11 +60,11 @@ def number(at, i):
 
 @triton.jit
 def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr):
-    """The word of each element of a tile of 4 a thread; i [threads] are the first of each, ``end`` is that of all."""
-    seed = tl.load(row + 11)  # each time: of a seed that stays, 20 keys would, in registers
+    """Return the words of a tile of 4 elements a thread; i [threads] are the first of each, ``end`` ends the span."""
+    seed = tl.load(row + COL_SEED)  # loaded each time: a seed kept in a register keeps its 20 keys in 20 more
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    index = tl.load(row + 12).to(tl.uint32)
+    index = tl.load(row + COL_INDEX).to(tl.uint32)
     if NEIGHBOURS:
         group = number(at, i) >> 2
         w0, w1, w2, w3 = tl.philox_impl(group.to(tl.uint32), (group >> 32).to(tl.uint32), step, index, k0, k1)
@@ -104,7 +106,7 @@ def for_first_moment(word):
 
 @triton.jit
 def read(pointers, extra, mask, MASTER: tl.constexpr):
-    """A parameter, with the digits that its extra stream has."""
+    """Return a parameter with the digits that its extra stream holds."""
     stored = tl.load(pointers, mask=mask)
     p = stored.to(tl.float32)
     if MASTER == "kahan":
@@ -122,13 +124,13 @@ def read(pointers, extra, mask, MASTER: tl.constexpr):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """To nearest; bf16 with ties away from zero."""
+    """Round to nearest; to bf16 with ties away from zero."""
     return bf16(x, 0x8000) if DTYPE.is_bf16() else x.to(DTYPE)
 
 
 @triton.jit
 def write(pointers, extra, x, random, mask, MASTER: tl.constexpr):
-    """Of what ``read`` has read; ``random`` is None, or 16 bits of each element."""
+    """Store what ``read`` reads; ``random`` is None, or 16 random bits of each element."""
     DTYPE: tl.constexpr = pointers.dtype.element_ty
     if MASTER == "kahan":
         p = x.to(DTYPE)
@@ -151,13 +153,13 @@ def write(pointers, extra, x, random, mask, MASTER: tl.constexpr):
 
 @triton.jit
 def spread(x, like):
-    """[threads] as a tile."""
+    """Repeat a value of each thread, [threads], over a tile."""
     return tl.broadcast_to(x[:, None], like.shape)
 
 
 @triton.jit
 def load_moment(pointers, scales, mask, some, SECOND: tl.constexpr):
-    """``scales`` of each thread, where it has ``some`` elements; None where moments are no codes."""
+    """Return a moment. ``scales`` is None, or moments are codes and a thread with ``some`` elements has a scale."""
     x = tl.load(pointers, mask=mask)
     if scales is None:
         x = x.to(tl.float32)
@@ -177,7 +179,7 @@ def load_moment(pointers, scales, mask, some, SECOND: tl.constexpr):
 
 @triton.jit
 def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
-    """To nearest where ``word`` is None."""
+    """Store a moment, rounded to nearest if ``word`` is None, else stochastically."""
     if scales is not None:
         magnitude = bits(x) & 0x7FFFFFFF
         scale = scale_of(magnitude, mask)
@@ -212,7 +214,7 @@ def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
 
 @triton.jit
 def scale_of(magnitude, mask):
-    """Of the block of each thread. 32 threads have a block, so that the maximum is one of a warp."""
+    """Return the scale of each thread's block. 32 threads share a block, so one warp finds its maximum."""
     own = tl.where((magnitude < LEAST_NORMAL) | (magnitude >= INFINITE), 0, magnitude)
     if mask is not None:
         own = tl.where(mask, own, 0)

@@ -1,14 +1,10 @@
-"""The step of a whole model as one Triton launch: a program takes a chunk of a tensor, as tables tell it.
+"""Steps a whole model in one Triton launch: each program takes a chunk of a tensor, as tables tell it.
 
-The tables are those of ``fused_adamw/launch.py``.
+``fused_adamw/layout.py`` tells what is in the tables.
 """
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
 
 from .formats import (
     QUANT_BLOCK,
@@ -22,28 +18,53 @@ from .formats import (
     words,
     write,
 )
+from .layout import (
+    COL_EXTRA,
+    COL_FLAGS,
+    COL_GRAD,
+    COL_NUMEL,
+    COL_PARAM,
+    COL_SCALARS,
+    COL_SCALES,
+    COL_STATE,
+    COLUMNS,
+    HYPER_BASE_LR,
+    HYPER_BETA1,
+    HYPER_BETA2,
+    HYPER_DAMPENING,
+    HYPER_DECAY,
+    HYPER_EPS,
+    HYPER_FLAGS,
+    HYPER_L2,
+    HYPER_LR,
+    HYPER_MOMENTUM,
+    HYPER_SIGN,
+    HYPERS,
+    IS_ALIGNED,
+    LR_IN_MOMENTUM,
+    NESTEROV,
+    SCALAR_C1,
+    SCALAR_C2,
+    SCALAR_DECAY,
+    SCALAR_EPS,
+    SCALAR_GRAD_FACTOR,
+    SCALAR_INV_SQRT_BC2,
+    SCALAR_L2,
+    SCALAR_MOMENTUM,
+    SCALAR_STEP,
+    SCALAR_STEP_SIZE,
+    SCALAR_TAKE_B,
+    SCALAR_TAKE_G,
+    SCALAR_W1,
+    SCALAR_W2,
+    SCALARS,
+)
 from .rules import adam, sgd
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a compiled kernel depends on, besides the architecture."""
-
-    rule: str  # "adam", "adam_amsgrad", "sgd", "sgd_momentum"
-    p_dtype: tl.dtype
-    g_dtype: tl.dtype
-    state_dtype: tl.dtype  # int8: codes, with a scale for each QUANT_BLOCK of them
-    master: str = "none"  # "kahan", "split16", "fp32"
-    stochastic: bool = False
-
-
-COLUMNS = tl.constexpr(16)  # of a row
-SCALARS = tl.constexpr(9)  # of a row of scalars, of which the last is the step
 
 
 @triton.jit
 def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer to element ``base`` of a stream of a row."""
+    """Return the pointer to element ``base`` of a stream of a row."""
     address = tl.load(row + column) + base * (DTYPE.primitive_bitwidth // 8)
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:  # the hint counts on the pointer only, not on the integer
@@ -53,20 +74,20 @@ def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.con
 
 @triton.jit
 def place(rows, chunks, chunk):
-    """A program's row, its first element, and the number of its elements."""
+    """Return a program's row, its first element, and the number of its elements."""
     entry = chunks + tl.program_id(0).to(tl.int64) * 2
     row = rows + tl.load(entry).to(tl.int64) * COLUMNS
     base = tl.load(entry + 1).to(tl.int64) * chunk
-    n = tl.minimum(tl.load(row + 5) - base, chunk).to(tl.int32)
+    n = tl.minimum(tl.load(row + COL_NUMEL) - base, chunk).to(tl.int32)
     return row, base, n
 
 
 @triton.jit
 def tile(ALIGNED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Elements of a block of them, [THREADS, WIDTH], and the first of each thread.
+    """Return the elements of a tile, [THREADS, WIDTH], and the first of each thread.
 
-    A thread has neighbours where it can access them at once, and else every 32nd, so that 32 threads do. Either way
-    32 threads have 32 * WIDTH elements that follow one another.
+    ALIGNED threads have neighbours, which they access at once; others have every 32nd element, so that 32 threads
+    access neighbours together. Either way 32 threads have 32 * WIDTH elements that follow one another.
     """
     thread = tl.arange(0, THREADS)
     if ALIGNED:
@@ -81,29 +102,27 @@ def step_span(
     row, base, begin, end, s, at,
     ALIGNED: tl.constexpr, RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
-    MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
+    THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole tiles and needs no mask."""
     ADAM: tl.constexpr = RULE == "adam" or RULE == "adam_amsgrad"
     CODES: tl.constexpr = STATE_DTYPE.is_int8()
-    RANDOM_P: tl.constexpr = STOCHASTIC and P_DTYPE.is_bf16() and MASTER == "none"
-    RANDOM_M: tl.constexpr = STOCHASTIC and CODES
-    RANDOM_V: tl.constexpr = RANDOM_M or (STOCHASTIC and ADAM and STATE_DTYPE.is_bf16())
-    p_at = stream(row, 0, base, P_DTYPE, ALIGNED)
-    g_at = stream(row, 1, base, G_DTYPE, ALIGNED)
+    p_at = stream(row, COL_PARAM, base, P_DTYPE, ALIGNED)
+    g_at = stream(row, COL_GRAD, base, G_DTYPE, ALIGNED)
     extra_at = p_at
     if MASTER != "none":
         EXTRA_DTYPE: tl.constexpr = P_DTYPE if MASTER == "kahan" else tl.int16 if MASTER == "split16" else tl.float32
-        extra_at = stream(row, 8, base, EXTRA_DTYPE, ALIGNED)
+        extra_at = stream(row, COL_EXTRA, base, EXTRA_DTYPE, ALIGNED)
     if RULE != "sgd":
-        state0_at = stream(row, 2, base, STATE_DTYPE, ALIGNED)
+        state0_at = stream(row, COL_STATE, base, STATE_DTYPE, ALIGNED)
     if ADAM:
-        state1_at = stream(row, 3, base, STATE_DTYPE, ALIGNED)
+        state1_at = stream(row, COL_STATE + 1, base, STATE_DTYPE, ALIGNED)
     if RULE == "adam_amsgrad":
-        state2_at = stream(row, 4, base, STATE_DTYPE, ALIGNED)
+        state2_at = stream(row, COL_STATE + 2, base, STATE_DTYPE, ALIGNED)
     if CODES:
-        scales0_at = stream(row, 9, base // QUANT_BLOCK, tl.float32, False)
-        scales1_at = stream(row, 10, base // QUANT_BLOCK, tl.float32, False)
+        scales0_at = stream(row, COL_SCALES, base // QUANT_BLOCK, tl.float32, False)
+        scales1_at = stream(row, COL_SCALES + 1, base // QUANT_BLOCK, tl.float32, False)
 
     own, first = tile(ALIGNED, THREADS, WIDTH)
     for start in range(begin, end, THREADS * WIDTH):
@@ -119,8 +138,8 @@ def step_span(
             some = None if ALIGNED else block * QUANT_BLOCK < end
             scales0 = scales0_at + block
             scales1 = scales1_at + block
-        if RANDOM_P or RANDOM_V:
-            word = words(row, at, s[8].to(tl.uint32), start + first, end - start, ALIGNED)
+        if RANDOM_P or RANDOM_M or RANDOM_V:
+            word = words(row, at, s[SCALAR_STEP].to(tl.uint32), start + first, end - start, ALIGNED)
             random_p = for_parameter(word) if RANDOM_P else None
             word_m = word if RANDOM_M else None
             word_v = word if RANDOM_V else None
@@ -147,10 +166,10 @@ def step_kernel(
     rows, chunks, scalars, factor, chunk,
     RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
-    MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
     THREADS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program per entry of ``chunks``; ``chunk`` is the number of elements of each, a multiple of 8.
+    """Step one entry of ``chunks`` per program; ``chunk`` is the elements of each, a multiple of QUANT_BLOCK.
 
     Gradients are multiplied by ``factor``; where that is negative nothing is done.
     """
@@ -158,29 +177,29 @@ def step_kernel(
     if f < 0:
         return
     row, base, n = place(rows, chunks, chunk)
-    start = places(row, base) if STOCHASTIC else None
-    at = scalars + tl.load(row + 6) * SCALARS
+    start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
+    at = scalars + tl.load(row + COL_SCALARS) * SCALARS
     s = (tl.load(at), tl.load(at + 1), f * tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
          tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8))  # fmt: skip
     whole = 0
-    if tl.load(row + 7) & 1 != 0:
+    if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
         whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
-    # In regions of their own, so that nothing either needs is kept for both: fp32 Adam takes 41 to 43 registers on
-    # sm_80 to 90 instead of 45 or 46.
+    # Two regions, so that neither keeps registers for the other: fp32 Adam takes 41 to 43 on sm_80 to 90 instead of
+    # 45 or 46.
     if whole > 0:
         step_span(row, base, 0, whole, s, start, True, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
-                  MASTER, STOCHASTIC, THREADS, WIDTH)  # fmt: skip
+                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, WIDTH)  # fmt: skip
     if whole < n:
         step_span(row, base, whole, n, s, start, False, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
-                  MASTER, STOCHASTIC, THREADS, TAIL)  # fmt: skip
+                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, TAIL)  # fmt: skip
 
 
 @triton.jit
 def add_squares(
     sums, row, base, begin, end, ALIGNED: tl.constexpr, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """In double: a square of a float is exact, and neither overflows nor underflows."""
-    g_at = stream(row, 1, base, G_DTYPE, ALIGNED)
+    """Add squares in double, in which the square of a float is exact, and neither overflows nor underflows."""
+    g_at = stream(row, COL_GRAD, base, G_DTYPE, ALIGNED)
     for start in range(begin, end, BLOCK):
         if ALIGNED:
             start = tl.multiple_of(start, BLOCK)
@@ -193,10 +212,10 @@ def add_squares(
 
 @triton.jit(do_not_specialize=["chunk"])
 def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """The sums of the squares of the gradients of each chunk, float64 [.]."""
+    """Write the sum of the squares of the gradients of each chunk, float64 [.]."""
     row, base, n = place(rows, chunks, chunk)
     whole = 0
-    if tl.load(row + 7) & 1 != 0:
+    if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
         whole = n // BLOCK * BLOCK
     total = tl.sum(add_squares(tl.zeros([BLOCK], tl.float64), row, base, 0, whole, True, G_DTYPE, BLOCK))
     total += tl.sum(add_squares(tl.zeros([TAIL], tl.float64), row, base, whole, n, False, G_DTYPE, TAIL))
@@ -205,7 +224,7 @@ def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def power(x, n):
-    """x ** n for a whole n >= 0, within n ulp; by squaring, since Triton's interpreter has no pow."""
+    """Return x ** n for a whole n >= 0, within n ulp; by squaring, since Triton's interpreter has no pow."""
     y = x * 0 + 1
     while n > 0:
         if n & 1 != 0:
@@ -217,101 +236,38 @@ def power(x, n):
 
 @triton.jit
 def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
-    """Compute the scalar rows on the device: ``fused_adamw/scalars.py`` in Triton, for ``launch.Kernels.scalars``."""
+    """Compute the scalar rows on the device: ``fused_adamw/scalars.py`` in Triton, for ``gpu.Kernels.scalars``."""
     if tl.load(factor) < 0:
         return
     row = tl.program_id(0).to(tl.int64)
-    h = hyper + row * 8
+    h = hyper + row * HYPERS
     counter = tl.load(steps + row).to(tl.pointer_type(tl.float32))
     count = tl.load(counter) + 1
     tl.store(counter, count)
     step = count.to(tl.int32)
-    lr = tl.load(h)
+    lr = tl.load(h + HYPER_LR)
     to = scalars + row * SCALARS
-    tl.store(to + 8, count)
-    tl.store(to, (lr / tl.load(h + 1) * tl.load(h + 2)).to(tl.float32))
-    tl.store(to + 1, tl.load(h + 3).to(tl.float32))
-    tl.store(to + 2, tl.load(h + 4).to(tl.float32))
+    tl.store(to + SCALAR_STEP, count)
+    tl.store(to + SCALAR_DECAY, (lr / tl.load(h + HYPER_BASE_LR) * tl.load(h + HYPER_DECAY)).to(tl.float32))
+    tl.store(to + SCALAR_L2, tl.load(h + HYPER_L2).to(tl.float32))
+    tl.store(to + SCALAR_GRAD_FACTOR, tl.load(h + HYPER_SIGN).to(tl.float32))
     if ADAM:
-        beta1 = tl.load(h + 5)
-        beta2 = tl.load(h + 6)
-        tl.store(to + 3, (1 - beta1).to(tl.float32))
-        tl.store(to + 4, (1 - beta2).to(tl.float32))
-        tl.store(to + 5, (lr / (1 - power(beta1, step))).to(tl.float32))
-        tl.store(to + 6, (1 / tl.sqrt(1 - power(beta2, step))).to(tl.float32))
-        tl.store(to + 7, tl.load(h + 7).to(tl.float32))
+        beta1 = tl.load(h + HYPER_BETA1)
+        beta2 = tl.load(h + HYPER_BETA2)
+        tl.store(to + SCALAR_W1, (1 - beta1).to(tl.float32))
+        tl.store(to + SCALAR_W2, (1 - beta2).to(tl.float32))
+        tl.store(to + SCALAR_STEP_SIZE, (lr / (1 - power(beta1, step))).to(tl.float32))
+        tl.store(to + SCALAR_INV_SQRT_BC2, (1 / tl.sqrt(1 - power(beta2, step))).to(tl.float32))
+        tl.store(to + SCALAR_EPS, tl.load(h + HYPER_EPS).to(tl.float32))
     else:
-        momentum = tl.load(h + 5)
-        flags = tl.load(h + 7).to(tl.int32)
-        lr_in_momentum = flags & 2 != 0
+        momentum = tl.load(h + HYPER_MOMENTUM)
+        flags = tl.load(h + HYPER_FLAGS).to(tl.int32)
+        lr_in_momentum = flags & LR_IN_MOMENTUM != 0
         into = tl.where(lr_in_momentum, lr, 1.0)
         out = tl.where(lr_in_momentum, 1.0, lr)
-        direct = (momentum == 0) | (flags & 1 != 0)
-        tl.store(to + 3, momentum.to(tl.float32))
-        tl.store(to + 4, (into * tl.where(step > 1, 1 - tl.load(h + 6), 1.0)).to(tl.float32))
-        tl.store(to + 5, out.to(tl.float32))
-        tl.store(to + 6, tl.where(direct, into, 0.0).to(tl.float32))
-        tl.store(to + 7, tl.where(direct, momentum, 1.0).to(tl.float32))
-
-
-# fp32 Adam takes 40 to 47 registers, so 40 to 48 warps fit a multiprocessor, and have 80 to 96 KiB of
-# loads in flight: twice what 8 TB/s at a latency of 0.8 us asks for, with no pipelining.
-NUM_WARPS = 4
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-SCALARS_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
-
-
-def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
-    """(constexprs of ``step_kernel``, compile options): static: nothing is tuned on live tensors."""
-    codes = variant.state_dtype == tl.int8
-    constexprs = {
-        "RULE": variant.rule,
-        "P_DTYPE": variant.p_dtype,
-        "G_DTYPE": variant.g_dtype,
-        "STATE_DTYPE": variant.state_dtype,
-        "MASTER": variant.master,
-        "STOCHASTIC": variant.stochastic,
-        "THREADS": NUM_WARPS * warp_size,
-        # 16 bytes of fp32. With 8, a mix of 2 and 4 bytes reads the fp32 streams at a stride of 32 bytes (sector
-        # efficiency 0.6), and Adam in 2 bytes spills.
-        "WIDTH": 4,
-        # fp32 Adam takes 2 to 6 registers more with 4, which blocks of codes and the words of a counter come in.
-        "TAIL": 4 if codes or variant.stochastic else 2,
-    }
-    if not codes and not variant.stochastic:
-        return constexprs, OPTIONS
-    # Left to itself ptxas takes up to 96 registers, and spills; codes beside words or a master would spill at 64.
-    more = codes and (variant.stochastic or variant.master != "none")
-    return constexprs, OPTIONS | {"maxnreg": 80 if more else 64}
-
-
-def square_constexprs(g_dtype: tl.dtype, warp_size: int) -> dict:
-    """Those of ``square_kernel``: 16 bytes per thread."""
-    threads = NUM_WARPS * warp_size
-    return {"G_DTYPE": g_dtype, "BLOCK": 128 // g_dtype.primitive_bitwidth * threads, "TAIL": 2 * threads}
-
-
-def compile_for(target: GPUTarget, variant: Variant) -> CompiledKernel:
-    """Compile ``step_kernel`` ahead of time; needs no GPU."""
-    constexprs, options = config(variant, target.warp_size)
-    signature = {"rows": "*i64", "chunks": "*i32", "scalars": "*fp32", "factor": "*fp32", "chunk": "i32"}
-    return _compile(step_kernel, target, signature, constexprs, options)
-
-
-def compile_squares_for(target: GPUTarget, g_dtype: tl.dtype) -> CompiledKernel:
-    """Compile ``square_kernel`` ahead of time."""
-    constexprs = square_constexprs(g_dtype, target.warp_size)
-    signature = {"rows": "*i64", "chunks": "*i32", "sums": "*fp64", "chunk": "i32"}
-    return _compile(square_kernel, target, signature, constexprs, OPTIONS)
-
-
-def compile_scalars_for(target: GPUTarget, adam: bool) -> CompiledKernel:
-    """Compile ``scalars_kernel`` ahead of time."""
-    signature = {"hyper": "*fp64", "steps": "*i64", "factor": "*fp32", "scalars": "*fp32"}
-    return _compile(scalars_kernel, target, signature, {"ADAM": adam}, SCALARS_OPTIONS)
-
-
-def _compile(kernel, target, signature, constexprs, options):
-    signature = signature | dict.fromkeys(constexprs, "constexpr")
-    tables = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
-    return triton.compile(ASTSource(kernel, signature, constexprs, tables), target=target, options=options)
+        direct = (momentum == 0) | (flags & NESTEROV != 0)
+        tl.store(to + SCALAR_MOMENTUM, momentum.to(tl.float32))
+        tl.store(to + SCALAR_C1, (into * tl.where(step > 1, 1 - tl.load(h + HYPER_DAMPENING), 1.0)).to(tl.float32))
+        tl.store(to + SCALAR_C2, out.to(tl.float32))
+        tl.store(to + SCALAR_TAKE_G, tl.where(direct, into, 0.0).to(tl.float32))
+        tl.store(to + SCALAR_TAKE_B, tl.where(direct, momentum, 1.0).to(tl.float32))

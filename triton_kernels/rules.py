@@ -1,4 +1,4 @@
-"""The update rules, once for Triton: the roundings of ``csrc/rules.h``, in its order and with its names.
+"""Defines the update rules once for Triton: the roundings of ``csrc/rules.h``, in its order and with its names.
 
 ``s`` is a row of eight launch scalars. Everything is fp32; a storage type is never seen here.
 """
@@ -9,20 +9,20 @@ import triton.language as tl
 
 @triton.jit
 def minus(x):
-    """-x. Triton's own sign, up to version 3.6, is 0 - x, which makes +0 of +0."""
+    """Return -x. Triton's own sign, up to version 3.6, is 0 - x, which makes +0 of +0."""
     return x * -1.0
 
 
 @triton.jit
 def lerp(a, b, w):
-    """a + w * (b - a) from the nearer end, w a scalar."""
+    """Return a + w * (b - a) from the nearer end, w a scalar."""
     near_a = w < 0.5
     return tl.fma(tl.where(near_a, w, w - 1), b - a, tl.where(near_a, a, b))
 
 
 @triton.jit
 def decayed(s, p, g):
-    """What both rules start with: decoupled decay, then the gradient with its sign and L2 term."""
+    """Start both rules: decoupled decay, then the gradient with its sign and L2 term."""
     p = tl.fma(minus(s[0]), p, p)
     g = tl.fma(s[1], p, s[2] * g)
     return p, g
@@ -30,7 +30,7 @@ def decayed(s, p, g):
 
 @triton.jit
 def adam(s, p, g, m, v, vmax, AMSGRAD: tl.constexpr):
-    """Adam and AdamW: s = decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps."""
+    """Step Adam and AdamW: s = decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps."""
     p, g = decayed(s, p, g)
     m = lerp(m, g, s[3])
     v = tl.fma(s[4], g * g, tl.fma(minus(s[4]), v, v))
@@ -45,7 +45,7 @@ def adam(s, p, g, m, v, vmax, AMSGRAD: tl.constexpr):
 
 @triton.jit
 def sgd(s, p, g, b, MOMENTUM: tl.constexpr):
-    """SGD and SGDW: s = decay, l2, grad_factor, momentum, c1, c2, take_g, take_b."""
+    """Step SGD and SGDW: s = decay, l2, grad_factor, momentum, c1, c2, take_g, take_b."""
     p, g = decayed(s, p, g)
     d = s[6] * g
     if MOMENTUM:

@@ -17,10 +17,10 @@ from bench.gpu.record import Record
 from bench.gpu.times import begin, clean, timed
 from bench.measures import first_line
 from bench.stream import random
-from fused_adamw import launch
+from fused_adamw import gpu
 
-triton_launch = importlib.import_module("fused_adamw.triton_kernels.launch")
-SOURCE = Path(triton_launch.__file__).parent
+kernels = importlib.import_module("fused_adamw.triton_kernels.kernels")
+SOURCE = Path(kernels.__file__).parent
 CHUNKS = (1024, 2048, 4096, 8192, 32768, 65536)
 CONFIGS = {"2 warps": (2, 4), "8 warps": (8, 4), "width 8": (4, 8), "2 warps, width 8": (2, 8)}
 # Every access of the streams, in triton_kernels/formats.py, ends in this.
@@ -82,18 +82,18 @@ def variants_of() -> Iterator[tuple[str, str, Callable[[], Any]]]:
 
 def chunked(chunk: int) -> Any:
     """Give a program so many elements."""
-    return mock.patch.object(launch, "chunk_size", lambda numel: chunk)
+    return mock.patch.object(gpu, "chunk_size", lambda numel: chunk)
 
 
 def configured(warps: int, width: int) -> Any:
     """Give a Triton program so many warps, and a thread so many elements at a time."""
-    true = triton_launch.config
+    true = kernels.config
 
     def config(variant: Any, warp_size: int) -> tuple[dict, dict]:
         constexprs, options = true(variant, warp_size)
         return constexprs | {"THREADS": warps * warp_size, "WIDTH": width}, options | {"num_warps": warps}
 
-    return mock.patch.object(triton_launch, "config", config)
+    return mock.patch.object(kernels, "config", config)
 
 
 @contextmanager
@@ -108,8 +108,8 @@ def hinted(load: str, store: str) -> Iterator[None]:
         package = types.ModuleType(f"hinted_{abs(hash((load, store)))}")
         package.__path__ = [folder]
         sys.modules[package.__name__] = package
-        kernels = importlib.import_module(f"{package.__name__}.multi_tensor")
-        with mock.patch.object(triton_launch, "step_kernel", kernels.step_kernel):
+        changed = importlib.import_module(f"{package.__name__}.multi_tensor")
+        with mock.patch.object(kernels, "step_kernel", changed.step_kernel):
             yield
 
 

@@ -1,17 +1,6 @@
-"""The host side of a step on a GPU: tables that stay on the device, one small upload and one launch per step.
+"""Prepares and runs launches on a GPU: tables that stay on the device, one small upload and one launch per step.
 
-rows     int64 [., 16]:
-         0-4    addresses of p, g, state0, state1, state2 (Adam: m, v, vmax; Sgd: b; codes where they are int8)
-         5      numel
-         6      index of the row of scalars
-         7      flags: bit 1, that offset, run and skip are multiples of 8, as far as they count; bit 0, that moreover
-                all addresses are multiples of 16
-         8      address of what the master holds
-         9, 10  addresses of the scales of state0 and state1
-         11-15  of stochastic rounding: seed; index of the parameter; offset, run, skip: element i of the row is element
-                offset + i + i / run * skip of the parameter
-chunks   int32 [., 2]: row, index of the chunk in its tensor; one program (a block of threads) each
-scalars  float32 [., 9]: the launch scalars of the rule and the step, in the order of scalars.py
+``layout.py`` tells what is in the tables.
 """
 
 import contextlib
@@ -21,19 +10,36 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fused_adamw.contract import Row, Scalars, Watch
+from fused_adamw.layout import (
+    COL_EXTRA,
+    COL_FLAGS,
+    COL_GRAD,
+    COL_INDEX,
+    COL_NUMEL,
+    COL_OFFSET,
+    COL_PARAM,
+    COL_RUN,
+    COL_SCALARS,
+    COL_SCALES,
+    COL_SEED,
+    COL_SKIP,
+    COL_STATE,
+    COLUMNS,
+    HYPER_LR,
+    HYPERS,
+    SCALARS,
+    SCALARS_BYTES,
+    SHARD_ALIGNED,
+)
 from fused_adamw.scalars import is_on_device
-
-COLUMNS = 16  # of a row
-SCALARS = 9  # of a row of scalars
-SCALARS_BYTES = 4 * SCALARS
-HYPER = 8  # of a row of hyperparameters
 
 
 class Kernels(Protocol):
-    """The compiled kernels of a bucket, launched on the current device and stream."""
+    """Launches the compiled kernels of a bucket, on the current device and stream."""
 
     def step(self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor) -> None:
-        """Step every element; ``chunk`` is the number of elements of a chunk, a multiple of 128.
+        """Step every element; ``chunk`` is the number of elements of a chunk, a multiple of 128: no two share a scale.
 
         Gradients are multiplied by ``factor``, float32 of one element; where that is negative nothing is done.
         """
@@ -42,17 +48,14 @@ class Kernels(Protocol):
         """Write the sums of the squares of the gradients of each chunk, float64."""
 
     def scalars(self, hyper: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
-        """Advance the float32 counters at the addresses ``steps``, and compute their rows of scalars.
+        """Advance the float32 counters at the addresses ``steps``, and compute their rows of scalars from ``hyper``.
 
-        hyper   float64 [., 8]: lr, base_lr, decoupled decay, l2, grad_factor, then beta1, beta2, eps (Adam)
-                or momentum, dampening, flags (Sgd; bit 0: nesterov, bit 1: lr_in_momentum). The decay is
-                lr / base_lr * decoupled decay, so a base_lr of 1 makes it torch's.
-        factor  as for a step: a negative one leaves all as it is
+        A negative ``factor`` leaves all as it is, as it does in a step.
         """
 
 
 def chunk_size(numel: int) -> int:
-    """Elements per program of a launch over ``numel`` elements; the result of a step does not depend on it.
+    """Return the elements per program of a launch over ``numel`` elements; the result of a step does not depend on it.
 
     The start of a program costs 97 instructions per thread and 544 bytes of table sectors per warp (fp32 Adam, Triton):
     at 16384 elements 4 % of its instructions and 0.5 % of its sectors. Models too small to fill a GPU with programs of
@@ -62,26 +65,26 @@ def chunk_size(numel: int) -> int:
 
 
 class Launch:
-    """The rows of one launch.
+    """Holds the tables of a launch, and launches it.
 
-    The tables lie in one buffer on the device: rows, scalars, chunks. What changes from step to step (addresses of
+    The tables lie in one buffer on the device: rows, scalars, chunks. Whatever changes from step to step (addresses of
     gradients that moved, scalars) goes up in one copy.
     """
 
-    def __init__(self, watch: Any, rows: list[Any], kernels: Kernels, groups: list[dict]) -> None:
+    def __init__(self, watch: Watch, rows: list[Row], kernels: Kernels, groups: list[dict]) -> None:
         self.watch, self.kernels, self.device = watch, kernels, rows[0].p.device
         self.chunk = chunk_size(sum(row.p.numel() for row in rows))
-        # -1 - slot: the gradient is a copy of ours, which stays where it is
+        # -1 - slot marks a gradient that is a copy of ours, which does not move.
         self.slots = torch.tensor([row.slot if row.g is None else -1 - row.slot for row in rows], device="cpu")
         self.host = torch.tensor([self._row(row) for row in rows], device="cpu")
-        counts = -(-self.host[:, 5] // self.chunk)
+        counts = -(-self.host[:, COL_NUMEL] // self.chunk)
         row_of_chunk = torch.arange(len(rows), device="cpu").repeat_interleave(counts)
         first_chunk = (counts.cumsum(0) - counts)[row_of_chunk]
         index = torch.arange(len(row_of_chunk), device="cpu") - first_chunk
         chunks = torch.stack([row_of_chunk, index], dim=1).int()
 
-        # The scalars of a step are those of all launches: one row at most for each parameter.
-        # A multiple of 4 rows, after which the chunks are aligned to 16 bytes: Triton compiles anew for less.
+        # All launches of a step share its rows of scalars, at most one for each parameter. There is room for a multiple
+        # of 4, so that the chunks behind them are aligned to 16 bytes: Triton compiles anew for less.
         count = -(-sum(len(group["params"]) for group in groups) // 4) * 4
         sizes = [self.host.nbytes, count * SCALARS_BYTES, chunks.nbytes]
         self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
@@ -95,24 +98,25 @@ class Launch:
         self.stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
     @staticmethod
-    def _row(row: Any) -> list[int]:
-        offset, run, skip = row.place
-        places = (offset, run, skip) if skip else (offset,)
-        return [
-            *_addresses([row.p, row.g, *row.states], 5),
-            row.p.numel(),
-            0,
-            0 if row.stochastic and any(x % 8 for x in places) else 2,
-            *_addresses([row.extra, *row.scales], 3),
-            row.seed,
-            row.index,
-            offset,
-            run,
-            skip,
-        ]
+    def _row(row: Row) -> list[int]:
+        values = [0] * COLUMNS
+        offset, run, skip = row.numbering
+        drawn_by = (offset, run, skip) if skip else (offset,)
+        values[COL_PARAM] = row.p.data_ptr()
+        values[COL_GRAD] = 0 if row.g is None else row.g.data_ptr()
+        for column, state in enumerate(row.states, COL_STATE):
+            values[column] = state.data_ptr()
+        values[COL_NUMEL] = row.p.numel()
+        values[COL_FLAGS] = 0 if row.stochastic and any(x % 8 for x in drawn_by) else SHARD_ALIGNED
+        values[COL_EXTRA] = 0 if row.master_data is None else row.master_data.data_ptr()
+        for column, scales in enumerate(row.scales, COL_SCALES):
+            values[column] = scales.data_ptr()
+        values[COL_SEED], values[COL_INDEX] = row.seed, row.index
+        values[COL_OFFSET], values[COL_RUN], values[COL_SKIP] = offset, run, skip
+        return values
 
-    def bring(self, scalars: list[tuple[float, ...]]) -> None:
-        """Bring the tables to the step to come, in the current stream."""
+    def prepare_step(self, scalars: Scalars) -> None:
+        """Bring the tables to the coming step, in the current stream."""
         if self.stream is None:  # Triton's interpreter, on CPU tensors
             self._upload(scalars)
             return
@@ -127,11 +131,11 @@ class Launch:
                 self._upload(scalars)
 
     def _on_device(self) -> list[Tensor]:
-        """Return what the kernels read: torch may not hand its memory out again while another stream steps."""
+        """Return the tensors that kernels read: torch may not reuse their memory while another stream steps."""
         return [self.buffer, self.ones]
 
     def sum_squares(self) -> Tensor:
-        """The sum of the squares of the gradients, float64, 0-dim, always added in the same order."""
+        """Return the sum of the squares of the gradients, float64, 0-dim, always added in the same order."""
         sums = torch.empty(len(self.chunks), dtype=torch.float64, device=self.device)
         with self._guard():
             self.kernels.sum_squares(self.rows, self.chunks, self.chunk, sums)
@@ -145,7 +149,7 @@ class Launch:
     def _guard(self) -> Any:
         return contextlib.nullcontext() if self.stream is None else torch.cuda.device(self.device)
 
-    def _upload(self, scalars: list[tuple[float, ...]], staging: Tensor | None = None) -> None:
+    def _upload(self, scalars: Scalars, staging: Tensor | None = None) -> None:
         self.watch.upload(self.host, self.slots, scalars, self.buffer, not self.uploaded, staging)
         self.uploaded = staging is None
 
@@ -159,21 +163,17 @@ class Launch:
         self.kernels.step(self.rows, self.chunks, self.chunk, self.scalars, factor)
 
 
-def _addresses(tensors: list[Tensor | None], count: int) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors] + [0] * (count - len(tensors))
-
-
 class CapturableLaunch(Launch):
-    """A launch whose scalars are computed on the device, so that a CUDA graph of it replays with the steps to come.
+    """Computes the scalars on the device, so that a CUDA graph of the launch replays with the coming steps.
 
-    Every tensor has a row of scalars of its own, since only the device knows its step. ``hyper(group)`` gives the
-    hyperparameters of ``Kernels.scalars``; they go up when they changed, outside of any capture.
+    Every tensor has a row of scalars of its own, since only the device knows its step. ``hyper(group)`` returns the
+    hyperparameters for ``Kernels.scalars``; they go up when they changed, outside of any capture.
     """
 
     def __init__(
         self,
-        watch: Any,
-        rows: list[Any],
+        watch: Watch,
+        rows: list[Row],
         kernels: Kernels,
         groups: list[dict],
         hyper: Callable[[dict], Sequence[float]],
@@ -184,11 +184,11 @@ class CapturableLaunch(Launch):
         ends = torch.bincount(self.group_of, minlength=len(groups)).cumsum(0).tolist()
         self.spans = list(zip([0, *ends], ends, strict=False))  # the rows of each group, which are neighbours
         self.steps = torch.tensor([row.step.data_ptr() for row in rows], device=self.device)
-        self.host[:, 6] = torch.arange(len(rows), device="cpu")
-        self.table = torch.empty(len(rows), HYPER, dtype=torch.float64, device=self.device)
+        self.host[:, COL_SCALARS] = torch.arange(len(rows), device="cpu")
+        self.table = torch.empty(len(rows), HYPERS, dtype=torch.float64, device=self.device)
         self.current: list[Sequence[float]] = []
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
-        self.captured_lr: list[tuple[int, Tensor]] = []  # and from these, of groups
+        self.captured_lr: list[tuple[int, Tensor]] = []  # and from these: (group, its learning rate)
         self.spare: Tensor | None = self._staging()  # allocated now: not within a capture
 
     def _on_device(self) -> list[Tensor]:
@@ -197,7 +197,7 @@ class CapturableLaunch(Launch):
     def _staging(self) -> Tensor:
         return torch.empty(self.host.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
 
-    def _upload(self, scalars: list[tuple[float, ...]], staging: Tensor | None = None) -> None:
+    def _upload(self, scalars: Scalars, staging: Tensor | None = None) -> None:
         self._refresh()
         if self.captured:  # a replay has put the graph's gradients into the rows
             self.uploaded = False
@@ -207,7 +207,7 @@ class CapturableLaunch(Launch):
 
     def refresh(self, groups: list[dict]) -> None:
         """Bring hyperparameters that changed to the device, where captured graphs find them."""
-        self.groups = groups  # others since a checkpoint was loaded
+        self.groups = groups  # loading a checkpoint makes new ones
         self._refresh()
         for i, lr in self.captured_lr:
             if groups[i]["lr"] is not lr:
@@ -233,7 +233,7 @@ class CapturableLaunch(Launch):
     def _copy_lr(self) -> None:
         for (first, last), group in zip(self.spans, self.groups, strict=False):  # groups may have been added since
             if first < last and is_on_device(group["lr"]):
-                self.table[first:last, 0].copy_(group["lr"], non_blocking=True)
+                self.table[first:last, HYPER_LR].copy_(group["lr"], non_blocking=True)
 
     def _launch(self, factor: Tensor) -> None:
         self._copy_lr()

@@ -1,0 +1,369 @@
+"""Steps all tensors in one launch per device, on the best backend there: what the four classes share."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from fused_adamw import backends, checkpoints, checks, clipping, formats, options, plan, state
+from fused_adamw.contract import Variant
+from fused_adamw.options import Backend, Params
+
+_REFUSED = {
+    ("foreach", True): "the step is one fused launch on every backend; drop the argument",
+    ("fused", False): 'the step is fused on every backend; for plain operators use backend="reference"',
+    ("differentiable", True): "a fused step has no derivative; use torch.optim's class of this name",
+}
+
+# Attributes that other modules read and users need not: dir() and tab completion leave them out.
+_INTERNAL = {"family", "plan_key", "requested", "rule_of", "scales_gradients", "skips_steps"}
+
+
+class SinglePlan(NamedTuple):
+    """Holds what ``step_parameter`` prepared for a parameter, and where the parameter was in the groups then."""
+
+    group_index: int
+    param_index: int
+    built: plan.Built
+
+
+class FusedOptimizer(Optimizer):
+    """Steps all tensors in one launch per device, on the best backend there; the base of the four classes."""
+
+    family: str  # a key of scalars.ROWS
+    _decoupled: bool | None = None  # None: the group says
+
+    # Unpickling leaves these unset.
+    requested: Backend | None = None
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    amp_scaling: bool = False
+    #: Norm of all gradients at the last step, float32, 0-dim, on the device of the first; with max_grad_norm or
+    #: skip_nonfinite. Each step makes a new tensor, except the replays of a graph.
+    grad_norm: Tensor | None = None
+    _watch: Any = None
+    _plans: Sequence[plan.Plan] = ()
+    _single_plans: dict[Tensor, SinglePlan]
+    _scaling: tuple[bool, bool] = (False, False)
+    _captured: Sequence[plan.Plan] = ()
+    _loading: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        backend: Backend | None,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        amp_scaling: bool,
+        **asked: bool | None,
+    ) -> None:
+        for (name, value), remedy in _REFUSED.items():
+            if asked.get(name) is value:
+                raise RuntimeError(f"{type(self).__name__}({name}={value}) is not supported: {remedy}")
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        self.requested, self._single_plans = backend, {}
+        self.max_grad_norm, self.skip_nonfinite, self.amp_scaling = max_grad_norm, skip_nonfinite, amp_scaling
+        if backend is not None:
+            backends.named(backend)
+        # torch's keys, for code that reads them and for checkpoints that torch.optim loads.
+        defaults |= {"foreach": None, "differentiable": False, "fused": asked.get("fused")}
+        options.check(defaults)
+        ours = options.ours(self.family)
+        super().__init__(params, {k: v for k, v in defaults.items() if k not in ours or v != ours[k]})
+
+    @property
+    def backend(self) -> dict[torch.device, str]:
+        """The name of the backend that steps the tensors of each device of the parameters."""
+        devices = dict.fromkeys(p.device for group in self.param_groups for p in group["params"])
+        return {device: backends.pick(device, requested=self.requested).name for device in devices}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does; raise ValueError for a hyperparameter out of range, naming the group."""
+        if isinstance(param_group, dict):
+            options.name_dtype(param_group)
+            full = {**self.defaults, **param_group}
+            options.check(full, len(self.param_groups))
+            if full.get("decouple_lr"):
+                param_group.setdefault("base_lr", float(full["lr"]))
+            if full.get("rounding") == "stochastic":
+                param_group.setdefault("seed", full.get("seed", 0))  # a checkpoint has to have it
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model anew and returns the loss, which step returns.
+
+        Raises TypeError, ValueError or RuntimeError, before anything is written, for a tensor that cannot be stepped.
+        """
+        args = () if closure is None else (closure,)
+        if torch.compiler.is_compiling():
+            return self._untraced_step(*args)
+        if type(self).step is not FusedOptimizer.step:  # a subclass's own, around which torch has put its wrapper
+            return self._step(*args)
+        if any(self._observers()):
+            return self._observed_step(*args)
+        with torch._C._profiler._RecordFunctionFast(f"Optimizer.step#{type(self).__name__}.step"):
+            return self._step(*args)
+
+    # torch puts no wrapper around a step that is hooked already: it costs 8 us a step, and is called only where needed.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _observers(self) -> tuple[Any, ...]:
+        return (
+            torch.autograd._profiler_enabled(),
+            self._optimizer_step_pre_hooks,
+            self._optimizer_step_post_hooks,
+            _global_optimizer_pre_hooks,
+            _global_optimizer_post_hooks,
+        )
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        scaling = self.skips_steps, self.scales_gradients
+        if self._watch is None or scaling != self._scaling or not self._watch.poll(groups, self.state, self.plan_key):
+            self._drop_plans()
+            with torch.no_grad():
+                built = plan.build(self)
+            self._watch, self._plans, self._scaling = built.watch, built.plans, scaling
+        self._launch_all(self._watch, self._plans)
+        return loss
+
+    _observed_step = Optimizer.profile_hook_step(_step)
+    # A graph break under torch.compile, as for torch's own classes; the decorator costs 15 us, so only there.
+    _untraced_step = torch._disable_dynamo(_observed_step)
+
+    def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """Return the rule that steps a group, and the names of the states that it moves, in the rule's order."""
+        raise NotImplementedError
+
+    def plan_key(self, group: dict[str, Any]) -> tuple:
+        """Return the options that force a new plan when they change; called where an option of the group changed."""
+        return self.rule_of(group), *map(group.get, options.REPLANS)
+
+    @property
+    def skips_steps(self) -> bool:
+        """Whether a step may turn out to change nothing."""
+        return self.skip_nonfinite or self.amp_scaling
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients are multiplied by a factor, which takes their norm or a GradScaler to know."""
+        return self.max_grad_norm is not None or self.skips_steps
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # torch.amp.GradScaler asks
+        return self.amp_scaling
+
+    def _launch_all(self, watch: Any, plans: Sequence[plan.Plan]) -> None:
+        try:
+            scalar_rows = watch.scalar_rows()
+        except (TypeError, ValueError, ArithmeticError):
+            for i, group in enumerate(self.param_groups):
+                options.check(group, i)
+            raise
+        for part in plans:
+            part.prepare_step(scalar_rows)
+        factor: float | Tensor = 1.0
+        skipped = False
+        if plans and self.scales_gradients:
+            scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            if not self.amp_scaling:
+                scale = found = None
+            factor, self.grad_norm = clipping.factor_of(plans, self.max_grad_norm, self.skip_nonfinite, scale, found)
+            # Steps that are counted on the host are those of tensors that lie there.
+            skipped = self.skips_steps and any(part.device.type == "cpu" for part in plans) and factor.item() < 0
+        for part in plans:
+            part.run(factor.to(part.device, non_blocking=True) if isinstance(factor, Tensor) else factor)
+        if not skipped:
+            watch.advance()
+
+    def step_parameter(self, p: Tensor) -> None:
+        """Update one parameter, to the same bits as :meth:`step` would, and nothing else.
+
+        For gradient release, where no two gradients need be alive at once (arXiv 2306.09782, "LOMO")::
+
+            def release(p):
+                optimizer.step_parameter(p)
+                p.grad = None
+
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(release)
+
+        Nothing happens to a parameter without a gradient. The hooks of :meth:`step` are not called. Raises ValueError
+        for a tensor that is not among the parameters, and as :meth:`step` does.
+        """
+        # torch.compile does not trace it, nor step().
+        return self._untraced_step_parameter(p) if torch.compiler.is_compiling() else self._step_parameter(p)
+
+    def _step_parameter(self, p: Tensor) -> None:
+        if p.grad is None:
+            return
+        if self.scales_gradients:
+            raise RuntimeError(
+                f"{type(self).__name__}.step_parameter: one gradient does not tell the norm of all, nor whether a step "
+                "is to be skipped: leave out max_grad_norm, skip_nonfinite and amp_scaling"
+            )
+        single = self._single_plans.get(p)
+        if single is None or not self._is_current(p, single):
+            if single is not None:
+                self._retire(single.built.plans)
+            self._single_plans.pop(p, None)
+            i, j = self._index_of(p)
+            with torch.no_grad():
+                self._single_plans[p] = single = SinglePlan(i, j, plan.build(self, p))
+        self._launch_all(single.built.watch, single.built.plans)
+        self._opt_called = True  # for schedulers, which warn where they are stepped before the optimizer
+
+    _untraced_step_parameter = torch._disable_dynamo(_step_parameter)
+
+    def _index_of(self, p: Tensor) -> tuple[int, int]:
+        for i, group in enumerate(self.param_groups):
+            for j, q in enumerate(group["params"]):
+                if q is p:
+                    return i, j
+        raise ValueError(
+            f"{type(self).__name__}.step_parameter: a tensor of shape {list(p.shape)} is not among the parameters of "
+            "this optimizer: use add_param_group"
+        )
+
+    def _is_current(self, p: Tensor, single: SinglePlan) -> bool:
+        i, j, (watch, _, groups, states) = single
+        group = self.param_groups[i] if i < len(self.param_groups) else {"params": ()}
+        if j >= len(group["params"]) or group["params"][j] is not p or self.state.get(p) is not states[p]:
+            return False
+        (copy,) = groups  # the group as it was, with p alone: give it the current options
+        params = copy["params"]
+        copy.clear()
+        copy.update(group, params=params)
+        return watch.poll(groups, states, self.plan_key)
+
+    def init_state(self) -> None:
+        """Make what a first step would make, zero moments and no step counted, for all that requires a gradient.
+
+        This claims the memory before training, and lets torch.distributed.checkpoint, which loads into existing state,
+        do without a step. State that exists already stays. Raises as :meth:`step` does.
+        """
+        with torch.no_grad():
+            plan.init_states(self, checks.check_params(self, lambda p: p.requires_grad))
+
+    def warmup(self) -> None:
+        """Compile what a step will launch, without stepping; gradients are taken to have their parameters' dtype.
+
+        Does nothing for backends that are compiled already. Raises as :meth:`step` does if the backend that was asked
+        for cannot run.
+        """
+        for group in self.param_groups:
+            rule, names = self.rule_of(group)
+            for p in filter(lambda p: p.requires_grad, group["params"]):
+                dtype = formats.state_dtype_of(p, group.get("state_dtype"))
+                backend = backends.pick(p.device, {p.dtype, dtype}, bool(group.get("capturable")), self.requested)
+                storage = formats.storage_of(p, group, names)
+                dtype = p.dtype if not names else torch.int8 if storage.int8 else dtype
+                variant = Variant(rule, p.dtype, p.dtype, dtype, storage.master, storage.stochastic)
+                backend.warmup(p.device, variant)
+
+    def _drop_plans(self) -> None:
+        self._retire(self._plans)
+        self._watch, self._plans = None, ()
+
+    def _retire(self, plans: Sequence[plan.Plan]) -> None:
+        # A captured graph goes on using the tables of the plan that it was captured from.
+        self._captured = [*self._captured, *(p for p in plans if getattr(p.launch, "captured", None))]
+
+    def refresh_captured(self) -> None:
+        """Bring hyperparameters that changed (lr, betas, weight decay, ...) to the device, for graphs to replay with.
+
+        To be called before ``graph.replay()``, after the schedulers and after :meth:`load_state_dict`, which puts what
+        it loads where the graph reads it; needs ``capturable=True``. A learning rate that is a tensor on the device is
+        read by the graph itself. State that was replaced by hand needs a new capture.
+        """
+        singles = chain.from_iterable(single.built.plans for single in self._single_plans.values())
+        for part in (*self._captured, *self._plans, *singles):
+            if refresh := getattr(part.launch, "refresh", None):
+                refresh(self.param_groups)
+
+    def refresh_masters(self) -> None:
+        """Make the value of every parameter that has a master what the parameter itself says.
+
+        Call it with ``master="kahan"`` or ``"split16"`` after something other than a step overwrote parameters: their
+        masters would go on adding the digits of the old values, less than an ulp. A float32 master notices by itself.
+        """
+        with torch.no_grad():
+            for group in self.param_groups:
+                names = self.rule_of(group)[1]
+                for p in filter(self.state.__contains__, group["params"]):
+                    storage = formats.storage_of(p, group, names)
+                    if storage.master_key in self.state[p]:
+                        state.refresh_master(self.state[p], p, storage)
+
+    def export(self) -> dict[str, Any]:
+        """Return a :meth:`state_dict` for torch.optim's class of the same name: floating moments, no masters.
+
+        Parameters keep what their own dtype holds; the groups have only torch's keys.
+        """
+        return checkpoints.export(self.state_dict(), self.family)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does, but keep the dtypes that were declared here and share no tensor with ``state_dict``.
+
+        Checkpoints of torch.optim's class of the same name (for-loop, foreach or fused) load too.
+        """
+
+        def before(_: Optimizer, loaded: dict[str, Any]) -> None:
+            self._loading = loaded
+            checkpoints.check(self, loaded)
+
+        # Registered last, so that it sees the dict that the user's own hooks return.
+        hook = self.register_load_state_dict_pre_hook(before)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._loading = None
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        groups, old = getattr(self, "param_groups", []), getattr(self, "state", {})
+        super().__setstate__(kept)
+        self._drop_plans()  # they hold the old tensors
+        self._retire([part for single in getattr(self, "_single_plans", {}).values() for part in single.built.plans])
+        self._single_plans = {}
+        checkpoints.complete_groups(self, groups, self._decoupled)
+        if self._loading is not None:
+            checkpoints.take_state(self, self._loading)
+            rows = list(chain.from_iterable(part.rows for part in self._captured))
+            checkpoints.load_into_captured(self, rows, old)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("requested", "max_grad_norm", "skip_nonfinite", "amp_scaling")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in _INTERNAL]
+
+    def __repr__(self) -> str:
+        """Return torch's text, and the options that belong to the optimizer and to no group."""
+        devices = dict.fromkeys(p.device for group in self.param_groups for p in group["params"])
+        # Not by the property `backend`, which may warn or raise: the step is to do that.
+        chosen = {
+            str(device): next(b.name for b in backends.BACKENDS if not b.refuses(device, set(), False))
+            for device in devices
+        }
+        names = self.requested or ", ".join(
+            name if len(set(chosen.values())) == 1 else f"{name} on {device}" for device, name in chosen.items()
+        )
+        ours = {"amp_scaling": self.amp_scaling, "backend": names}
+        ours |= {"max_grad_norm": self.max_grad_norm, "skip_nonfinite": self.skip_nonfinite}
+        lines = "".join(f"    {name}: {value}\n" for name, value in ours.items())
+        return f"{super().__repr__().removesuffix(')')}\nAll groups\n{lines})"

@@ -1,0 +1,195 @@
+"""Refuses tensors that cannot be stepped, with a remedy each, before anything is written."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_adamw import codecs, options, state
+from fused_adamw.contract import Owner, Storage
+from fused_adamw.formats import storage_of
+from fused_adamw.tensors import has_memory, is_dtensor, local, shard_groups, shard_numbering
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class Checked(NamedTuple):
+    """Holds a parameter that passed the checks, and how it is to be stepped."""
+
+    where: str  # for error texts
+    group_index: int
+    group: dict[str, Any]
+    param: Tensor
+    rule: str
+    names: tuple[str, ...]  # of the states that the rule moves
+    storage: Storage
+
+
+def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Checked]:
+    """Check all options, and the tensors of every wanted parameter; return these by slot.
+
+    Raises TypeError, ValueError or RuntimeError for the first that cannot be stepped, naming group, index and shape.
+    """
+    checked: dict[int, Checked] = {}
+    seen: dict[int, tuple[int, int]] = {}
+    for i, group in enumerate(owner.param_groups):
+        options.check(group, i)  # they may have been set by hand
+        rule, names = owner.rule_of(group)
+        for j, p in enumerate(group["params"]):
+            slot = len(seen)
+            if seen.setdefault(id(p), (i, j)) != (i, j):
+                raise ValueError(
+                    f"{describe(owner, i, j)} is {describe(owner, *seen[id(p)])} as well, and would be stepped "
+                    "twice: give every parameter once"
+                )
+            if wanted(p):
+                where, param_state = describe(owner, i, j), owner.state.get(p, {})
+                storage = check_storage(where, p, group, names, param_state)
+                _check_tensors(where, p, group, dict(state.shaped(param_state, names)))
+                checked[slot] = Checked(where, i, group, p, rule, names, storage)
+    return checked
+
+
+def describe(owner: Owner, i: int, j: int) -> str:
+    """Return which parameter of which group this is, in words."""
+    group = owner.param_groups[i]
+    names, shape = group.get("param_names", ()), list(group["params"][j].shape)
+    name = f"{names[j]!r}, " if len(names) == len(group["params"]) else ""
+    return f"{type(owner).__name__}: group {i}, parameter {j} ({name}shape {shape})"
+
+
+def check_storage(
+    where: str, p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], param_state: dict
+) -> Storage:
+    """Return how p is stored; raise TypeError or ValueError if it cannot be, or if codes lack their scales."""
+    try:
+        storage = storage_of(p, group, names)
+        if storage.stochastic:
+            shard_numbering(p)
+        if storage.int8 and is_dtensor(p):
+            _check_blocks(p)
+        _check_codes(param_state)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+    return storage
+
+
+def _check_blocks(p: "DTensor") -> None:
+    if shard_groups(p) and (shard_numbering(p).skip or codecs.blocks_across(p) is None):
+        raise TypeError(
+            f"it is placed {p.placements}, which cuts the blocks of {codecs.BLOCK} elements that share a scale of "
+            "int8 moments: shard it along the first dimension, the others a multiple of that, or give its group "
+            "state_dtype=torch.bfloat16"
+        )
+
+
+def _check_codes(param_state: dict) -> None:
+    for name in sorted({key.removesuffix(part) for key in param_state for part in state.CODED if key.endswith(part)}):
+        codes, scales = (param_state.get(name + part) for part in state.CODED)
+        if not _belong_together(codes, scales):
+            expected = f"float32 {list(codecs.scales_shape(codes))}" if isinstance(codes, Tensor) else "codes"
+            raise ValueError(
+                f"its state {name + state.CODED[1]!r} does not go with {name + state.CODED[0]!r}, which needs "
+                f"{expected}: load the right checkpoint, or del optimizer.state[p]"
+            )
+
+
+def _belong_together(codes: Any, scales: Any) -> bool:
+    if not isinstance(codes, Tensor) or not isinstance(scales, Tensor) or codes.dtype not in (torch.int8, torch.uint8):
+        return False
+    if scales.dtype is not torch.float32 or not scales.is_contiguous() or scales.shape != codecs.scales_shape(codes):
+        return False
+    if scales.device != codes.device:
+        return False
+    if is_dtensor(codes) and is_dtensor(scales):
+        return scales.placements == codes.placements and scales.device_mesh == codes.device_mesh
+    return is_dtensor(scales) == is_dtensor(codes)
+
+
+def _check_tensors(where: str, p: Tensor, group: dict, states: dict[str, Tensor]) -> None:
+    others = {f"its state {name!r}": value for name, value in states.items()}
+    check_sharding(where, p, others if p.grad is None else {"its gradient": p.grad, **others})
+    p, g, states = local(p), p.grad, {name: local(value) for name, value in states.items()}
+    g = p if g is None else local(g)  # without a gradient, only the state is to be made
+    for name, t in (("the parameter", p), ("its gradient", g), *((f"its state {k!r}", t) for k, t in states.items())):
+        if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise TypeError(
+                f"{where}: {name} is a {type(t).__name__}, a subclass of Tensor whose memory only its own operators "
+                "understand: give the optimizer plain tensors or DTensors of plain tensors"
+            )
+    _check_gradient(where, p, g)
+    if p.is_conj() or p.is_neg():
+        raise ValueError(f"{where}: it is a conjugate or negative view: use p.resolve_conj().resolve_neg()")
+    if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"{where}: its elements share memory (an expanded tensor): use p.clone()")
+    for name, value in states.items():
+        if value.numel() and not has_memory(value):
+            raise ValueError(
+                f"{where}: the memory of its state {name!r} is gone: load a checkpoint or del optimizer.state[p]"
+            )
+        if value.shape != p.shape:
+            raise ValueError(
+                f"{where}: its state {name!r} has shape {list(value.shape)}: it belongs to another parameter, or the "
+                "parameter was resized; load the right checkpoint or del optimizer.state[p]"
+            )
+    if (p.is_complex() or p.dtype is torch.float64) and group.get("state_dtype") in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{where}: {p.dtype} with state_dtype={group['state_dtype']} is not supported: give this group "
+            "state_dtype=torch.float32 or torch.float64"
+        )
+
+
+def _check_gradient(where: str, p: Tensor, g: Tensor) -> None:
+    if g is not p and g.layout is not torch.strided:
+        raise RuntimeError(
+            f"{where}: its gradient is sparse ({g.layout}), and a fused step needs dense ones: make the layer with "
+            "sparse=False, or give this parameter to torch.optim.SparseAdam or torch.optim.SGD"
+        )
+    if p.layout is not torch.strided:
+        raise TypeError(
+            f"{where}: its layout is {p.layout}, and only dense parameters can be stepped: use p.to_dense()"
+        )
+    for name, t in (("the parameter", p), ("its gradient", g)):
+        if t.dtype.to_real() not in options.DTYPES:
+            raise TypeError(
+                f"{where}: {name} is {t.dtype}; only float32, bfloat16, float16, float64 and complex of these can be "
+                "stepped: convert it, or leave the parameter out of the optimizer"
+            )
+        if t.numel() and not has_memory(t):
+            raise TypeError(
+                f"{where}: {name} is a {type(t).__name__} on {t.device} without memory of its own (a null data "
+                "pointer), so there is nothing to step: move it to a real device"
+            )
+    if g.shape != p.shape:
+        raise ValueError(f"{where}: its gradient has shape {list(g.shape)}: set p.grad = None and run backward again")
+    if g.device != p.device:
+        raise ValueError(f"{where}: the parameter is on {p.device}, its gradient on {g.device}: move one to the other")
+    if p.is_complex() != g.is_complex():
+        raise TypeError(f"{where}: the parameter is {p.dtype}, its gradient {g.dtype}: both real or both complex")
+
+
+def check_sharding(where: str, p: Tensor, others: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError if one of ``others`` (by its name in the error) is not sharded as p is."""
+    kinds = {name: "DTensor" if is_dtensor(t) else type(t).__name__ for name, t in others.items()}
+    if is_dtensor(p):
+        placed = f"it is placed {p.placements} on {p.device_mesh}"
+        if any(placement.is_partial() for placement in p.placements):
+            raise ValueError(f"{where}: {placed}, and a sum cannot be stepped by its terms: use p.redistribute(...)")
+    for name, t in others.items():
+        remedy = (
+            "del optimizer.state[p], or load with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, "
+            "which shards a state as its parameter"
+        )
+        if is_dtensor(p) != is_dtensor(t):
+            if name == "its gradient":
+                remedy = "set p.grad = None and run backward again"
+            kind = "DTensor" if is_dtensor(p) else type(p).__name__
+            raise TypeError(f"{where}: the parameter is a {kind}, {name} a {kinds[name]}: {remedy}")
+        if is_dtensor(p) and is_dtensor(t) and (t.device_mesh != p.device_mesh or t.placements != p.placements):
+            if name == "its gradient":
+                remedy = "p.grad = p.grad.redistribute(p.device_mesh, p.placements) before the step"
+                if t.device_mesh != p.device_mesh:
+                    remedy = "make the gradient on the parameter's mesh"
+            raise ValueError(f"{where}: {placed}, {name} {t.placements} on {t.device_mesh}: {remedy}")

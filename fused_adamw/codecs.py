@@ -1,0 +1,221 @@
+"""Reads and writes each storage format in PyTorch. ``formats.py`` says which of them a group asks for.
+
+A format says how a parameter or a moment is read into float32, and how it is written back with one rounding; the rules
+in ``reference.py`` never see it. ``csrc/formats.h`` and ``triton_kernels/formats.py`` are the same, to the bit.
+
+*Stochastic rounding* of float32 to bfloat16 adds 16 random bits to the 16 that are cut off: up with the probability of
+what is cut off, so that the mean of what is stored is what was computed. The bits are those of Philox 4x32-10 (Salmon
+et al., SC 2011), keyed on (seed; step, index of the parameter, number of the element in the whole parameter): every
+element has a word of 32, of which the parameter takes the upper half, the second moment the lower, and the int8 code of
+a first moment 16 bits that mix both. They do not depend on the backend, on chunks, threads or shards. First moments
+and momentum buffers in bfloat16, which move by much more than an ulp a step, are rounded to nearest, and so is
+max_exp_avg_sq.
+
+*Masters* hold the digits for which a 16-bit parameter has no room, under a name of their own in the state:
+
+- ``kahan``: ``compensation`` c, bfloat16 as the parameter; the value is p + c (arXiv 2010.06192, Algorithm 2).
+- ``split16``: ``remainder``, int16; with a bfloat16 parameter as its upper half the value is a float32, exactly.
+- ``fp32``: ``master``, float32.
+
+The parameter is the value rounded to nearest; of bfloat16, in split16 and fp32, with ties away from zero, so that each
+value has one remainder. A parameter that something else overwrites is noticed, element by element: a float32 that does
+not round to it, or a compensation beyond an ulp of it, counts for nothing. What may stay is the old remainder, less
+than half an ulp of the new value, or a compensation of less than one, until ``refresh_masters()``.
+
+*int8* moments share a float32 scale in blocks of 128 neighbours, the largest finite magnitude among them. A first
+moment has the sign and (c / 127)^2 of the scale; a second one is on a logarithmic scale of 8 steps an octave, 254 in
+all, and 0 only if it was 0, so that no denominator vanishes. Each has a code for NaN, which infinities become. Rounded
+to nearest, a small first moment beside a large one never comes to 0, and a second one decays only with its block;
+rounded stochastically both do, on average.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_adamw.contract import Row
+from fused_adamw.tensors import Numbering, flat
+
+BLOCK = 128  # elements to a scale
+
+
+# ---- Stochastic rounding.
+
+
+def words(seed: int, step: int, index: int, numbering: Numbering, n: int, device: torch.device) -> Tensor:
+    """Return the 32 random bits of each of n elements, int64 [n]."""
+    offset, run, skip = numbering
+    i = torch.arange(n, device=device)
+    i = offset + i + i // run * skip
+    group = i >> 2
+    c = [group & _MASK, group >> 32, torch.full_like(i, step), torch.full_like(i, index)]
+    k0, k1 = seed & _MASK, seed >> 32
+    for _ in range(10):
+        (high0, low0), (high1, low1) = _product(c[0], 0xD2511F53), _product(c[2], 0xCD9E8D57)
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.stack(c).gather(0, (i & 3)[None])[0]
+
+
+_MASK = 0xFFFFFFFF
+
+
+def for_second_moment(word: Tensor) -> Tensor:
+    """Return the lower half of a word; the upper is the parameter's."""
+    return word & 0xFFFF
+
+
+def for_first_moment(word: Tensor) -> Tensor:
+    """Return 16 bits of a word that are independent of either half of it."""
+    return (word * 0x9E3779B9 & _MASK) >> 16
+
+
+def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """Return the upper and the lower 32 bits of a product. A plain int64 product would overflow into the sign."""
+    return (a * (b >> 16) + ((a * (b & 0xFFFF)) >> 16)) >> 16, (a * b) & _MASK
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32).long() & _MASK
+
+
+def _from_bits(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def stochastic(x: Tensor, random: Tensor) -> Tensor:
+    """Round float32 to bfloat16, up with the probability of the part that is cut off; ``random`` has 16 bits."""
+    rounded = _from_bits((_bits(x) + random) & 0xFFFF0000)
+    return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
+
+
+# ---- Masters.
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a float32 to the parameter of its master: to nearest, in bfloat16 with ties away from zero."""
+    if dtype is not torch.bfloat16:
+        return x.to(dtype)
+    return torch.where(x.isnan(), x, _from_bits((_bits(x) + 0x8000) & 0xFFFF0000)).to(dtype)
+
+
+def read_master(master: str, p: Tensor, data: Tensor) -> Tensor:
+    """Return the float32 that a parameter and the data of its master make together."""
+    x = p.float()
+    if master == "kahan":
+        return torch.where((x + 0.5 * data.float()).to(p.dtype) == p, x + data.float(), x)
+    value = data if master == "fp32" else _from_bits((_bits(x) + data.long()) & _MASK)
+    same = _rounded(value, p.dtype).view(torch.int16) == p.view(torch.int16)  # 0 is not -0
+    return torch.where(same, value, x)
+
+
+def write_master(master: str, x: Tensor, p: Tensor, data: Tensor) -> None:
+    """Split a float32 into a parameter and the data of its master, in place."""
+    if master == "kahan":
+        p.copy_(x)
+        data.copy_(x - p.float())
+        return
+    p.copy_(_rounded(x, p.dtype))
+    data.copy_(x if master == "fp32" else torch.where(x.isnan(), 0, _bits(x)))
+
+
+# ---- int8.
+
+
+def encode(x: Tensor, second: bool, word: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the codes [n] of a float32 moment (int8; uint8 if it is the second) and their scales, float32 [n / 128].
+
+    ``x`` is dense, and its elements are taken in the order of memory. With their ``word`` they are rounded
+    stochastically, without to nearest.
+    """
+    x = flat(x)
+    bits = _bits(x) & 0x7FFFFFFF
+    finite = bits < 0x7F800000
+    counted = torch.where(finite & (bits >= 0x00800000), bits, 0)
+    n, blocks = len(x), -(-len(x) // BLOCK)
+    scales = torch.nn.functional.pad(counted, (0, blocks * BLOCK - n)).view(blocks, BLOCK).amax(1)
+    scales = _from_bits(scales)
+    inverse = torch.where(scales == 0, 0, 1 / scales).repeat_interleave(BLOCK)[:n]
+    ratio = torch.where(finite, x.abs(), 0) * inverse
+    if not second:
+        root = ratio.sqrt() * 127
+        code = root.round()
+        if word is not None:  # up by the place of the value between those of two codes, not of the root
+            code, drawn = root.floor(), (for_first_moment(word).float() + 0.5) / 65536
+            code = (code + (ratio * 16129 - code * code > drawn * (2 * code + 1))).clamp(max=127)
+        return torch.where(finite, torch.copysign(code, x), -128).to(torch.int8), scales
+    code = ((_bits(ratio) + (0x80000 if word is None else for_second_moment(word) << 4 | 8)) >> 20) - 762
+    code = torch.where((bits == 0) | (inverse == 0), 0, code.clamp(1, 254))
+    return torch.where(finite, code, 255).to(torch.uint8), scales
+
+
+def decode(codes: Tensor, scales: Tensor, second: bool) -> Tensor:
+    """Return the float32 moment, in the shape and layout of the codes."""
+    c = flat(codes).long()
+    scales = scales.flatten().repeat_interleave(BLOCK)[: len(c)]
+    if second:
+        x = torch.where(c == 0, 0, _from_bits((c + 762) << 20) * scales)
+        x = torch.where(c == 255, torch.nan, x)
+    else:
+        x = torch.where(c == -128, torch.nan, (c * c.abs()).float() * (scales / 16129))
+    shaped = torch.empty_like(codes, dtype=torch.float32)
+    flat(shaped).copy_(x)
+    return shaped
+
+
+def blocks_across(p: Tensor) -> int | None:
+    """Return how many blocks that share a scale each index of p's first dimension has; None if some go across it."""
+    inner = math.prod(p.shape[1:])
+    return inner // BLOCK if p.dim() > 1 and inner % BLOCK == 0 and p.is_contiguous() else None
+
+
+def scales_shape(codes: Tensor) -> torch.Size:
+    """Return [first dimension, blocks] where the scales can be sharded as the codes are, since no block goes across it.
+
+    Else [blocks], or [blocks, 1] where the order of memory is not that of the indices, so that no two are mistaken.
+    """
+    across, blocks = blocks_across(codes), -(-codes.numel() // BLOCK)
+    if across is not None:
+        return torch.Size((codes.shape[0], across))
+    return torch.Size((blocks,) if codes.is_contiguous() else (blocks, 1))
+
+
+# ---- The streams of a row, for the "reference" backend.
+
+
+def read(row: Row, compute: torch.dtype) -> list[Tensor]:
+    """Return the parameter and its moments in the dtype of the arithmetic, as they are where that is the stored one."""
+    p = row.p.to(compute) if row.master_data is None else read_master(row.master, row.p, row.master_data)
+    if row.scales:
+        coded = enumerate(zip(row.states, row.scales, strict=True))
+        return [p, *(decode(t, scales, j == row.second_moment) for j, (t, scales) in coded)]
+    return [p, *(t.to(compute) for t in row.states)]
+
+
+def write(row: Row, p: Tensor, states: list[Tensor], step: int) -> None:
+    """Store what :func:`read` returned and a rule changed."""
+    random = row.variant.random_streams
+    word = None
+    if any(random):
+        word = words(row.seed, step, row.index, row.numbering, row.p.numel(), row.p.device)
+    if row.master_data is not None:
+        write_master(row.master, p, row.p, row.master_data)
+    else:
+        _store(p, row.p, word >> 16 if word is not None and random.param else None)
+    of_moments = random.first_moment, random.second_moment, False  # the third is max_exp_avg_sq
+    for j, x in enumerate(states):
+        drawn = word if of_moments[j] else None
+        if row.scales:
+            codes, scales = encode(x, j == row.second_moment, drawn)
+            flat(row.states[j]).copy_(codes)
+            flat(row.scales[j]).copy_(scales)
+        else:
+            _store(x, row.states[j], None if drawn is None else for_second_moment(drawn))
+
+
+def _store(x: Tensor, to: Tensor, random: Tensor | None) -> None:
+    if random is not None:
+        flat(to).copy_(stochastic(flat(x), random))
+    elif x is not to:
+        to.copy_(x)

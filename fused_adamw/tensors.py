@@ -1,0 +1,116 @@
+"""Finds the memory behind a tensor: the shard of this rank, its layout, the numbers of its elements in the whole."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class Numbering(NamedTuple):
+    """Numbers the elements of a shard in the whole: element i has the number offset + i + i // run * skip."""
+
+    offset: int
+    run: int
+    skip: int
+
+
+NOT_SHARDED = Numbering(offset=0, run=1 << 62, skip=0)
+
+
+def gradient(p: Tensor) -> Tensor:
+    """Return the gradient of a parameter that was found to have one."""
+    assert p.grad is not None
+    return p.grad
+
+
+def is_dtensor(t: Tensor) -> TypeGuard["DTensor"]:
+    """Return whether t is a DTensor, without importing what that takes."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """Return the shard of a DTensor that this rank holds, not copied; any other tensor itself."""
+    if not is_dtensor(t):
+        return t
+    t = _shard(t)
+    return t.wait() if hasattr(t, "wait") else t
+
+
+def _shard(t: Any) -> Tensor:
+    with torch.no_grad():  # or it would be a view with a history
+        return t.to_local()
+
+
+def is_pending(t: Tensor) -> bool:
+    """Return whether a collective that may still run produces the shard: t then wraps what will hold the result."""
+    return is_dtensor(t) and hasattr(_shard(t), "wait")
+
+
+def shard_groups(p: Tensor) -> tuple[Any, ...]:
+    """Return the process groups whose ranks hold different elements of p: one for each mesh dimension that shards it.
+
+    Summing the elements of this rank over each of these groups in turn gives the sum of all of p. A plain or
+    replicated parameter has none.
+    """
+    if not is_dtensor(p):
+        return ()
+    return tuple(p.device_mesh.get_group(i) for i, q in enumerate(p.placements) if not q.is_replicate())
+
+
+def shard_numbering(p: Tensor) -> Numbering:
+    """Return how the elements of this rank are numbered in the whole of p; raises TypeError for pieces of pieces."""
+    if not is_dtensor(p):
+        return NOT_SHARDED
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    offset, run, skip, inner = 0, NOT_SHARDED.run, NOT_SHARDED.skip, 1
+    for d in reversed(range(p.dim())):
+        offset += start[d] * inner
+        if shape[d] != p.shape[d] and any(size != 1 for size in shape[:d]):
+            if skip:
+                raise TypeError(
+                    f"it is placed {p.placements}, which leaves a rank pieces of pieces, and stochastic rounding "
+                    'numbers the elements: give its group rounding="nearest", or shard it along one dimension'
+                )
+            run, skip = shape[d] * inner, (p.shape[d] - shape[d]) * inner
+        inner *= p.shape[d]
+    return Numbering(offset, max(run, 1), skip)
+
+
+def has_memory(t: Tensor) -> bool:
+    """Return whether t has an address."""
+    try:
+        return t.data_ptr() != 0
+    except RuntimeError:  # "Cannot access data pointer of Tensor that doesn't have storage"
+        return False
+
+
+def real(t: Tensor) -> Tensor:
+    """Return a complex tensor as a real one with a last dimension of 2. A conjugate view is copied for that."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def flat(t: Tensor) -> Tensor:
+    """Return a dense tensor as one dimension, in the order of memory."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def dense_like(p: Tensor) -> Tensor:
+    """Return a tensor without memory in the dense layout nearest to p's, which is p's own if that has no gaps."""
+    return torch.empty_like(p, device="meta")
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Return whether elements of equal index lie at equal offsets."""
+    return a.numel() == 0 or _steps(a) == _steps(b)
+
+
+def _steps(t: Tensor) -> Sequence[int]:
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]

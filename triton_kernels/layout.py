@@ -1,0 +1,52 @@
+"""Names the columns of ``fused_adamw/layout.py`` as constexpr: a kernel can read no other global."""
+
+from triton.language import constexpr
+
+from fused_adamw import layout
+
+COL_PARAM = constexpr(layout.COL_PARAM)
+COL_GRAD = constexpr(layout.COL_GRAD)
+COL_STATE = constexpr(layout.COL_STATE)
+COL_NUMEL = constexpr(layout.COL_NUMEL)
+COL_SCALARS = constexpr(layout.COL_SCALARS)
+COL_FLAGS = constexpr(layout.COL_FLAGS)
+COL_EXTRA = constexpr(layout.COL_EXTRA)
+COL_SCALES = constexpr(layout.COL_SCALES)
+COL_SEED = constexpr(layout.COL_SEED)
+COL_INDEX = constexpr(layout.COL_INDEX)
+COL_OFFSET = constexpr(layout.COL_OFFSET)
+COL_RUN = constexpr(layout.COL_RUN)
+COL_SKIP = constexpr(layout.COL_SKIP)
+COLUMNS = constexpr(layout.COLUMNS)
+
+SCALAR_DECAY = constexpr(layout.SCALAR_DECAY)
+SCALAR_L2 = constexpr(layout.SCALAR_L2)
+SCALAR_GRAD_FACTOR = constexpr(layout.SCALAR_GRAD_FACTOR)
+SCALAR_W1 = constexpr(layout.SCALAR_W1)
+SCALAR_W2 = constexpr(layout.SCALAR_W2)
+SCALAR_STEP_SIZE = constexpr(layout.SCALAR_STEP_SIZE)
+SCALAR_INV_SQRT_BC2 = constexpr(layout.SCALAR_INV_SQRT_BC2)
+SCALAR_EPS = constexpr(layout.SCALAR_EPS)
+SCALAR_MOMENTUM = constexpr(layout.SCALAR_MOMENTUM)
+SCALAR_C1 = constexpr(layout.SCALAR_C1)
+SCALAR_C2 = constexpr(layout.SCALAR_C2)
+SCALAR_TAKE_G = constexpr(layout.SCALAR_TAKE_G)
+SCALAR_TAKE_B = constexpr(layout.SCALAR_TAKE_B)
+SCALAR_STEP = constexpr(layout.SCALAR_STEP)
+SCALARS = constexpr(layout.SCALARS)
+
+HYPER_LR = constexpr(layout.HYPER_LR)
+HYPER_BASE_LR = constexpr(layout.HYPER_BASE_LR)
+HYPER_DECAY = constexpr(layout.HYPER_DECAY)
+HYPER_L2 = constexpr(layout.HYPER_L2)
+HYPER_SIGN = constexpr(layout.HYPER_SIGN)
+HYPER_BETA1 = constexpr(layout.HYPER_BETA1)
+HYPER_BETA2 = constexpr(layout.HYPER_BETA2)
+HYPER_EPS = constexpr(layout.HYPER_EPS)
+HYPER_MOMENTUM = constexpr(layout.HYPER_MOMENTUM)
+HYPER_DAMPENING = constexpr(layout.HYPER_DAMPENING)
+HYPER_FLAGS = constexpr(layout.HYPER_FLAGS)
+HYPERS = constexpr(layout.HYPERS)
+NESTEROV = constexpr(layout.NESTEROV)
+LR_IN_MOMENTUM = constexpr(layout.LR_IN_MOMENTUM)
+IS_ALIGNED = constexpr(layout.ALIGNED)  # ALIGNED is a parameter of kernels
