@@ -1,21 +1,25 @@
-"""The command line of the bench."""
+"""Parse the command line of the bench, and run a subcommand."""
 
 import argparse
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+
+# Modules that stand in a folder, by subcommand.
+FOLDERS = {"demo": "studies.demo", "formats": "studies.formats", "paper": "paper.experiments"}
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
 def workload(text: str) -> str:
-    """The name of a list of shapes in tests/cases.py."""
+    """Parse the name of a list of shapes in tests/cases.py."""
     from tests.cases import WORKLOADS
 
     if text not in WORKLOADS:
@@ -23,40 +27,25 @@ def workload(text: str) -> str:
     return text
 
 
-def target_file(text: str) -> Path:
-    """A file that can be written once the measurements are done."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a file name in a directory that exists")
-    return path
+def path(what: str, fits: Callable[[Path], bool]) -> Callable[[str], Path]:
+    """Return a parser of paths, which refuses one that does not fit before anything is measured."""
+
+    def parse(text: str) -> Path:
+        if not fits(Path(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return Path(text)
+
+    return parse
 
 
-def readable_file(text: str) -> Path:
-    """A file that is there."""
-    path = Path(text)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text} is not a file")
-    return path
-
-
-def target_directory(text: str) -> Path:
-    """A directory that exists or can be made."""
-    path = Path(text)
-    if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
-        raise argparse.ArgumentTypeError(f"{text} is not a directory")
-    return path
-
-
-def existing_directory(text: str) -> Path:
-    """A directory that is there."""
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a directory that exists")
-    return path
+target_file = path("a file name in a directory that exists", lambda p: p.parent.is_dir() and not p.is_dir())
+readable_file = path("a file", Path.is_file)
+target_directory = path("a directory", lambda p: all(q.is_dir() for q in (p, *p.parents) if q.exists()))
+existing_directory = path("a directory that exists", Path.is_dir)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The subcommands and their arguments."""
+    """Make the parser of the subcommands and their arguments."""
     from bench.arms import ALGORITHMS, DTYPES, NAMES
     from bench.gpu import MINUTES, STAGES
     from tests.cases import WORKLOADS
@@ -67,8 +56,6 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train a small character-level GPT with torch's AdamW and with ours")
     demo.add_argument("--steps", type=positive, default=400, help="training steps (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
-    out = Path("bench/out")
-    demo.add_argument("--out", type=target_directory, default=out, help="for demo.png (default: %(default)s)")
 
     step = commands.add_parser("step", help="time optimizer.step() against the peers', and check what it computes")
     of = f"of tests/cases.py: {', '.join(WORKLOADS)} (default: those that take a minute together)"
@@ -91,11 +78,9 @@ def parser() -> argparse.ArgumentParser:
     study = commands.add_parser("formats", help="what a small GPT and the digits learn in bf16 and with int8 moments")
     study.add_argument("--steps", type=positive, default=400, help="of the GPT (default: %(default)s)")
     study.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: %(default)s)")
-    study.add_argument("--out", type=target_directory, default=out, help="for formats.png (default: %(default)s)")
 
     paper = commands.add_parser("paper", help="the claims of the paper, on scikit-learn's digits: figures and a table")
     paper.add_argument("--quick", action="store_true", help="a coarse version, in a minute instead of ten")
-    paper.add_argument("--out", type=target_directory, default=out, help="for what it writes (default: %(default)s)")
     of = "processes of one thread each (default: 2, or fewer where there are fewer)"
     paper.add_argument("--threads", type=positive, metavar="N", help=of)
 
@@ -108,9 +93,8 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="the table of README, as Markdown, from several runs of step")
     of = "written by step --json; without any, step is run"
     report.add_argument("files", nargs="*", type=readable_file, metavar="FILE", help=of)
-    report.add_argument(
-        "--runs", type=positive, default=3, help="processes, one after the other (default: %(default)s)"
-    )
+    of = "processes, one after the other (default: %(default)s)"
+    report.add_argument("--runs", type=positive, default=3, help=of)
     report.add_argument("--workload", type=workload, nargs="+", metavar="NAME", help="only these (default: all)")
     report.add_argument("--out", type=target_file, metavar="FILE", help="write the Markdown to FILE")
 
@@ -131,6 +115,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     for command in (step, host, limit, report):
         command.add_argument("--rounds", type=positive, default=21, help="timings of each arm (default: %(default)s)")
+    for command in (demo, study, paper):
+        of = "for the pictures, and what else it writes (default: %(default)s)"
+        command.add_argument("--out", type=target_directory, metavar="DIR", default=Path("bench/out"), help=of)
     for command in (demo, step, limit, report, memory, study):
         command.add_argument("--threads", type=positive, help="of torch (default: 2, or fewer where there are fewer)")
     return top
@@ -144,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         try:
-            command = importlib.import_module(f"bench.{args.command}")
+            command = importlib.import_module(f"bench.{FOLDERS.get(args.command, args.command)}")
         except ModuleNotFoundError as error:
             if error.name not in ("matplotlib", "numpy", "rich", "sklearn"):
                 raise

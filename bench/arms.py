@@ -1,4 +1,4 @@
-"""What is compared: the algorithms, our backends, and the peers, by name."""
+"""List what is compared, by name: the algorithms, our backends, and the peers."""
 
 import importlib
 import itertools
@@ -15,7 +15,7 @@ SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-2}
 
 
 class Algorithm(NamedTuple):
-    """A class of fused_adamw, its options, and the class of torch.optim that moves the same bytes."""
+    """Name a class of fused_adamw, its options, and the class of torch.optim that moves the same bytes."""
 
     ours: str
     options: dict[str, Any]
@@ -34,7 +34,7 @@ ALGORITHMS = {
 
 
 class Storage(NamedTuple):
-    """Dtypes of parameters (and gradients), and of the state; torch keeps the state in the parameters' dtype."""
+    """Hold the dtypes of parameters (and gradients) and of the state; torch keeps the state in the former."""
 
     dtype: torch.dtype
     state_dtype: torch.dtype
@@ -64,7 +64,7 @@ Groups = list[dict[str, Any]]
 
 
 class Arm(NamedTuple):
-    """A way to step groups of parameters: ``make`` gives the optimizer, or raises what it lacks."""
+    """Describe a way to step groups of parameters: ``make`` gives the optimizer, or raises what it lacks."""
 
     name: str
     make: Callable[[Groups], torch.optim.Optimizer]
@@ -75,11 +75,11 @@ class Arm(NamedTuple):
 
 
 class Missing(Exception):
-    """Why an arm cannot run here."""
+    """Say why an arm cannot run here."""
 
 
 def ours(algorithm: Algorithm, storage: Storage, device: torch.device, everything: bool) -> list[Arm]:
-    """Our backends that step this device; PyTorch operators ("reference") only where everything is asked for."""
+    """List our backends that step this device; PyTorch operators ("reference") only where everything is asked for."""
     arms = []
     for backend in backends.BACKENDS:
         if (backend.devices and device.type not in backend.devices) or (backend.name == "reference" and not everything):
@@ -118,7 +118,7 @@ TORCH = {
 
 
 def torchs(name: str, algorithm: Algorithm, device: torch.device) -> list[Arm]:
-    """One of torch.optim's implementations."""
+    """Make the arms of one of torch.optim's implementations."""
     cls = getattr(torch.optim, algorithm.torchs)
     takes_capturable = algorithm.torchs != "SGD"
 
@@ -139,7 +139,7 @@ def torchs(name: str, algorithm: Algorithm, device: torch.device) -> list[Arm]:
 
 
 class Peer(NamedTuple):
-    """Another project's optimizer: where it is, and its arguments, from ours, for the algorithms that it has."""
+    """Describe another project's optimizer: where it is, its arguments as made from ours, its algorithms."""
 
     module: str
     cls: str
@@ -180,7 +180,7 @@ NAMES = [*TORCH, *PEERS]  # of what is not ours
 
 
 def peer(name: str, algorithm: str, state_dtype: torch.dtype, device: torch.device) -> list[Arm]:
-    """Another project's optimizer."""
+    """Make the arm of another project's optimizer."""
     found = PEERS[name]
 
     def make(groups: Groups) -> torch.optim.Optimizer:
@@ -195,7 +195,7 @@ def peer(name: str, algorithm: str, state_dtype: torch.dtype, device: torch.devi
 
 
 def arms_of(algorithm: str, storage: Storage, device: torch.device, against: list[str], reference: bool) -> list[Arm]:
-    """All arms of a case, ours first."""
+    """List all arms of a case, ours first."""
     found = ours(ALGORITHMS[algorithm], storage, device, reference)
     for name in against:
         if name in TORCH:
@@ -206,7 +206,7 @@ def arms_of(algorithm: str, storage: Storage, device: torch.device, against: lis
 
 
 def step_of(arm: Arm, optimizers: list[torch.optim.Optimizer]) -> Callable[[], object]:
-    """What is timed: a step of the first optimizer, then of the next, and so on round."""
+    """Return the call to time: a step of the first optimizer, then of the next, and so on round."""
     calls = []
     for optimizer in optimizers:
         call = optimizer.step
@@ -222,7 +222,7 @@ def step_of(arm: Arm, optimizers: list[torch.optim.Optimizer]) -> Callable[[], o
 
 
 def captured(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
-    """A replay of a CUDA graph of the step, after the three steps on a side stream that PyTorch asks for."""
+    """Return a replay of a CUDA graph of the step, after the three steps on a side stream that PyTorch asks for."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,16 +1,18 @@
-"""Host time of a step on the Triton backend: all but the copy and the launches, which take a GPU."""
+"""Time what a step of the Triton backend costs on the host: all but the copy and the launches, which take a GPU."""
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.table import Table
 
 import fused_adamw
-from bench.timing import console, environment, interleave, print_head
+from bench.output import begin, console, table
+from bench.timing import interleave
 from fused_adamw import backends
 
 OURS, TORCH = "fused_adamw, triton", "torch fused"
@@ -18,13 +20,12 @@ NOTE = """\
 CPU tensors of 64 elements stand in for CUDA's, and the kernels of both sides are stubbed: what is left is what Python
 and C++ do before a launch. On a GPU each side adds its launches, ours one copy and one launch of a compiled Triton
 kernel besides. moved = every gradient lies at a new address at every step."""
-
-
 DTENSORS = 500
+MAKERS = {OURS: fused_adamw.AdamW, TORCH: partial(torch.optim.AdamW, fused=True)}
 
 
 class Stub:
-    """Kernels that do nothing."""
+    """Stand in for kernels, and do nothing."""
 
     def __init__(self, *args):
         pass
@@ -45,55 +46,54 @@ def stub_kernels() -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print the table."""
-    head = environment(1)
     if why := backends.named("triton").missing():
         raise SystemExit(f"python -m bench host needs triton: {why}")
     fused = torch._fused_adamw_
     stub_kernels()
-    print_head("Host time of AdamW.step()", head)
-    table = Table("tensors", "gradients", f"{OURS} (µs)", f"{TORCH} (µs)", "ratio (min)")
-    for tensors in args.tensors:
-        for moved in (False, True):
-            optimizers = {}
-            for name, make in ((OURS, fused_adamw.AdamW), (TORCH, lambda p: torch.optim.AdamW(p, fused=True))):
-                params = [torch.nn.Parameter(torch.zeros(64)) for _ in range(tensors)]
-                optimizers[name] = make(params), params
-            # Gradients that are swapped step by step: one assignment a tensor, which is timed apart and left out.
-            sets = [[torch.zeros(64) for _ in range(tensors)] for _ in range(2)]
-
-            def arm(name, sets=sets, optimizers=optimizers, moved=moved):
-                optimizer, params = optimizers[name]
-
-                def call():
-                    if moved:
-                        sets.reverse()
-                        for p, g in zip(params, sets[0], strict=True):
-                            p.grad = g
-                    if optimizer is not None:
-                        optimizer.step()
-
-                return call
-
-            for _, params in optimizers.values():
-                for p, g in zip(params, sets[0], strict=True):
-                    p.grad = g
-            optimizers["moving"] = None, optimizers[OURS][1]
-            times: dict[str, list[float]] = {name: [] for name in optimizers}
-            interleave({name: arm(name) for name in optimizers}, range(args.rounds), times)
-            moving = np.array(times["moving"])
-            ours, torchs = (np.array(times[name]) - (moving if moved else 0) for name in (OURS, TORCH))
-            ratios = torchs / ours
-            table.add_row(
-                f"{tensors:,}",
-                "moved" if moved else "in place",
-                f"{np.median(ours) * 1e6:.0f}",
-                f"{np.median(torchs) * 1e6:.0f}",
-                f"{np.median(ratios):.1f} ({ratios.min():.1f})",
-            )
-    console.print(table)
+    begin("Host time of AdamW.step()", 1)
+    shown = table("tensors", "gradients", f"{OURS} (µs)", f"{TORCH} (µs)", "ratio (min)", left=2)
+    for tensors, moved in itertools.product(args.tensors, (False, True)):
+        ours, torchs = compare(tensors, moved, args.rounds)
+        ratios = torchs / ours
+        shown.add_row(
+            f"{tensors:,}",
+            "moved" if moved else "in place",
+            f"{np.median(ours) * 1e6:.0f}",
+            f"{np.median(torchs) * 1e6:.0f}",
+            f"{np.median(ratios):.1f} ({ratios.min():.1f})",
+        )
+    console.print(shown)
     console.print(NOTE)
     compare_dtensors(args.rounds, fused)
     return 0
+
+
+def compare(tensors: int, moved: bool, rounds: int) -> list[np.ndarray]:
+    """Return the seconds of a step of ours and of torch's, round by round; of ``moved`` gradients without the move."""
+    # Gradients that are swapped step by step cost one assignment a tensor, which is timed apart and left out.
+    sets = [[torch.zeros(64) for _ in range(tensors)] for _ in range(2)]
+
+    def arm(step: Callable[[], object], params: list[torch.Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            if moved:
+                sets.reverse()
+                move(params)
+            step()
+
+        return call
+
+    def move(params: list[torch.Tensor]) -> None:
+        for p, g in zip(params, sets[0], strict=True):
+            p.grad = g
+
+    calls = {}
+    for name, make in MAKERS.items():
+        params = [torch.nn.Parameter(torch.zeros(64)) for _ in range(tensors)]
+        move(params)
+        calls[name] = arm(make(params).step, params)
+    calls["the move"] = arm(lambda: None, params)
+    times = interleave(calls, range(rounds))
+    return [np.array(times[name]) - (np.array(times["the move"]) if moved else 0) for name in MAKERS]
 
 
 def compare_dtensors(rounds: int, fused: Callable[..., None]) -> None:
@@ -103,20 +103,18 @@ def compare_dtensors(rounds: int, fused: Callable[..., None]) -> None:
     torch._fused_adamw_ = fused  # it is this operator that is dispatched
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
-    makers = {"plain": torch.zeros, "DTensor": lambda n: distribute_tensor(torch.zeros(n), mesh, [Shard(0)])}
-    times: dict[tuple[str, str], list[float]] = {}
+    kinds = {"plain": torch.zeros, "DTensor": lambda n: distribute_tensor(torch.zeros(n), mesh, [Shard(0)])}
     arms = {}
-    for name, make in ((OURS, fused_adamw.AdamW), (TORCH, lambda p: torch.optim.AdamW(p, fused=True))):
-        for kind, zeros in makers.items():
-            params = [torch.nn.Parameter(zeros(64)) for _ in range(DTENSORS)]
-            for p in params:
-                p.grad = zeros(64)
-            arms[kind, name], times[kind, name] = make(params).step, []
-    interleave(arms, range(rounds), times)
+    for (name, make), (kind, zeros) in itertools.product(MAKERS.items(), kinds.items()):
+        params = [torch.nn.Parameter(zeros(64)) for _ in range(DTENSORS)]
+        for p in params:
+            p.grad = zeros(64)
+        arms[kind, name] = make(params).step
+    times = interleave(arms, range(rounds))
     dist.destroy_process_group()
-    table = Table(f"{DTENSORS} tensors", f"{OURS} (µs)", f"{TORCH}, its CPU kernel included (µs)")
-    for kind in makers:
-        table.add_row(kind, *(f"{np.median(times[kind, name]) * 1e6:.0f}" for name in (OURS, TORCH)))
-    ratios = [np.median(np.divide(times["DTensor", name], times["plain", name])) for name in (OURS, TORCH)]
-    table.add_row("DTensor / plain", *(f"{ratio:.2f}" for ratio in ratios))
-    console.print(table)
+    shown = table(f"{DTENSORS} tensors", f"{OURS} (µs)", f"{TORCH}, its CPU kernel included (µs)")
+    for kind in kinds:
+        shown.add_row(kind, *(f"{np.median(times[kind, name]) * 1e6:.0f}" for name in MAKERS))
+    ratios = [np.median(np.divide(times["DTensor", name], times["plain", name])) for name in MAKERS]
+    shown.add_row("DTensor / plain", *(f"{ratio:.2f}" for ratio in ratios))
+    console.print(shown)

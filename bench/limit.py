@@ -1,17 +1,16 @@
-"""How fast memory is, and how near to it a step of one tensor comes, in the caches and beyond."""
+"""Measure how fast memory is, and how near to it a step of one tensor comes, in the caches and beyond."""
 
 import argparse
-from typing import Any
 
-import numpy as np
 import torch
-from rich.progress import track
 from rich.table import Table
 
 from bench import measures, stream
-from bench.arms import DTYPES, FUSED, Missing, arms_of, step_of
-from bench.step import device_of, save
-from bench.timing import bytes_of_step, console, cpu_clock, cuda_clock, environment, interleave, print_head
+from bench.arms import DTYPES, Missing, arms_of, step_of
+from bench.output import Report, begin, console, finish, number, progress, until_interrupted
+from bench.output import table as aligned
+from bench.step import Result, summarized
+from bench.timing import bytes_of_step, cpu_clock, cuda_clock, device_of, interleave
 
 NOTES = """\
 One tensor of so many elements, its buffers used over and over: small sizes stay in the caches, and the smallest show
@@ -22,37 +21,21 @@ what a call costs. stream reads and writes arrays of the same dtypes once; copy 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files; after Ctrl-C with what there is."""
     device = device_of(args.device)
-    head = environment(args.threads, device)
-    print_head(f"The memory's limit and a step of {args.algorithm}, {args.dtype}", head)
-    report: dict[str, Any] = {"environment": head, "results": []}
+    head = begin(f"The memory's limit and a step of {args.algorithm}, {args.dtype}", args.threads, device)
+    report: Report = {"environment": head, "results": [], "skipped": []}
     largest = min(args.largest, stream.LARGEST)
     sizes = [n for n in (1 << k for k in range(12, 27, 2)) if n <= largest] or [stream.LENGTH]
-    interrupted = False
-    try:
-        for n in track(sizes, "sizes", console=console, transient=True, disable=not console.is_terminal):
+    with until_interrupted(report), progress() as bar:
+        for n in bar.track(sizes, description="sizes"):
             measure(n, args, device, report)
-    except KeyboardInterrupt:
-        interrupted = True
     if report["results"]:
         console.print(report["results"][0]["formula"])
         console.print(table(report["results"]))
-        console.print(NOTES)
-    as_plot, args.plot = args.plot, None
-    save(report, args.json, args.csv, None)
-    if as_plot and report["results"]:
-        from bench.plot import curves
-
-        curves(report, as_plot)
-        console.print(f"wrote {as_plot}")
-    if interrupted:
-        found = "above is what was measured so far" if report["results"] else "nothing was measured"
-        console.print(f"interrupted: {found}")
-        return 130
-    return 0
+    return finish(report, NOTES, args, "curves")
 
 
-def measure(n: int, args: argparse.Namespace, device: torch.device, report: dict[str, Any]) -> None:
-    """One size."""
+def measure(n: int, args: argparse.Namespace, device: torch.device, report: Report) -> None:
+    """Measure one size, and add its rows to the report."""
     storage = DTYPES[args.dtype]
     calls, results, shape = {}, [], None
     for arm in arms_of(args.algorithm, storage, device, ["fused"], False):
@@ -60,8 +43,7 @@ def measure(n: int, args: argparse.Namespace, device: torch.device, report: dict
         try:
             optimizer = arm.make(measures.grouped(params, [([(n,)], {})]))
         except Missing as error:
-            if n == stream.LENGTH:
-                console.print(f"skipped: {arm.name}: {error}", style="yellow", markup=False)
+            report["skipped"].append({"case": f"{n} elements", "arm": arm.name, "reason": str(error)})
             continue
         optimizer.step()
         calls[arm.name] = step_of(arm, [optimizer])
@@ -73,41 +55,22 @@ def measure(n: int, args: argparse.Namespace, device: torch.device, report: dict
     ):
         calls[name] = each.call
         results.append({"arm": name, "bytes": each.bytes})
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    interleave(calls, range(args.rounds), times, cpu_clock if device.type == "cpu" else cuda_clock)
-    rates = {r["arm"]: r["bytes"] / np.array(times[r["arm"]]) / 1e9 for r in results}
-    for r in results:
-        seconds = np.array(times[r["arm"]])
-        r |= {
-            "algorithm": args.algorithm,
-            "dtypes": args.dtype,
-            "parameters": n,
-            "formula": str(shape),
-            "ms_median": float(np.median(seconds)) * 1e3,
-            "gb_per_s": float(np.median(rates[r["arm"]])),
-            "of_ceiling": float(np.median(rates[r["arm"]] / rates["ceiling: stream"])),
-            "ratio_median": float(np.median(times[FUSED] / seconds)),
-            "seconds": times[r["arm"]],
-        }
-    report["results"] += results
+    times = interleave(calls, range(args.rounds), cpu_clock if device.type == "cpu" else cuda_clock)
+    case = {"algorithm": args.algorithm, "dtypes": args.dtype, "parameters": n, "formula": str(shape)}
+    report["results"] += summarized([{**case, **r, "seconds": times[r["arm"]]} for r in results])
 
 
-def table(results: list[dict[str, Any]]) -> Table:
-    """A line for each size."""
+def table(results: list[Result]) -> Table:
+    """Make a line for each size."""
     arms = list(dict.fromkeys(r["arm"] for r in results))
-    shown = Table("elements", "MB", *(f"{arm.removeprefix('ceiling: ')}\nGB/s" for arm in arms))
-    for arm in arms:
-        if arm.startswith("fused_adamw"):
-            shown.add_column(f"{arm}\n% of stream")
-            shown.add_column(f"{arm}\nratio")
-    for column in shown.columns:
-        column.justify = "right"
+    ours = [arm for arm in arms if arm.startswith("fused_adamw")]
+    columns = [f"{arm}\n{what}" for arm in ours for what in ("% of stream", "ratio")]
+    shown = aligned("elements", "MB", *(f"{arm.removeprefix('ceiling: ')}\nGB/s" for arm in arms), *columns, left=0)
     for n in dict.fromkeys(r["parameters"] for r in results):
         row = {r["arm"]: r for r in results if r["parameters"] == n}
         cells = [f"{n:,}", f"{next(iter(row.values()))['bytes'] / 1e6:.3g}"]
         cells += [f"{row[arm]['gb_per_s']:.1f}" for arm in arms]
-        for arm in arms:
-            if arm.startswith("fused_adamw"):
-                cells += [f"{row[arm]['of_ceiling']:.0%}", f"{row[arm]['ratio_median']:.2f}"]
+        for arm in ours:
+            cells += [number(row[arm]["of_ceiling"], ".0%"), number(row[arm]["ratio_median"], ".2f")]
         shown.add_row(*cells)
     return shown

@@ -1,4 +1,4 @@
-"""What is known of an arm beside its time: whether it is right, and what it costs in launches, host time, memory."""
+"""Find out what an arm is beside fast: whether it is right, and what it costs in launches, host time and memory."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_adamw
 from bench.arms import Algorithm, Groups
-from bench.timing import Call, console, cpu_clock
+from bench.output import console
+from bench.timing import Call, cpu_clock
 from tests import cases
 
 CHECKED_STEPS = 3
 
 
 def grouped(params: list[Tensor], like: cases.Groups, options: dict[str, Any] | None = None) -> Groups:
-    """Parameters as the groups of a workload, each with its options."""
+    """Arrange parameters as the groups of a workload, each with its options."""
     rest = iter(params)
     return [{"params": [next(rest) for _ in shapes], **own, **(options or {})} for shapes, own in like]
 
@@ -39,7 +40,7 @@ def random_parameters(shapes: cases.Shapes, dtype: torch.dtype, device: torch.de
 
 
 def checked_steps(params: list[Tensor]) -> Iterator[int]:
-    """The steps of the check: the gradient changes after each, and is as it was at the end."""
+    """Yield the numbers of the steps of a check; the gradient changes after each, and at the end is as it was."""
     for i in range(CHECKED_STEPS):
         yield i
         for p in params:
@@ -47,13 +48,13 @@ def checked_steps(params: list[Tensor]) -> Iterator[int]:
 
 
 def sample(t: Tensor) -> Tensor:
-    """The beginning and the end of a tensor, where it is long: the oracle of GPT-2 in whole would take 4 GB."""
+    """Copy a tensor; of a long one its beginning and end alone, as the oracle of all of GPT-2 would take 4 GB."""
     t = t.detach().flatten()
     return (t if t.numel() <= 8192 else torch.cat([t[:4096], t[-4096:]])).to("cpu", copy=True)
 
 
 class Oracle:
-    """What a few steps of up to 32 of the tensors give: in float64, and as well as torch's for-loop can in a dtype.
+    """Step up to 32 of the tensors a few times: in float64, and in a dtype as well as torch's for-loop can.
 
     torch has no SGDW: the reference in the dtype of the state takes the place of its for-loop.
     """
@@ -86,7 +87,7 @@ class Oracle:
         return {f"{places[key.split('.')[0]]}.{key.split('.')[1]}": t for key, t in stepped.items()}
 
     def judge(self, title: str, optimizer: torch.optim.Optimizer, state: bool = True) -> tuple[bool, float]:
-        """Whether a stepped optimizer is within the tests' tolerance, and the largest error of a parameter in ulp.
+        """Return whether a stepped optimizer is within the tests' tolerance, and a parameter's largest error in ulp.
 
         Without ``state`` the parameters alone are compared.
         """
@@ -123,7 +124,7 @@ class _Kernels(TorchDispatchMode):
 
 
 def launches(optimizer: torch.optim.Optimizer, call: Call, device: torch.device) -> int | None:
-    """Kernels and copies of a call; None where what counts them does not see any."""
+    """Count the kernels and copies of a call; None where no counter sees any."""
     if device.type == "cuda":
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
             call()
@@ -138,7 +139,7 @@ def launches(optimizer: torch.optim.Optimizer, call: Call, device: torch.device)
 
 
 def host_microseconds(call: Call, device: torch.device) -> float:
-    """Until a call returns: on a GPU with an idle queue; on the CPU of tensors so small that nothing else counts."""
+    """Time a call until it returns: on a GPU with an idle queue, on the CPU with tensors too small to matter."""
     if device.type == "cpu":
         call()
         return 1e6 * min(cpu_clock(call, 3) for _ in range(5))
@@ -153,7 +154,7 @@ def host_microseconds(call: Call, device: torch.device) -> float:
 
 
 def extra_bytes(call: Call, device: torch.device) -> int:
-    """The most that torch's allocator has handed out during a call, beyond what it had before."""
+    """Return the most bytes that torch's allocator handed out during a call, beyond what it had before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
@@ -169,13 +170,13 @@ def extra_bytes(call: Call, device: torch.device) -> int:
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line."""
+    """Put an error into one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def quietly(call: Callable[[], Any]) -> Any:
-    """The value of a measurement that some arms do not allow, or None."""
+    """Return the value of a measurement, or None where the arm does not allow it."""
     with suppress(Exception):
         return call()
     return None

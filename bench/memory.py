@@ -1,4 +1,4 @@
-"""Bytes of memory per parameter: what the parameters, gradients and state of each format were allocated."""
+"""Measure the bytes of memory per parameter: of parameters, gradients and state of each format, as allocated."""
 
 import argparse
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fused_adamw
 from bench import measures
-from bench.timing import console, environment, print_head
+from bench.output import begin, console, table
 from fused_adamw.contract import MASTER_KEYS
 from tests import cases
 
@@ -17,7 +17,7 @@ BF16 = torch.bfloat16
 
 
 class Form(NamedTuple):
-    """A way to keep parameters and moments: the dtype of the parameters, and the options of AdamW."""
+    """Hold a way to keep parameters and moments: the dtype of the parameters, and the options of AdamW."""
 
     dtype: torch.dtype
     options: dict[str, Any]
@@ -47,17 +47,16 @@ PUBLISHED = {
 
 def run(args: argparse.Namespace) -> int:
     """Make each, step it once, and print what it holds."""
-    print_head("Memory per parameter", environment(args.threads))
+    begin("Memory per parameter", args.threads)
     shapes = cases.WORKLOADS[args.workload].groups(cases.WORKLOADS[args.workload].layers)
-    table = Table("AdamW", "parameter", "moments", "master", "sum", "with gradient", title=f"{args.workload}, bytes")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    columns = ("AdamW", "parameter", "moments", "master", "sum", "with gradient")
+    shown = table(*columns, title=f"{args.workload}, bytes")
     for name, form in FORMS.items():
         found = measured(form, shapes)
         held = found["parameter"] + found["moments"] + found["master"]
         cells = [found["parameter"], found["moments"], found["master"], held, held + found["gradient"]]
-        table.add_row(name, *(f"{x:.2f}" if x else "" for x in cells))
-    console.print(table)
+        shown.add_row(name, *(f"{x:.2f}" if x else "" for x in cells))
+    console.print(shown)
     console.print(
         "Memory of all tensors after a step, by the number of parameters. Gradients are in the parameters' dtype, and\n"
         "need next to none with gradient release (optimizer.step_parameter). Published, with gradient:"
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measured(form: Form, like: cases.Groups) -> dict[str, float]:
-    """Bytes per parameter of parameters, gradients, moments (with scales and step) and masters."""
+    """Return the bytes per parameter of parameters, gradients, moments (with scales and step) and masters."""
     params = cases.parameters([shape for shapes, _ in like for shape in shapes], form.dtype)
     cases.set_gradients(params, 0)
     optimizer = fused_adamw.AdamW(measures.grouped(params, like), **form.options)

@@ -1,4 +1,4 @@
-"""Each OpenMP thread on a CPU of its own."""
+"""Pin each OpenMP thread to a CPU of its own."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The pictures: GB/s against size with the ceiling, bars against the peers."""
+"""Draw: GB/s against size with the ceiling, bars against the peers."""
 
 import itertools
 from pathlib import Path
@@ -9,16 +9,17 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 OURS, PEER, CEILING = "tab:blue", "tab:gray", "tab:red"
 
 
 def color_of(arm: str) -> str:
-    """Ours, the ceiling, or another's."""
+    """Return the colour of an arm: ours, the ceiling, or another's."""
     return OURS if arm.startswith("fused_adamw") else CEILING if arm.startswith("ceiling") else PEER
 
 
 def bars(report: dict[str, Any], path: Path) -> None:
-    """For each case the GB/s of its arms, with whiskers from the 20th to the 80th percentile, and of the stream."""
+    """Draw for each case the GB/s of its arms, with whiskers from the 20th to the 80th percentile, and the stream's."""
     cases: dict[tuple, list[dict[str, Any]]] = {}
     for r in report["results"]:
         if not r["arm"].startswith("ceiling"):
@@ -48,11 +49,12 @@ def bars(report: dict[str, Any], path: Path) -> None:
     axes.set(
         xlabel="GB/s of a full step(); red: a stream of the same reads and writes; ×: times as fast as torch fused"
     )
-    finish(figure, report, path)
+    entitle(figure, report)
+    write(figure, path)
 
 
 def curves(report: dict[str, Any], path: Path, ceiling: float | None = None) -> None:
-    """GB/s against the bytes that a step moves, with the stream of each size, and the best of all as a line."""
+    """Draw GB/s against the bytes that a step moves, with the stream of each size, and the best of all as a line."""
     series: dict[str, list[dict[str, Any]]] = {}
     for r in report["results"]:
         series.setdefault(r["arm"], []).append(r)
@@ -65,15 +67,20 @@ def curves(report: dict[str, Any], path: Path, ceiling: float | None = None) -> 
         axes.axhline(ceiling, color=CEILING, linewidth=0.8, linestyle=":", label=f"the best stream: {ceiling:.0f} GB/s")
     axes.set(xscale="log", yscale="log", xlabel="MB moved by a step of one tensor", ylabel="GB/s")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
-    finish(figure, report, path)
+    axes.legend()
+    entitle(figure, report)
+    write(figure, path)
 
 
-def finish(figure: Any, report: dict[str, Any], path: Path) -> None:
-    """The machine as the title, and the file."""
+def entitle(figure: Any, report: dict[str, Any]) -> None:
+    """Name the machine in the title."""
     head = report["environment"]
     machine = head.get("GPU") or f"{head['CPU']}, {head['threads'].split(',')[0]} threads"
     version = f"torch {head['torch'].split(',')[0]}, fused_adamw {head['fused_adamw'].split(', backend')[0]}"
     figure.suptitle(f"{machine}; {version}; {head['date'][:10]}", fontsize=8)
+
+
+def write(figure: Any, path: Path) -> None:
+    """Write a picture to a file."""
     figure.savefig(path)
     plt.close(figure)

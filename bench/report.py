@@ -1,4 +1,4 @@
-"""The table of README: the cases that matter, measured in several processes one after the other, as Markdown."""
+"""Make the table of README, as Markdown: the cases that matter, measured in several processes one after the other."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.arms import FUSED
-from bench.timing import console
+from bench.output import markdown, wrote
 
 # What one run measures: workloads, algorithms, dtypes, whom to compare with beside torch fused, and other arguments.
 # Lists that fit in the caches are timed there, where what a step costs beside its memory shows.
@@ -27,10 +27,10 @@ def run(args: argparse.Namespace) -> int:
         reports = [read(path) for path in args.files] if args.files else measured(args)
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"not a file of python -m bench step --json: {error}") from None
-    text = markdown(reports)
+    text = merged(reports)
     if args.out:
         args.out.write_text(text)
-        console.print(f"wrote {args.out}")
+        wrote(args.out)
     else:
         print(text, end="")
     if args.plot:
@@ -38,18 +38,18 @@ def run(args: argparse.Namespace) -> int:
 
         first = {tuple(key(r)): r for report in reversed(reports) for r in report["results"]}
         bars({**reports[0], "results": list(first.values())}, args.plot)
-        console.print(f"wrote {args.plot}")
+        wrote(args.plot)
     return 0
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of ``python -m bench step --json``."""
+    """Read a file of ``python -m bench step --json``."""
     report = json.loads(path.read_text())
     return {"environment": report["environment"], "results": report["results"], "skipped": report["skipped"]}
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What ``python -m bench step`` gives, in a fresh process for each of ``--runs`` runs of each part."""
+    """Run ``python -m bench step`` in a fresh process for each of ``--runs`` runs of each part."""
     reports = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "step.json"
@@ -72,20 +72,18 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def key(result: dict[str, Any]) -> tuple[str, ...]:
-    """What rows of several runs have in common."""
+    """Return what rows of several runs have in common."""
     return result["workload"], result["algorithm"], result["dtypes"], result["arm"]
 
 
-def markdown(reports: list[dict[str, Any]]) -> str:
-    """Every row with what each run gave, side by side."""
+def merged(reports: list[dict[str, Any]]) -> str:
+    """Return a table of every row, with what each run gave side by side."""
     rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for report in reports:
         for r in report["results"]:
             rows.setdefault(key(r), []).append(r)
     head = reports[0]["environment"]
-    lines = [f"{name}: {value}  " for name, value in head.items()]
-    lines += ["", "| workload | algorithm | dtypes | | ms | GB/s | of ceiling | times torch fused | match |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    lines = []
     for (workload, algorithm, dtypes, arm), found in rows.items():
         cells = [workload, algorithm, dtypes, arm]
         cells.append(" · ".join(f"{r['ms_median']:.3g}" for r in found))
@@ -94,7 +92,11 @@ def markdown(reports: list[dict[str, Any]]) -> str:
         ratios = [r["ratio_median"] for r in found]
         cells.append("" if None in ratios or arm == FUSED else " · ".join(f"{ratio:.2f}" for ratio in ratios))
         cells.append("" if found[0]["match"] is None else "✓" if all(r["match"] for r in found) else "✗")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
+    columns = ["workload", "algorithm", "dtypes", "", "ms", "GB/s", "of ceiling", "times torch fused", "match"]
     skipped = dict.fromkeys((s["arm"], s["reason"]) for report in reports for s in report["skipped"])
-    lines += ["", *(f"Skipped: {arm}: {why}" for arm, why in skipped)] if skipped else []
-    return "\n".join(lines) + "\n"
+    parts = ["\n".join(f"{name}: {value}  " for name, value in head.items()), markdown(columns, lines)]
+    return (
+        "\n\n".join([*parts, *(["\n".join(f"Skipped: {arm}: {why}" for arm, why in skipped)] if skipped else [])])
+        + "\n"
+    )

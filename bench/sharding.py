@@ -1,4 +1,4 @@
-"""What a step costs on each of many ranks, from the lists of large models as FSDP2 shards them.
+"""Measure what a step costs on each of many ranks, from the lists of large models as FSDP2 shards them.
 
     python -m bench.sharding
 
@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 from torch import Tensor
 
 import fused_adamw
 from bench.host import stub_kernels
-from bench.timing import console, environment, print_head
+from bench.output import begin, console, table
 from fused_adamw import plan
 
 EXPERT_PARALLEL = 64
@@ -28,21 +27,21 @@ RANKS = (8, 64, 512, 1024, 8192)
 
 
 class Sharded(NamedTuple):
-    """A tensor, and over how many ranks its first dimensions are split before FSDP splits what is left."""
+    """Hold the shape of a tensor, and whether it is of experts, which expert parallelism splits before FSDP does."""
 
     shape: tuple[int, ...]
     experts: bool = False
 
 
 def llama_70b() -> list[Sharded]:
-    """Llama 3 70B: 80 layers of width 8192, 8 key-value heads of 128, 70.6 G parameters."""
+    """List Llama 3 70B: 80 layers of width 8192, 8 key-value heads of 128, 70.6 G parameters."""
     d, kv, ffn = 8192, 1024, 28672
     layer = [(d, d), (kv, d), (kv, d), (d, d), (ffn, d), (ffn, d), (d, ffn), (d,), (d,)]
     return [Sharded(s) for s in [(128256, d), *itertools.chain(*[layer] * 80), (d,), (128256, d)]]
 
 
 def moe_1t() -> list[Sharded]:
-    """A mixture of 384 experts of 2048 in 60 of 61 layers of width 7168, latent attention; 1.03 T parameters."""
+    """List a mixture of 384 experts of 2048 in 60 of 61 layers of width 7168, latent attention; 1.03 T parameters."""
     d, e, ffn = 7168, 384, 2048
     attention = [(1536, d), (12288, 1536), (576, d), (16384, 512), (d, 8192), (d,), (d,), (1536,), (512,)]
     shared = [(e, d), (ffn, d), (ffn, d), (d, ffn)]
@@ -56,14 +55,16 @@ MODELS = {"Llama 70B": llama_70b, "MoE 1T": moe_1t}
 
 
 def piece(size: int, parts: int, index: int) -> int:
-    """The length of one of the pieces that torch.chunk makes, 0 where there are fewer."""
+    """Return the length of one of the pieces that torch.chunk makes, 0 where there are fewer."""
     step = -(-size // parts)
     return max(0, min(step, size - index * step))
 
 
 def local_shape(t: Sharded, ranks: int, rank: int) -> tuple[int, ...]:
-    """FSDP2's shard: the first dimension over all ranks; of experts the first over the ranks of expert parallelism,
-    the second over the others."""
+    """Return the shape of FSDP2's shard, which splits the first dimension over all ranks.
+
+    Experts are split over the ranks of expert parallelism, and their second dimension over the others.
+    """
     if not t.experts:
         return (piece(t.shape[0], ranks, rank), *t.shape[1:])
     ep = min(EXPERT_PARALLEL, ranks)
@@ -71,7 +72,7 @@ def local_shape(t: Sharded, ranks: int, rank: int) -> tuple[int, ...]:
 
 
 def untouched(shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
-    """Four float32 tensors of each shape, in address space without memory."""
+    """Yield four float32 tensors of each shape, in address space without memory."""
     sizes = [-(-torch.Size(s).numel() // 16) * 16 for s in shapes]
     noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve
@@ -84,7 +85,7 @@ def untouched(shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
 
 
 def optimizer_of(shapes: list[tuple[int, ...]], mesh: "dist.DeviceMesh") -> fused_adamw.AdamW:
-    """An optimizer in mid-training, of DTensors with these shards."""
+    """Make an optimizer in mid-training, of DTensors with these shards."""
     from torch.distributed.tensor import DTensor, Shard
 
     tensors = (DTensor.from_local(t, mesh, [Shard(0)], run_check=False) for t in untouched(shapes))
@@ -104,14 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="(default: %(default)s)")
     args = parser.parse_args()
-    head = environment(1)
+    begin("AdamW, float32, on the rank with the most to do", 1)
     stub_kernels()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = dist.init_device_mesh("cpu", (1,))
-    print_head("AdamW, float32, on the rank with the most to do", head)
-    table = Table("model", "ranks", "tensors\nwith elements", "elements", "of an\neven share", "GB moved\na step")
-    for name in ("launches", "tables\n(KB)", "plan\n(ms)", "host\na step (µs)"):
-        table.add_column(name, justify="right")
+    columns = ["model", "ranks", "tensors\nwith elements", "elements", "of an\neven share", "GB moved\na step"]
+    shown = table(*columns, "launches", "tables\n(KB)", "plan\n(ms)", "host\na step (µs)")
     for (name, model), ranks in itertools.product(MODELS.items(), args.ranks):
         tensors = model()
         shapes = [local_shape(t, ranks, 0) for t in tensors]  # rank 0 has the most of every tensor
@@ -128,7 +127,7 @@ def main() -> None:
             optimizer.step()
         stepped = (time.perf_counter() - start) / 20
         (launch,) = (part.launch for part in optimizer._plans)
-        table.add_row(
+        shown.add_row(
             name,
             f"{ranks}",
             f"{sum(map(bool, counts))} of {len(counts)}",
@@ -141,7 +140,7 @@ def main() -> None:
             f"{stepped * 1e6:.0f}",
         )
     dist.destroy_process_group()
-    console.print(table)
+    console.print(shown)
 
 
 if __name__ == "__main__":

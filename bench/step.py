@@ -1,34 +1,31 @@
-"""Full optimizer.step() calls on the workloads of tests/cases.py, ours against the peers' and the memory's speed."""
+"""Time full optimizer.step() calls on the workloads of tests/cases.py: ours, the peers', and the memory's speed."""
 
 import argparse
-import csv
 import gc
-import json
+import itertools
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 from bench import measures, stream
 from bench.arms import ALGORITHMS, DTYPES, FUSED, NAMES, SHORT, Arm, Missing, arms_of, step_of
+from bench.output import Report, begin, console, finish, number, progress, until_interrupted
+from bench.output import table as aligned
 from bench.timing import (
     available_memory,
     bytes_of_step,
-    console,
     cpu_clock,
     cuda_clock,
-    environment,
+    device_of,
     interleave,
     last_level_cache,
-    print_head,
 )
 from tests import cases
 
@@ -60,7 +57,7 @@ Result = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """One table: a list of tensors, an algorithm, dtypes."""
+    """Name what one table is about: a list of tensors, an algorithm, dtypes."""
 
     workload: str
     algorithm: str
@@ -73,41 +70,16 @@ class Case(NamedTuple):
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, and write the files; after Ctrl-C with what there is."""
     device = device_of(args.device)
-    head = environment(args.threads, device)
-    print_head("optimizer.step()", head)
-    report: dict[str, Any] = {"environment": head, "results": [], "skipped": []}
+    head = begin("optimizer.step()", args.threads, device)
+    report: Report = {"environment": head, "results": [], "skipped": []}
     against = NAMES if args.all else args.against
-    interrupted = False
-    try:
-        for name in args.workload or DEFAULT:
-            for algorithm in args.algorithm:
-                for dtypes in args.dtype:
-                    case = Case(name, algorithm, dtypes)
-                    arms = arms_of(algorithm, DTYPES[dtypes], device, against, args.all)
-                    measure(case, arms, device, args.rounds, args.warm, report)
-    except KeyboardInterrupt:
-        interrupted = True
-    results = report["results"] = [r for r in report["results"] if "ms_median" in r]
-    if results:
-        console.print(NOTES.format(host=HOST[device.type], launches=LAUNCHES[device.type]))
-    for name, why in dict.fromkeys((s["arm"], s["reason"]) for s in report["skipped"]):
-        console.print(f"skipped: {name}: {why}", style="yellow", markup=False)
-    save(report, args.json, args.csv, args.plot)
-    if interrupted:
-        console.print("interrupted: " + ("above is what was measured so far" if results else "nothing was measured"))
-        return 130
-    ours = [r for r in results if r["arm"].startswith("fused_adamw")]
-    return 0 if ours and all(r["match"] is not False for r in ours) else 1
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device to measure; by default the GPU where there is one."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no GPU here; see python -c 'import torch; torch.cuda.init()'")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
+    with until_interrupted(report):
+        for case in itertools.starmap(Case, itertools.product(args.workload or DEFAULT, args.algorithm, args.dtype)):
+            arms = arms_of(case.algorithm, DTYPES[case.dtypes], device, against, args.all)
+            measure(case, arms, device, args.rounds, args.warm, report)
+    interrupted = finish(report, NOTES.format(host=HOST[device.type], launches=LAUNCHES[device.type]), args, "bars")
+    ours = [r for r in report["results"] if r["arm"].startswith("fused_adamw")]
+    return interrupted or int(not ours or any(r["match"] is False for r in ours))
 
 
 # ---- one case
@@ -119,29 +91,21 @@ def measure(
     device: torch.device,
     rounds: int,
     warm: bool,
-    report: dict[str, Any],
+    report: Report,
     tolerant: bool = False,
 ) -> None:
     """Check and time every arm of a case; what each gave is in ``report`` from the first round on.
 
     An arm of ours that fails is an error, unless ``tolerant``.
     """
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task(str(case), total=2 * len(arms) + rounds)
+    with progress() as bar:
+        task = bar.add_task(str(case), total=2 * len(arms) + rounds)
 
         def advance(what: str) -> None:
-            progress.update(task, advance=1, description=f"{case}: {what}")
+            bar.update(task, advance=1, description=f"{case}: {what}")
 
         def tried(arm: Arm, call: Callable[..., Any], *args: Any) -> Any:
-            """The value of a call; where the arm cannot do it, None, and a line that says why it is skipped."""
+            """Return the value of a call; where the arm cannot do it, None, and report why it is skipped."""
             advance(arm.name)
             try:
                 return call(arm, *args)
@@ -162,7 +126,7 @@ def measure(
             for arm in runnable:
                 tried(arm, bench.prepare, *probed[arm.name])
             bench.add_ceilings()
-            progress.update(task, total=2 * len(runnable) + rounds, completed=2 * len(runnable))
+            bar.update(task, total=2 * len(runnable) + rounds, completed=2 * len(runnable))
             bench.time(progress_range(rounds, advance))
         finally:
             done = bench.finish()
@@ -180,7 +144,7 @@ def progress_range(rounds: int, advance: Callable[[str], None]) -> Any:
 
 
 def probe(arm: Arm, case: Case, device: torch.device) -> tuple[float | None]:
-    """Microseconds of host time, on the CPU; raises what the arm lacks, before anything large is allocated."""
+    """Return the microseconds of host time, on the CPU alone; raise what the arm lacks before large allocations."""
     workload = cases.WORKLOADS[case.workload]
     like = workload.groups(1) if device.type == "cuda" or arm.compiled else workload.groups(workload.layers)
     count = sum(len(shapes) for shapes, _ in like)
@@ -194,7 +158,7 @@ def probe(arm: Arm, case: Case, device: torch.device) -> tuple[float | None]:
 
 
 class Bench:
-    """The buffers of a case and the optimizers on them. All arms share parameters and gradients, not their state."""
+    """Hold the buffers of a case and the optimizers on them. Arms share parameters and gradients, not state."""
 
     def __init__(self, case: Case, arms: list[Arm], device: torch.device, warm: bool) -> None:
         self.case, self.device, self.warm = case, device, warm
@@ -235,7 +199,7 @@ class Bench:
         return f"needs {need / 1e9:.1f} GB for {layers} of its layers, and {free / 1e9:.1f} GB may be used here"
 
     def title(self) -> str:
-        """What is common to the rows of the table."""
+        """Say what the rows of the table have in common."""
         workload = cases.WORKLOADS[self.case.workload]
         layers = "" if self.layers == workload.layers else f" ({self.layers} of {workload.layers} layers)"
         groups = f"{len(self.groups)} group{'s' if len(self.groups) > 1 else ''}"
@@ -306,14 +270,14 @@ class Bench:
         return {**case, **where, **size, "arm": name, "bytes": moved, **more, "seconds": []}
 
     def _storage(self, optimizer: torch.optim.Optimizer) -> str:
-        """Dtypes of the parameter, its gradient and its state, as found."""
+        """Name the dtypes of the parameter, its gradient and its state, as found."""
         p = max((p for group in optimizer.param_groups for p in group["params"]), key=Tensor.numel)
         state = [t for key, t in optimizer.state[p].items() if isinstance(t, Tensor) and key != "step" and t.dim()]
         dtypes = (p.dtype, p.grad.dtype, *(t.dtype for t in state if t.numel() == p.numel()))
         return "+".join(dict.fromkeys(SHORT.get(d, str(d).removeprefix("torch.")) for d in dtypes))
 
     def add_ceilings(self) -> None:
-        """The streams of the shapes that the arms have, and a copy, as arms of their own."""
+        """Add the streams of the shapes that the arms have, and a copy, as arms of their own."""
         shapes = list(dict.fromkeys(r["shape"] for r in self.results if r["shape"]))
         found = {
             shape: stream.stream(shape, self.elements, self.device, not self.warm)
@@ -344,32 +308,14 @@ class Bench:
         return True
 
     def time(self, rounds: Any) -> None:
-        """The rounds."""
+        """Time every arm in each of the rounds."""
         clock = cpu_clock if self.device.type == "cpu" else cuda_clock
         times = {r["arm"]: r["seconds"] for r in self.results}
-        interleave(self.calls, rounds, times, clock, {r["arm"]: r["sets"] for r in self.results})
+        interleave(self.calls, rounds, clock, times, {r["arm"]: r["sets"] for r in self.results})
 
     def finish(self) -> list[Result]:
-        """The results of the arms that were timed, with what follows from their times; the buffers are let go."""
-        done = [r for r in self.results if r["seconds"]]
-        rates = {r["arm"]: r["bytes"] / np.array(r["seconds"]) / 1e9 for r in done}
-        streams = {r["shape"]: rates[r["arm"]] for r in done if r["arm"].startswith("ceiling: stream")}
-        main = next(iter(streams.values()), None)
-        fused = next((np.array(r["seconds"]) for r in done if r["arm"] == FUSED), None)
-        for r in done:
-            seconds, ceiling = np.array(r["seconds"]), streams.get(r["shape"], main)
-            median, low, high = np.quantile(seconds, [0.5, 0.2, 0.8])
-            is_arm = not r["arm"].startswith("ceiling")
-            ratio = fused / seconds if fused is not None and is_arm else None
-            r |= {
-                "ms_median": median * 1e3,
-                "ms_p20": low * 1e3,
-                "ms_p80": high * 1e3,
-                "gb_per_s": r["bytes"] / median / 1e9,
-                "of_ceiling": None if ceiling is None else float(np.median(rates[r["arm"]] / ceiling)),
-                "ratio_median": None if ratio is None else float(np.median(ratio)),
-                "ratio_min": None if ratio is None else float(ratio.min()),
-            }
+        """Return the results of the arms that were timed, and let the buffers go."""
+        done = summarized([r for r in self.results if r["seconds"]])
         for r in self.results:
             r.pop("shape")
         self.calls.clear()
@@ -380,16 +326,38 @@ class Bench:
         return done
 
 
-# ---- what is shown and written
+def summarized(results: list[Result]) -> list[Result]:
+    """Add to the rows that were timed side by side the figures that follow from their times, and return them.
+
+    A ceiling is the stream of the same shape, or else the first; a row without a "shape" takes that one.
+    """
+    rates = {r["arm"]: r["bytes"] / np.array(r["seconds"]) / 1e9 for r in results}
+    streams = {r.get("shape"): rates[r["arm"]] for r in results if r["arm"].startswith("ceiling: stream")}
+    first = next(iter(streams.values()), None)
+    fused = next((np.array(r["seconds"]) for r in results if r["arm"] == FUSED), None)
+    for r in results:
+        seconds, ceiling = np.array(r["seconds"]), streams.get(r.get("shape"), first)
+        median, low, high = np.quantile(seconds, [0.5, 0.2, 0.8])
+        ratio = None if fused is None or r["arm"].startswith("ceiling") else fused / seconds
+        r |= {
+            "ms_median": median * 1e3,
+            "ms_p20": low * 1e3,
+            "ms_p80": high * 1e3,
+            "gb_per_s": r["bytes"] / median / 1e9,
+            "of_ceiling": None if ceiling is None else float(np.median(rates[r["arm"]] / ceiling)),
+            "ratio_median": None if ratio is None else float(np.median(ratio)),
+            "ratio_min": None if ratio is None else float(ratio.min()),
+        }
+    return results
 
 
 def table(results: list[Result]) -> Table:
-    """A line for each arm of a case, and for the ceilings."""
+    """Make a line for each arm of a case, and for the ceilings."""
     columns = ["arm", "dtypes", "ms (p20–p80)", "first\nms", "GB/s", "% of\nceiling", "ratio\n(min)", "host\nµs"]
-    shown = Table(*columns, "launches", "extra\nMB", "match", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns += ["launches", "extra\nMB", "match"]
+    shown = aligned(*columns, left=2, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in shown.columns:
         column.no_wrap = True
-        column.justify = "left" if column.header in ("arm", "dtypes") else "right"
     for r in results:
         if r["arm"] == "ceiling: stream":
             shown.add_section()
@@ -411,26 +379,3 @@ def table(results: list[Result]) -> Table:
             match,
         )
     return shown
-
-
-def number(value: float | None, form: str) -> str:
-    """A cell; empty for what could not be measured."""
-    return "" if value is None else format(value, form)
-
-
-def save(report: dict[str, Any], as_json: Path | None, as_csv: Path | None, as_plot: Path | None) -> None:
-    """The files that were asked for."""
-    if as_json:
-        as_json.write_text(json.dumps(report, indent=1) + "\n")
-    rows = [{k: v for k, v in r.items() if k != "seconds"} | report["environment"] for r in report["results"]]
-    if as_csv:
-        with as_csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-            writer.writeheader()
-            writer.writerows(rows)
-    if as_plot and rows:
-        from bench.plot import bars
-
-        bars(report, as_plot)
-    for path in filter(None, (as_json, as_csv, as_plot if rows else None)):
-        console.print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""The ceiling: arrays of the dtypes that a step touches, read and written once, with next to nothing computed."""
+"""Measure the ceiling: read and write arrays of the dtypes that a step touches, and compute next to nothing."""
 
 import ctypes
 import functools
@@ -19,14 +19,12 @@ from fused_adamw import backends
 ROOT = Path(__file__).resolve().parents[1]
 
 LARGEST = 1 << 26  # elements an array: 1.9 GB in all for float32 AdamW
-LENGTH = 4096  # what lengths are multiples of: blocks of the CPU's stream, and of the GPU's
-
-
+LENGTH = 4096  # lengths are multiples of it, and so of the blocks of the CPU's stream and of the GPU's
 LETTERS = {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "vmax", "momentum_buffer": "buf"}
 
 
 class Shape(NamedTuple):
-    """The traffic of a step, by element: dtypes of the arrays that are read and written, and of those only read."""
+    """Describe the traffic of a step: dtypes of the arrays that are read and written, and of those only read."""
 
     written: tuple[torch.dtype, ...]
     read: tuple[torch.dtype, ...]
@@ -37,7 +35,7 @@ class Shape(NamedTuple):
         return 2 * sum(d.itemsize for d in self.written) + sum(d.itemsize for d in self.read)
 
     def __str__(self) -> str:
-        """The formula of its bytes."""
+        """Write the formula of its bytes."""
         names = (LETTERS.get(name.removesuffix("_codes"), name) for name in self.states)
         state = [f"{name} {SHORT[d]}" for name, d in zip(names, self.written[1:], strict=True)]
         p, g = f"p {SHORT[self.written[0]]}", f"g {SHORT[self.read[0]]}"
@@ -45,7 +43,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(optimizer: torch.optim.Optimizer) -> Shape | None:
-    """The traffic of a step of an optimizer nearly all of whose elements are alike; None where they are not.
+    """Return the traffic of a step where nearly all elements of the optimizer are alike, else None.
 
     Scales, one to 128 elements, are left out.
     """
@@ -61,14 +59,14 @@ def shape_of(optimizer: torch.optim.Optimizer) -> Shape | None:
 
 
 class Stream(NamedTuple):
-    """A call that streams, and the bytes it moves."""
+    """Hold a call that streams, and the bytes it moves."""
 
     call: Callable[[], object]
     bytes: int
 
 
 def stream(shape: Shape, elements: int, device: torch.device, cold: bool = True) -> Stream:
-    """A stream of this shape, of about as many elements; of more where they would fit in the caches.
+    """Make a stream of this shape, of about as many elements; of more where they would fit in the caches.
 
     Raises RuntimeError where there is nothing to run it: a C++ compiler on the CPU, Triton on a GPU.
     """
@@ -138,7 +136,7 @@ def _library() -> ctypes.CDLL:
 
 
 def copy(elements: int, device: torch.device, cold: bool = True) -> Stream:
-    """``copy_`` of a float32 array, if ``cold`` one that no cache holds."""
+    """Make a ``copy_`` of a float32 array; if ``cold``, of one that no cache holds."""
     elements = min(LARGEST, max(elements, last_level_cache(device) if cold else 0))
     source, target = (random(elements, torch.float32, device) for _ in range(2))
     return Stream(lambda: target.copy_(source), 2 * source.nbytes)

@@ -1,4 +1,4 @@
-"""The stream on a GPU."""
+"""Stream on a GPU."""
 
 import torch
 import triton
@@ -16,7 +16,7 @@ def block_of(dtypes: set[torch.dtype]) -> int:
 
 @triton.jit
 def stream_kernel(written, read, BLOCK: tl.constexpr):
-    """Every array is read; into each of the written ones goes the mean of all, which stays in range."""
+    """Read every array, and write the mean of all, which stays in range, into each of the written ones."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(len(read)):

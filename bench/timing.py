@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, interleaved timing, the bytes of a step."""
+"""Describe the machine in words, time calls in turns, and count the bytes of a step."""
 
 import functools
 import gc
@@ -6,27 +6,24 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import fused_adamw
 
 MIN_SECONDS = 5e-3  # of one timing: far above the clock's resolution and a stray interrupt
 LONG_SECONDS = 0.2
+CPU = torch.device("cpu")
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else announces itself on stderr
-console = Console(width=None if sys.stdout.isatty() else 140)
 
 
-def environment(threads: int | None, device: torch.device = torch.device("cpu")) -> dict[str, str]:  # noqa: B008
-    """Set the number of threads, and say what the numbers depend on."""
+def environment(threads: int | None, device: torch.device = CPU) -> dict[str, str]:
+    """Set the number of threads, and return what the numbers depend on."""
     torch.set_num_threads(threads or min(2, torch.get_num_threads()))
     backend = fused_adamw.AdamW([torch.zeros(1, device=device)]).backend[device]
     head = {
@@ -85,27 +82,29 @@ def _pinning() -> str:
 
 
 def _commit() -> str:
-    return _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]) or "?"
+    return output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]) or "?"
 
 
-def _output(command: list[str]) -> str:
+def output(command: list[str]) -> str:
+    """Return what a command prints; nothing where it cannot run."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
         return ""
 
 
-def print_head(title: str, head: dict[str, str]) -> None:
-    """The title and the environment, a line each."""
-    console.print(f"[bold]{title}[/bold]")
-    grid = Table.grid(padding=(0, 2))
-    for key, value in head.items():
-        grid.add_row(f"  {key}", value)
-    console.print(grid)
+def device_of(name: str | None) -> torch.device:
+    """Return the device to measure; by default the GPU where there is one."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here; see python -c 'import torch; torch.cuda.init()'")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def bytes_of_step(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that a step must move: it reads parameter, gradient and state, and writes parameter and state."""
+    """Count the bytes that a step must move: it reads parameter, gradient and state, and writes parameter and state."""
     total = 0
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         states = [t for name, t in optimizer.state[p].items() if isinstance(t, torch.Tensor) and name != "step"]
@@ -115,7 +114,7 @@ def bytes_of_step(optimizer: torch.optim.Optimizer) -> int:
 
 @functools.cache
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache; 32 MiB where the system does not tell."""
+    """Return the bytes of the largest cache; 32 MiB where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -123,7 +122,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated without driving anything out; a large number where the system does not tell."""
+    """Return the bytes that can be allocated without swapping; a large number where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -138,7 +137,7 @@ Clock = Callable[[Call, int], float]
 
 
 def cpu_clock(call: Call, repeats: int) -> float:
-    """Seconds of one of ``repeats`` calls."""
+    """Return the seconds of one of ``repeats`` calls."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -146,7 +145,7 @@ def cpu_clock(call: Call, repeats: int) -> float:
 
 
 def cuda_clock(call: Call, repeats: int) -> float:
-    """The same between two events of the current stream: what the GPU was busy with, or waiting for the host."""
+    """Return the same between two events of the current stream: the GPU was busy then, or waited for the host."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -160,15 +159,16 @@ def cuda_clock(call: Call, repeats: int) -> float:
 def interleave(
     arms: dict[str, Call],
     rounds: Iterable[int],
-    times: dict[str, list[float]],
     clock: Clock = cpu_clock,
+    times: dict[str, list[float]] | None = None,
     multiples: dict[str, int] | None = None,
-) -> None:
-    """Append the seconds per call of every arm, round by round, to ``times``; every other round runs in reverse.
+) -> dict[str, list[float]]:
+    """Return the seconds per call of every arm, round by round; every other round runs in reverse.
 
-    The calls of a timing are a multiple of ``multiples``, the buffer sets that an arm goes round, unless that takes
-    long. The lists grow as it goes, so that an interrupted run leaves what it measured.
+    They are appended to ``times``, where it is given, so that an interrupted run leaves what it measured. The calls of
+    a timing are a multiple of ``multiples``, the buffer sets that an arm goes round, unless that takes long.
     """
+    times = {name: [] for name in arms} if times is None else times
     repeats = {}
     for name, call in arms.items():
         of = (multiples or {}).get(name, 1)
@@ -189,3 +189,4 @@ def interleave(
                 times[name].append(seconds[name])
     finally:
         gc.enable()
+    return times

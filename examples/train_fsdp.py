@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the demo's model and text
 
 import fused_adamw
-from bench.gpt import BATCH, GPT, batches, corpus
+from bench.studies.gpt import BATCH, GPT, batches, corpus
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names that do not depend on how the groups are listed
 

@@ -21,11 +21,13 @@ pytest.importorskip("sklearn")
 import torch.nn.functional as F
 
 import fused_adamw
-from bench import claims, demo, digits, measures, paper, step, stream
+from bench import measures, step, stream
 from bench.__main__ import main
 from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of
-from bench.formats import Run
 from bench.memory import FORMS
+from bench.paper import claims, digits, experiments
+from bench.studies import demo, gpt
+from bench.studies.formats import Run
 from tests import cases
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +61,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys, threads) -> Callable[..., str]
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., str]) -> None:
-    monkeypatch.setattr(demo, "CHARACTERS", 100_000)
+    monkeypatch.setattr(gpt, "CHARACTERS", 100_000)
     monkeypatch.setattr(demo, "VALIDATION_BATCHES", 2)
     out = here("demo", "--steps", "1", "--threads", "1", "--out", str(tmp_path / "new"))
     for text in ("threads", "validation", "28 bytes per parameter", "fused_adamw.AdamW", "fused=True", "demo.png"):
@@ -423,7 +425,9 @@ def test_sharding() -> None:
 
 # ---- the paper
 
-TINY = paper.Plan(seeds=2, epochs=1, octaves=(1, 3), decays=(0, 3, 6), long=15, lengths=(1, 2), length_decays=(0, 3, 6))
+TINY = experiments.Plan(
+    seeds=2, epochs=1, octaves=(1, 3), decays=(0, 3, 6), long=15, lengths=(1, 2), length_decays=(0, 3, 6)
+)
 
 
 def test_memory(here: Callable[..., str]) -> None:
@@ -446,7 +450,7 @@ def test_memory(here: Callable[..., str]) -> None:
 @pytest.mark.slow
 def test_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, threads) -> None:
     """Every form is trained and compared; the moments of fp32 are those of its shadow, those of int8 near them."""
-    monkeypatch.setattr("bench.formats.EPOCHS", 1)
+    monkeypatch.setattr("bench.studies.formats.EPOCHS", 1)
     found = {}
     true = Run.moment_errors
     monkeypatch.setattr(Run, "moment_errors", lambda run: found.setdefault(len(found), true(run)))
@@ -465,9 +469,9 @@ def test_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, thread
 def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """It draws and states everything; what is there is not trained again, what is missing or of other versions is."""
     trained = []
-    monkeypatch.setattr(paper, "QUICK", TINY)
+    monkeypatch.setattr(experiments, "QUICK", TINY)
     monkeypatch.setattr(claims, "RESAMPLES", 20)
-    monkeypatch.setattr(paper, "train", lambda batch: trained.append(batch) or digits.train(batch))
+    monkeypatch.setattr(experiments, "train", lambda batch: trained.append(batch) or digits.train(batch))
     command = ["paper", "--quick", "--threads", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     out = capsys.readouterr().out
@@ -501,7 +505,7 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     (tmp_path / "paper_points.jsonl").write_text("\n".join(kept) + "\n", "utf-8")
     again = [json.loads(line)["batch"]["schedule"] for line in (lines[0], lines[-1])]
     trained.clear()
-    monkeypatch.setattr(paper.figures, "draw", lambda *results: [])
+    monkeypatch.setattr(experiments.figures, "draw", lambda *results: None)
     assert main(command) == 0
     assert sorted(batch.schedule for batch in trained) == sorted(again)
     assert json.loads((tmp_path / "paper.json").read_text("utf-8"))["claims"] == report["claims"]
@@ -510,8 +514,8 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.slow
 def test_paper_in_several_processes() -> None:
     batches = [digits.Batch("AdamW", "cosine", 1, 1, ((1e-2, decay, 0),)) for decay in (0.0, 0.1)]
-    found = dict(paper.results(batches, 2))
-    assert found == dict(paper.results(batches, 1))
+    found = dict(experiments.results(batches, 2))
+    assert found == dict(experiments.results(batches, 1))
     assert found[batches[0]] != found[batches[1]]
 
 
@@ -540,13 +544,13 @@ def test_networks_side_by_side_are_those_trained_alone(algorithm: str) -> None:
             assert found["errors"][k][-1] == pytest.approx(error, abs=2 / 1541)
 
 
-def grid(moves: float, noise: float = 0.0) -> paper.Grid:
+def grid(moves: float, noise: float = 0.0) -> claims.Grid:
     """Errors with a valley whose decay moves by so many octaves for each octave of the learning rate."""
     rng = np.random.default_rng(0)
     rates, decays = 2.0 ** np.arange(4), np.array([0.0, *2.0 ** np.arange(9)])
     valley = 5 + moves * np.arange(-1, 3)
     errors = 0.04 + 0.003 * (np.arange(10) - valley[:, None]) ** 2
-    return paper.Grid("SGD", "cosine", rates, decays, errors + noise * rng.standard_normal((6, 4, 10)))
+    return claims.Grid("SGD", "cosine", rates, decays, errors + noise * rng.standard_normal((6, 4, 10)))
 
 
 @pytest.mark.parametrize("moves", [-1, 0, 1])
@@ -559,6 +563,19 @@ def test_paper_measures_how_the_best_decay_moves(moves: int) -> None:
         assert (claims.negative(low, high), claims.within(1 / 3)(low, high)) == verdicts[moves]
     else:
         assert claims.within(1 / 3)(low, high) == "yes"
+
+
+def test_paper_takes_intervals_as_scipy_does() -> None:
+    from scipy import stats
+
+    values = np.random.default_rng(1).standard_normal(8)
+    options = {"vectorized": False, "method": "percentile", "n_resamples": claims.RESAMPLES}
+    found = stats.bootstrap(
+        (np.arange(8),), lambda seeds: values[seeds].mean(), **options, rng=np.random.default_rng(0)
+    )
+    assert claims.bootstrap(lambda seeds: float(values[seeds].mean()), 8)[1:] == pytest.approx(
+        found.confidence_interval, rel=1e-12
+    )
 
 
 def test_paper_leaves_out_what_has_no_valley() -> None:
@@ -577,7 +594,7 @@ def test_paper_measures_the_length_of_the_run() -> None:
     epochs, decays = 2 ** np.arange(1, 6), 2.0 ** (np.arange(25) / 2)
     valley = 16 - np.arange(5)
     errors = np.tile(0.04 + 0.002 * (np.arange(25) - valley[:, None]) ** 2, (3, 1, 1))
-    lengths = paper.Lengths(1e-3, epochs, decays, errors)
+    lengths = claims.Lengths(1e-3, epochs, decays, errors)
     assert claims.shrinkage(lengths, False)(np.arange(3)) == pytest.approx(-0.5)
     assert claims.shrinkage(lengths, True)(np.arange(3)) == pytest.approx(0, abs=1e-12)
 
@@ -585,7 +602,7 @@ def test_paper_measures_the_length_of_the_run() -> None:
 def test_paper_takes_the_network_at_the_end_of_the_last_cycle() -> None:
     epochs = np.arange(1, 16)
     errors = np.arange(15.0)[None].repeat(2, 0)
-    curve = paper.Curve("AdamW", "restarts", 1e-3, 0.1, epochs, errors, errors)
+    curve = claims.Curve("AdamW", "restarts", 1e-3, 0.1, epochs, errors, errors)
     assert claims.taken(curve)[0].tolist() == [0, 0, 2, 2, 2, 2, 6, 6, 6, 6, 6, 6, 6, 6, 14]
     assert claims.taken(curve._replace(schedule="cosine")) is errors
 
@@ -593,7 +610,7 @@ def test_paper_takes_the_network_at_the_end_of_the_last_cycle() -> None:
 def test_paper_compares_at_equal_training_loss() -> None:
     losses = np.tile(np.geomspace(1, 1e-2, 40), (3, 1))
     a, b = (
-        paper.Curve("Adam", "cosine", 1, 1, np.arange(40), 0.05 + shift + 0 * losses, losses) for shift in (0, 0.01)
+        claims.Curve("Adam", "cosine", 1, 1, np.arange(40), 0.05 + shift + 0 * losses, losses) for shift in (0, 0.01)
     )
     assert claims.at_equal_loss(a, b)(np.arange(3)) == pytest.approx(-1)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fused_adamw import backends, codecs, plan, reference, scalars
-from tests import cases, exact, test_error, test_formats, test_plan, test_reference
+from tests import cases, exact, test_error, test_formats, test_launch, test_plan, test_reference
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -116,13 +116,13 @@ def test_layouts_see_mispaired_gradients(monkeypatch):
 
 def test_lists_see_a_wrong_row_of_scalars(monkeypatch):
     mutate(monkeypatch, scalars=lambda scalars: scalars[::-1])
-    test_plan.check_list([(5,)] * 40, cases.CPU)  # one group: nothing to confuse
-    fails(test_plan.check_list, [(5,)] * 40, cases.CPU, 20)
+    test_launch.check_list([(5,)] * 40, cases.CPU)  # one group: nothing to confuse
+    fails(test_launch.check_list, [(5,)] * 40, cases.CPU, 20)
 
 
 def test_lists_see_a_tensor_left_out(monkeypatch):
     mutate(monkeypatch, rows=lambda rows: rows[:-1] if len(rows) > 1 else rows)
-    fails(test_plan.check_list, [(5,)] * 1000, cases.CPU)
+    fails(test_launch.check_list, [(5,)] * 1000, cases.CPU)
 
 
 # ---- wrong formats: what the native backend is held against, mutated, or the reference that is held to the formula

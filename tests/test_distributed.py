@@ -673,7 +673,7 @@ def test_killed_rank_leaves_the_checkpoint_before_it(when, tmp_path):
 def check_example(folder, steps, every):
     from argparse import Namespace
 
-    from bench import gpt
+    from bench.studies import gpt
     from examples import train_fsdp
 
     own = Namespace(steps=steps, every=every, checkpoints=Path(folder), seed=0)

@@ -15,8 +15,8 @@ import pytest
 from tests.gpu_kernels import needs_interpreter
 
 HERE = Path(__file__).parent
-FILES = ["test_plan.py", "test_optimizers.py", "test_errors.py", "test_checkpoints.py"]
-LEFT_OUT = "dtypes or bfloat16 or sentinels or 1000 or 465 or moments_keep or one_launch or goes_on_from or dcp"
+FILES = ["test_plan.py", "test_optimizers.py", "test_errors.py", "test_checkpoints.py", "test_state.py"]
+LEFT_OUT = "dtypes or bfloat16 or sentinels or moments_keep or goes_on_from or dcp"
 
 
 @pytest.mark.slow

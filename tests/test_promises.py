@@ -20,10 +20,8 @@ PROMISES = {
     "test_paper_algorithms": {
         "decouple_lr=True is the paper's decay": "test_algorithm_1",
     },
-    "test_training": {
+    "test_training_loop": {
         "repr is torch's, and tells what runs": "test_repr_is_torchs",
-        "every learning rate scheduler of torch": "test_scheduler",
-        "lr as a float or a tensor, changed between steps": "test_lr_changes_its_kind_between_steps",
         "closures": "test_a_closure_is_evaluated_anew_at_each_step",
         "hooks of the step": "test_hooks_see_and_change_the_step",
         "hooks of saving": "test_state_dict_hooks",
@@ -31,14 +29,28 @@ PROMISES = {
         "zero_grad": "test_zero_grad",
         "the profiler names the step": "test_profiler_names_the_step",
         "named parameters": "test_named_parameters",
+    },
+    "test_lr_schedulers": {
+        "every learning rate scheduler of torch": "test_scheduler",
+        "lr as a float or a tensor, changed between steps": "test_lr_changes_its_kind_between_steps",
+    },
+    "test_averaging": {
         "averaged models": "test_averaged_model",
         "optimizers around ours": "test_sam_around_ours",
+    },
+    "test_amp": {
         "a GradScaler's skip changes nothing and does not count": "test_grad_scaler",
         "unscale_ and clipping before the step": "test_grad_scaler_with_clipping_unscales_once",
         "autocast": "test_autocast_in_bf16",
+    },
+    "test_step_parameter": {
         "gradient release has the bits of a step": "test_step_parameter_has_the_bits_of_step",
         "from the hooks of autograd": "test_gradient_release",
+    },
+    "test_compile": {
         "torch.compile of a training step": "test_torch_compile_of_a_training_step",
+    },
+    "test_allocations": {
         "a step allocates nothing after the first": "test_a_step_allocates_nothing_after_the_first",
         "nor on a GPU": "test_a_step_allocates_nothing_on_the_device_after_the_first",
     },
@@ -50,11 +62,13 @@ PROMISES = {
         "a checkpoint moves between CPU and GPU": "test_from_the_cpu_to_a_gpu_and_back",
         "loading shares no tensor, keeps declared dtypes": "test_loading_shares_nothing_and_keeps_the_declared_dtypes",
         "loading keeps what is not ours, integers too": "test_loading_keeps_state_that_is_not_ours",
-        "state can be made before the first step": "test_init_state_makes_what_the_first_step_would",
         "lr=0 changes no weight": "test_the_dummy_step_of_distributed_checkpoint_changes_no_weight",
+        "hooks of loading": "test_loading_runs_the_users_hooks",
+    },
+    "test_state": {
+        "state can be made before the first step": "test_init_state_makes_what_the_first_step_would",
         "state that was cleared is forgotten": "test_state_that_was_cleared_is_forgotten",
         "moments are float32 unless declared otherwise": "test_moments_keep_the_dtype_they_were_declared_with",
-        "hooks of loading": "test_loading_runs_the_users_hooks",
     },
     "test_clipping": {
         "max_grad_norm is clip_grad_norm_ before a step": "test_equals_clip_grad_norm_and_a_step",
@@ -74,6 +88,8 @@ PROMISES = {
         "late and absent gradients": "test_late_and_absent_gradients",
         "frozen parameters": "test_frozen_parameters",
         "complex parameters are two reals": "test_complex_is_two_reals",
+    },
+    "test_launch": {
         "many tensors and many groups": "test_465_groups",
     },
     "test_formats": {

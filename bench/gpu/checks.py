@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -60,15 +59,15 @@ def facts(record: Record) -> None:
         "L2": f"{timing.last_level_cache(device) / 2**20:.0f} MiB",
         "packages": ", ".join(f"{name} {version}" for name in PACKAGES if (version := version_of(name))),
         "tools": ", ".join(f"{name}{'' if shutil.which(name) else ': none'}" for name in TOOLS),
-        "nvcc": (output(["nvcc", "--version"]).splitlines() or ["none"])[-1],
-        "backends": output([sys.executable, "-m", "fused_adamw"]),
+        "nvcc": (timing.output(["nvcc", "--version"]).splitlines() or ["none"])[-1],
+        "backends": timing.output([sys.executable, "-m", "fused_adamw"]),
     }
     if record.tiny:
         found["tiny"] = "lists of a few elements: no figure means anything"
     (record.folder / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
     for name, value in found.items():
         print(f"{name}: {value}")
-    print(output(["nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE"])[:4000])
+    print(timing.output(["nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE"])[:4000])
 
 
 def version_of(package: str) -> str:
@@ -76,14 +75,6 @@ def version_of(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return ""
-
-
-def output(command: list[str]) -> str:
-    """Return what a command prints; nothing where it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
         return ""
 
 

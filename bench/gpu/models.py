@@ -161,9 +161,7 @@ def measure(
             calls[name] = call
         except Exception as error:
             record.emit(kind="skipped", case=title, arm=name, reason=first_line(error))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    interleave(calls, range(2 if record.tiny else 9), times, cuda_clock)
-    for name, seconds in times.items():
+    for name, seconds in interleave(calls, range(2 if record.tiny else 9), cuda_clock).items():
         rate = count / float(np.median(seconds))
         record.emit(kind="model", name=title, arm=name, per_second=rate, unit=unit, ms_median=count / rate * 1e3)
         print(f"{title}: {name}: {rate:,.0f} {unit} a second", flush=True)

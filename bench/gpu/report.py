@@ -1,13 +1,13 @@
 """Make the summary of a folder of results, its picture, and the table of README from the lines of JSON."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bench.gpu import predictions
 from bench.gpu.predictions import PREDICTIONS, verdict
 from bench.gpu.record import rows_of
+from bench.output import markdown
 
 Rows = list[dict[str, Any]]
 NOTES = "notes.md"  # written by hand: why a figure falls short, and what was changed; taken into the summary
@@ -49,14 +49,6 @@ def draw(folder: Path) -> None:
     curves({"environment": unknown | environment_of(folder), "results": points}, folder / "gb_per_s.png", best)
 
 
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table of Markdown; nothing where there are no rows."""
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    columns = list(columns)
-    head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return "\n".join([*head, *lines]) if lines else ""
-
-
 def section(title: str, body: str) -> str:
     """Return a heading and its body; nothing where the body is empty."""
     return f"## {title}\n\n{body}" if body else ""
@@ -64,7 +56,7 @@ def section(title: str, body: str) -> str:
 
 def environment(head: dict[str, str]) -> str:
     """List what the figures depend on."""
-    return table(["", ""], ([name, str(value).replace("\n", "; ")] for name, value in head.items()))
+    return markdown(["", ""], ([name, str(value).replace("\n", "; ")] for name, value in head.items()))
 
 
 def stages(rows: Rows) -> str:
@@ -77,7 +69,7 @@ def stages(rows: Rows) -> str:
         rc = "" if row["rc"] is None else str(row["rc"])
         said = [*([row["note"]] if row["note"] else []), *notes.get(row["stage"], [])]
         lines.append([row["stage"], rc, f"{row['seconds']:.0f}", "; ".join(dict.fromkeys(said))])
-    return section("Stages", table(["stage", "rc", "seconds", ""], lines))
+    return section("Stages", markdown(["stage", "rc", "seconds", ""], lines))
 
 
 def failures(rows: Rows) -> str:
@@ -105,7 +97,7 @@ def judged(rows: Rows, gpu: str) -> str:
         name = ", ".join(filter(None, each.row))
         lines.append([name, each.unit, shown, measured, judgement, each.source])
     return section(
-        "Predictions", table(["of", "unit", "predicted", "measured", "verdict", "source of the prediction"], lines)
+        "Predictions", markdown(["of", "unit", "predicted", "measured", "verdict", "source of the prediction"], lines)
     )
 
 
@@ -117,7 +109,7 @@ def streams(rows: Rows) -> Rows:
 def ceilings(rows: Rows) -> str:
     """List what the memory allows."""
     lines = ([r["name"], f"{r['gb_per_s']:.0f}", f"{r['ms_median']:.3g}"] for r in of_kind(rows, "ceiling"))
-    return section("Ceilings", table(["", "GB/s", "ms"], lines))
+    return section("Ceilings", markdown(["", "GB/s", "ms"], lines))
 
 
 def steps(rows: Rows) -> str:
@@ -143,7 +135,7 @@ def steps(rows: Rows) -> str:
             ]
         )
     columns = ["list", "", "algorithm", "dtypes", "arm", "ms (20th to 80th percentile)", "GB/s", "of the stream"]
-    return section("Steps", table([*columns, "times torch fused", "host µs", "launches", "match"], lines))
+    return section("Steps", markdown([*columns, "times torch fused", "host µs", "launches", "match"], lines))
 
 
 def share(value: float | None) -> str:
@@ -165,14 +157,14 @@ def models(rows: Rows) -> str:
         ]
         for r in found
     )
-    return section("Training steps", table(["model", "optimizer", "", "ms a step", "times torch fused"], lines))
+    return section("Training steps", markdown(["model", "optimizer", "", "ms a step", "times torch fused"], lines))
 
 
 def sweep(rows: Rows) -> str:
     """List the variants, the fastest first, of each list and dtype."""
     found = sorted(of_kind(rows, "sweep"), key=lambda r: (r["list"], r["dtype"], -r["gb_per_s"]))
     lines = ([r["list"], r["dtype"], r["backend"], r["variant"], f"{r['gb_per_s']:.0f}"] for r in found)
-    return section("Variants of the kernels", table(["list", "dtype", "backend", "variant", "GB/s"], lines))
+    return section("Variants of the kernels", markdown(["list", "dtype", "backend", "variant", "GB/s"], lines))
 
 
 def counters(rows: Rows) -> str:
@@ -182,7 +174,7 @@ def counters(rows: Rows) -> str:
         found.setdefault((r["name"], r["unit"]), {})[f"{r['backend']} {r['dtype']}"] = r["value"]
     columns = list(dict.fromkeys(column for values in found.values() for column in values))
     lines = ([name, unit, *(values.get(c, "") for c in columns)] for (name, unit), values in found.items())
-    return section("Counters (ncu)", table(["", "unit", *columns], lines))
+    return section("Counters (ncu)", markdown(["", "unit", *columns], lines))
 
 
 def skipped(rows: Rows) -> str:
@@ -228,4 +220,4 @@ def readme_table(folder: Path) -> str:
                 ]
             )
     columns = ["workload", "ours, ms (graph)", "torch fused, ms", "torch fused / ours", "GB/s", "of the stream"]
-    return f"{machine}\n\n{table(columns, lines)}"
+    return f"{machine}\n\n{markdown(columns, lines)}"

@@ -13,7 +13,8 @@ from bench import limit, step, stream, stream_triton
 from bench.arms import DTYPES, FUSED, PEERS, arms_of
 from bench.gpu.record import Record
 from bench.measures import first_line
-from bench.timing import console, cuda_clock
+from bench.output import console
+from bench.timing import cuda_clock
 from tests import cases
 
 ROUNDS = 7
@@ -57,8 +58,7 @@ def measure(
     except Exception as error:
         report["skipped"].append({"case": str(case), "arm": "all", "reason": first_line(error)})
     for row in report["results"]:
-        if "ms_median" in row:
-            record.emit(kind="step", **{k: v for k, v in row.items() if k != "seconds"})
+        record.emit(kind="step", **{k: v for k, v in row.items() if k != "seconds"})
     for row in report["skipped"]:
         record.emit(kind="skipped", **row)
         print(f"skipped: {row}", flush=True)
@@ -205,7 +205,7 @@ def curve(record: Record) -> None:
     for n in sizes(record.tiny):
         if not record.time_left(f"{n} elements and more"):
             return
-        report: dict[str, Any] = {"results": []}
+        report: dict[str, Any] = {"results": [], "skipped": []}
         try:
             limit.measure(n, args, torch.device("cuda", torch.cuda.current_device()), report)
         except Exception as error:

@@ -1,23 +1,56 @@
-"""What the paper claims, each as a number measured on the runs of ``bench paper``, with an interval."""
+"""Measure each claim of the paper as a number with an interval, on the runs of ``bench paper``."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bench.digits import SCHEDULES, STEPS_PER_EPOCH
-
-if TYPE_CHECKING:
-    from bench.paper import Curve, Grid, Lengths
+from bench.paper.digits import SCHEDULES, STEPS_PER_EPOCH
 
 RESAMPLES = 2000
 NEAR = 0.005  # errors this close to the least are as good as the least: 8 of 1,541 test images
 USABLE = 0.015  # learning rates whose least error is this close to the least of all are usable
 
 
+class Grid(NamedTuple):
+    """Hold final results over learning rates and weight decays."""
+
+    algorithm: str
+    schedule: str
+    rates: np.ndarray
+    decays: np.ndarray  # the first is 0
+    errors: np.ndarray  # (seed, rate, decay), fractions of the test images
+
+    def best(self) -> tuple[int, int]:
+        """Return the indices of the rate and the decay with the least mean error."""
+        mean = self.errors.mean(0)
+        return np.unravel_index(mean.argmin(), mean.shape)
+
+
+class Curve(NamedTuple):
+    """Hold results in the course of training, a row for each seed."""
+
+    algorithm: str
+    schedule: str
+    rate: float
+    decay: float  # λ, or λ_norm under restarts
+    epochs: np.ndarray
+    errors: np.ndarray  # (seed, epoch)
+    losses: np.ndarray
+
+
+class Lengths(NamedTuple):
+    """Hold AdamW's final errors over the length of the run and the weight decay."""
+
+    rate: float
+    epochs: np.ndarray
+    decays: np.ndarray
+    errors: np.ndarray  # (seed, length, decay)
+
+
 class Claim(NamedTuple):
-    """A claim, the figure measured, and whether it was seen."""
+    """Hold a claim, its measurement, and whether it was seen."""
 
     text: str
     figure: str
@@ -29,34 +62,34 @@ class Claim(NamedTuple):
 
 
 def best_decay(errors: np.ndarray, decays: np.ndarray) -> float:
-    """log2 of the best weight decay: the mean over those whose error is near the least.
+    """Return log2 of the best weight decay: the mean over those whose error is near the least.
 
-    One of eleven thousand errors decides an argmin; the middle of the valley is steadier.
+    A single error among eleven thousand can decide an argmin; the middle of the valley is steadier.
     """
     return float(np.log2(decays[errors <= errors.min() + NEAR]).mean())
 
 
 def usable(errors: np.ndarray) -> list[int]:
-    """Rows of a table of errors over weight decays whose least error lies inside the row, not at an end of the grid."""
+    """Return the rows of errors over weight decays whose least error lies inside the row, not at an end of the grid."""
     inside = np.minimum(errors[:, 0], errors[:, -1]) > errors.min(1) + NEAR
     return [int(i) for i in np.flatnonzero(inside)]
 
 
-def usable_rates(grid: "Grid") -> list[int]:
-    """Indices of learning rates that are about as good as the best one and have a best decay inside the grid."""
+def usable_rates(grid: Grid) -> list[int]:
+    """Return the learning rates, as indices, that are about as good as the best and have a best decay in the grid."""
     mean = grid.errors.mean(0)[:, 1:]
     return [i for i in usable(mean) if mean[i].min() <= mean.min() + USABLE]
 
 
 def slope(x: np.ndarray, y: list[float]) -> float:
-    """Of the line of least squares, in octaves per octave; NaN for a single point."""
+    """Return the slope of the line of least squares, in octaves per octave; NaN for a single point."""
     if len(y) < 2:
         return float("nan")
     return float(np.polyfit(np.log2(x), y, 1)[0])
 
 
-def shift(grid: "Grid") -> Callable[[np.ndarray], float]:
-    """How many octaves the best weight decay moves for each octave of the learning rate, of resampled seeds."""
+def shift(grid: Grid) -> Callable[[np.ndarray], float]:
+    """Measure how many octaves the best weight decay moves for each octave of the learning rate, of resampled seeds."""
     rates = usable_rates(grid)
 
     def of(seeds: np.ndarray) -> float:
@@ -66,8 +99,8 @@ def shift(grid: "Grid") -> Callable[[np.ndarray], float]:
     return of
 
 
-def shrinkage(lengths: "Lengths", normalized: bool) -> Callable[[np.ndarray], float]:
-    """How many octaves the best weight decay, or λ_norm, moves when the run gets twice as long."""
+def shrinkage(lengths: Lengths, normalized: bool) -> Callable[[np.ndarray], float]:
+    """Measure how many octaves the best weight decay, or λ_norm, moves when the run gets twice as long."""
     factor = np.sqrt(STEPS_PER_EPOCH * lengths.epochs) if normalized else np.ones(len(lengths.epochs))
     rows = usable(lengths.errors.mean(0))
 
@@ -78,13 +111,13 @@ def shrinkage(lengths: "Lengths", normalized: bool) -> Callable[[np.ndarray], fl
     return of
 
 
-def least(grid: "Grid") -> Callable[[np.ndarray], float]:
-    """The error of the best cell, in percent."""
+def least(grid: Grid) -> Callable[[np.ndarray], float]:
+    """Measure the error of the best cell, in percent."""
     return lambda seeds: 100 * float(grid.errors[seeds].mean(0).min())
 
 
-def at_equal_loss(a: "Curve", b: "Curve") -> Callable[[np.ndarray], float]:
-    """Test error of a less that of b, in percent, averaged over the training losses that both pass through late."""
+def at_equal_loss(a: Curve, b: Curve) -> Callable[[np.ndarray], float]:
+    """Measure a's test error less b's, in percent, averaged over the training losses that both pass through late."""
 
     def of(seeds: np.ndarray) -> float:
         curves = []
@@ -101,17 +134,17 @@ def at_equal_loss(a: "Curve", b: "Curve") -> Callable[[np.ndarray], float]:
     return of
 
 
-def any_time(a: "Curve", b: "Curve") -> Callable[[np.ndarray], float]:
-    """Test error of a less that of b, in percent, averaged over the evaluations: whenever one may have to stop."""
+def any_time(a: Curve, b: Curve) -> Callable[[np.ndarray], float]:
+    """Measure a's test error less b's, in percent, averaged over the evaluations: one may have to stop at any."""
     difference = taken(a) - taken(b)
     return lambda seeds: 100 * float(difference[seeds].mean())
 
 
-def taken(curve: "Curve") -> np.ndarray:
-    """Errors of the network that one would take at each evaluation (seed, epoch).
+def taken(curve: Curve) -> np.ndarray:
+    """Return the errors of the network that one would take at each evaluation (seed, epoch).
 
-    With restarts that of the end of the last finished cycle, as the authors recommend (arXiv 1608.03983, section 3),
-    before there is one, and without restarts, the current one.
+    With restarts it is the network at the end of the last finished cycle, as the authors recommend (arXiv 1608.03983,
+    section 3); before the first cycle has ended, and without restarts, it is the current one.
     """
     if curve.schedule != "restarts":
         return curve.errors
@@ -120,8 +153,8 @@ def taken(curve: "Curve") -> np.ndarray:
     return curve.errors[:, [max(end[end <= i], default=i) for i in range(len(curve.epochs))]]
 
 
-def multiplier(curve: "Curve") -> tuple[np.ndarray, np.ndarray]:
-    """(epoch, η) at each step of a run."""
+def multiplier(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """Return (epoch, η) at each step of a run."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     total = int(curve.epochs[-1])
     schedule = SCHEDULES[curve.schedule](optimizer, total)
@@ -133,30 +166,33 @@ def multiplier(curve: "Curve") -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(found)) / STEPS_PER_EPOCH, np.array(found)
 
 
-def final(a: "Curve", b: "Curve") -> Callable[[np.ndarray], float]:
-    """Test error of a less that of b at the end, in percent."""
+def final(a: Curve, b: Curve) -> Callable[[np.ndarray], float]:
+    """Measure a's test error less b's at the end, in percent."""
     return lambda seeds: 100 * float((a.errors[seeds, -1] - b.errors[seeds, -1]).mean())
 
 
 def less(a: Callable[[np.ndarray], float], b: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], float]:
-    """a - b on the same seeds."""
+    """Subtract b from a on the same seeds."""
     return lambda seeds: a(seeds) - b(seeds)
 
 
 def bootstrap(of: Callable[[np.ndarray], float], seeds: int) -> tuple[float, float, float]:
-    """(value, low, high): on all seeds, and the 95 % interval of the values on as many, drawn with replacement."""
+    """Return the value on all seeds, and the ends of its 95 % interval: of values on as many, drawn with replacement.
+
+    scipy.stats.bootstrap finds the same (tests/test_bench.py), but warns of every value that cannot be measured.
+    """
     rng = np.random.default_rng(0)
     drawn = [of(rng.integers(seeds, size=seeds)) for _ in range(RESAMPLES)]
     return (of(np.arange(seeds)), *(float(x) for x in np.percentile(drawn, [2.5, 97.5])))
 
 
 def negative(low: float, high: float) -> str:
-    """Whether a value that the paper expects below 0 is."""
+    """Judge whether a value is below 0, as the paper expects."""
     return "yes" if high < 0 else "no" if low > 0 else "unclear"
 
 
 def within(bound: float) -> Callable[[float, float], str]:
-    """Whether a value that the paper expects near 0 is, give or take a bound."""
+    """Return a judge of whether a value is within a bound of 0, as the paper expects."""
 
     def verdict(low: float, high: float) -> str:
         if -bound < low and high < bound:
@@ -166,10 +202,8 @@ def within(bound: float) -> Callable[[float, float], str]:
     return verdict
 
 
-def state(
-    grids: dict[tuple[str, str], "Grid"], short: list["Curve"], long: list["Curve"], lengths: "Lengths"
-) -> list[Claim]:
-    """Every claim, measured."""
+def state(grids: dict[tuple[str, str], Grid], short: list[Curve], long: list[Curve], lengths: Lengths) -> list[Claim]:
+    """Measure every claim."""
     of = {(name, schedule): grid for (name, schedule), grid in grids.items()}
     sgd, sgdw, adam, adamw = (of[name, "cosine"] for name in ("SGD", "SGDW", "Adam", "AdamW"))
     _, _, adam_curve, adamw_curve = short

@@ -1,23 +1,25 @@
-"""What models learn in bf16 and with int8 moments, beside float32: the GPT of the demo, the digits of bench paper."""
+"""Train in bf16 and with int8 moments, beside float32: the GPT of the demo, the digits of bench paper."""
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import fused_adamw
-from bench import demo, digits, gpt
 from bench.memory import FORMS, Form
-from bench.timing import console, environment, print_head
+from bench.output import begin, console, progress, wrote
+from bench.output import table as aligned
+from bench.paper import digits
+from bench.plot import plt, write
+from bench.studies import demo, gpt
 from fused_adamw import formats
 
 FP32 = "fp32"
@@ -33,38 +35,36 @@ same gradients."""
 
 def run(args: argparse.Namespace) -> int:
     """Train all, print the table, draw formats.png."""
-    head = environment(args.threads)
-    print_head("bf16 parameters and int8 moments", head)
+    begin("bf16 parameters and int8 moments", args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    training, held_out = gpt.corpus()
-    del held_out
+    training, _ = gpt.corpus()
     jobs = [(name, seed) for seed in range(args.seeds) for name in FORMS]
     losses: dict[str, list[list[float]]] = {name: [] for name in FORMS}
     errors: dict[str, list[float]] = {name: [] for name in FORMS}
     moments: dict[str, dict[str, tuple[float, float]]] = {}
-    for name, seed in track(jobs, "training", console=console, transient=True, disable=not console.is_terminal):
-        trained = Run(FORMS[name], seed, args.steps, shadowed=seed == 0)
-        for _, text in zip(range(args.steps), gpt.batches(training, seed), strict=False):
-            trained.train(text)
-        losses[name].append(trained.losses)
-        errors[name].append(digits_error(FORMS[name], seed))
-        if seed == 0:
-            moments[name] = trained.moment_errors()
+    with progress() as bar:
+        for name, seed in bar.track(jobs, description="training"):
+            trained = Run(FORMS[name], seed, args.steps, shadowed=seed == 0)
+            for text in itertools.islice(gpt.batches(training, seed), args.steps):
+                trained.train(text)
+            losses[name].append(trained.losses)
+            errors[name].append(digits_error(FORMS[name], seed))
+            if seed == 0:
+                moments[name] = trained.moment_errors()
     console.print(table(losses, errors, moments))
     console.print(NOTES.format(last=min(demo.LAST, args.steps), epochs=EPOCHS))
-    path = args.out / "formats.png"
-    plot(losses, path)
-    console.print(f"wrote {path}")
+    plot(losses, args.out / "formats.png")
+    wrote(args.out / "formats.png")
     return 0
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
-    """In float32, whatever the dtype of the parameters."""
+    """Predict in float32, whatever the dtype of the parameters."""
     return functional_call(model, {name: p.float() for name, p in model.named_parameters()}, x)
 
 
 class Run(demo.Run):
-    """A GPT in training, and float32 moments of its gradients beside it if they are to be compared."""
+    """Hold a GPT in training, and float32 moments of its gradients beside it if they are to be compared."""
 
     def __init__(self, form: Form, seed: int, steps: int, shadowed: bool) -> None:
         super().__init__(fused_adamw.AdamW, seed, steps, dtype=form.dtype, **form.options)
@@ -83,7 +83,7 @@ class Run(demo.Run):
         self.shadow.step()
 
     def moment_errors(self) -> dict[str, tuple[float, float]]:
-        """For each moment the squared error over all its elements, of the squared norm, and 1 - cosine."""
+        """Return the squared error of each moment, divided by its squared norm, and 1 - cosine."""
         found = {}
         plain = self.optimizer.export()["state"].values()
         places = {p: i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
@@ -97,7 +97,7 @@ class Run(demo.Run):
 
 
 def digits_error(form: Form, seed: int) -> float:
-    """Percent of the test images that the network gets wrong."""
+    """Return the percentage of the test images that the network gets wrong."""
     x, y, test_x, test_y = digits.digits(seed)
     model = digits.network(seed).to(form.dtype)
     small, formats.SMALL = formats.SMALL, 1
@@ -126,8 +126,8 @@ def table(
     errors: dict[str, list[float]],
     moments: dict[str, dict[str, tuple[float, float]]],
 ) -> Table:
-    """A line for each form."""
-    shown = Table("AdamW", "GPT, loss", "beside fp32", "digits, %", "m", "v")
+    """Make a line for each form."""
+    shown = aligned("AdamW", "GPT, loss", "beside fp32", "digits, %", "m", "v")
     fp32 = np.array([final(curve) for curve in losses[FP32]])
     for name in FORMS:
         ours = np.array([final(curve) for curve in losses[name]])
@@ -142,10 +142,7 @@ def table(
 
 
 def plot(losses: dict[str, list[list[float]]], path: Path) -> None:
-    """How far each form's loss is from that of fp32, smoothed, mean of the seeds."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+    """Draw how far each form's loss is from that of fp32, smoothed, mean of the seeds."""
     figure, axes = plt.subplots(figsize=(9, 5), dpi=150, layout="constrained")
     fp32 = np.array(losses[FP32])
     window = max(1, fp32.shape[1] // 10)
@@ -158,8 +155,6 @@ def plot(losses: dict[str, list[list[float]]], path: Path) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="training step", ylabel="loss - loss of fp32 (nats per character)")
     axes.set_title(f"A character GPT, beside the same one in fp32; mean of {len(fp32)} seeds and {window} steps")
-    axes.legend(frameon=False, fontsize="small", ncols=2)
+    axes.legend(fontsize="small", ncols=2)
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    plt.close(figure)
+    write(figure, path)

@@ -1,4 +1,4 @@
-"""The paper's experiments on small data: learning rate against decay, schedules, restarts, the length of a run."""
+"""Redo the paper's experiments on small data: learning rate against decay, schedules, restarts, the length of a run."""
 
 import argparse
 import hashlib
@@ -9,18 +9,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import sklearn
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 import fused_adamw
-from bench import claims, digits, figures
-from bench.digits import STEPS_PER_EPOCH, Batch, train
-from bench.timing import console, environment, print_head
+from bench.output import begin, console, progress, table, wrote
+from bench.paper import claims, digits, figures
+from bench.paper.claims import Claim, Curve, Grid, Lengths
+from bench.paper.digits import STEPS_PER_EPOCH, Batch, train
 
 ALGORITHMS = ("SGD", "SGDW", "Adam", "AdamW")
 # Where the grids begin; the rest is so many octaves above. 0 comes before the least weight decay.
@@ -30,7 +29,7 @@ LEAST_LR = {"SGD": 4e-3, "SGDW": 4e-3, "Adam": 1e-3, "AdamW": 1e-3}
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run."""
+    """Say how much is run."""
 
     seeds: int
     epochs: int  # of a run of figures 1 to 3
@@ -45,49 +44,13 @@ FULL = Plan(8, 30, tuple(range(6)), tuple(range(7)), 150, (4, 8, 16, 32, 64, 128
 QUICK = Plan(2, 10, (1, 3, 5), (0, 2, 4, 6), 30, (2, 4, 8, 16), (0, 2, 4, 6, 8))
 
 
-class Grid(NamedTuple):
-    """Final results over learning rates and weight decays."""
-
-    algorithm: str
-    schedule: str
-    rates: np.ndarray
-    decays: np.ndarray  # the first is 0
-    errors: np.ndarray  # (seed, rate, decay), fractions of the test images
-
-    def best(self) -> tuple[int, int]:
-        """Indices of the rate and the decay with the least mean error."""
-        mean = self.errors.mean(0)
-        return np.unravel_index(mean.argmin(), mean.shape)
-
-
-class Curve(NamedTuple):
-    """Results in the course of training, a row for each seed."""
-
-    algorithm: str
-    schedule: str
-    rate: float
-    decay: float  # λ, or λ_norm under restarts
-    epochs: np.ndarray
-    errors: np.ndarray  # (seed, epoch)
-    losses: np.ndarray
-
-
-class Lengths(NamedTuple):
-    """AdamW's final errors over the length of the run and the weight decay."""
-
-    rate: float
-    epochs: np.ndarray
-    decays: np.ndarray
-    errors: np.ndarray  # (seed, length, decay)
-
-
 def octaves(least: float, above: Iterable[int]) -> list[float]:
-    """The numbers so many doublings above the least."""
+    """Return the numbers so many doublings above the least."""
     return [least * 2.0**k for k in above]
 
 
 def grid_batches(plan: Plan, algorithm: str, schedule: str) -> list[Batch]:
-    """A batch for each seed."""
+    """Make a batch for each seed."""
     rates = octaves(LEAST_LR[algorithm], plan.octaves)
     decays = [0.0, *octaves(LEAST_DECAY[algorithm], plan.decays)]
     return [
@@ -97,7 +60,7 @@ def grid_batches(plan: Plan, algorithm: str, schedule: str) -> list[Batch]:
 
 
 def length_batches(plan: Plan) -> list[Batch]:
-    """A batch for each length."""
+    """Make a batch for each length."""
     rate = octaves(LEAST_LR["AdamW"], [3])[0]
     decays = octaves(LEAST_DECAY["AdamW"], plan.length_decays)
     cells = tuple((rate, decay, seed) for seed in range(plan.seeds) for decay in decays)
@@ -105,14 +68,14 @@ def length_batches(plan: Plan) -> list[Batch]:
 
 
 def curve_batch(plan: Plan, grid: Grid, schedule: str, epochs: int, decay: float) -> Batch:
-    """The best learning rate of a grid, and this weight decay, in the course of training."""
+    """Make a batch that follows the best learning rate of a grid, with this weight decay, in the course of training."""
     rate = float(grid.rates[grid.best()[0]])
     every = max(1, epochs // 75)
     return Batch(grid.algorithm, schedule, epochs, every, tuple((rate, decay, seed) for seed in range(plan.seeds)))
 
 
 class Points:
-    """Results by batch, kept in a file of a line each, so that an interrupted run goes on where it was."""
+    """Hold results by batch, kept in a file of a line each, so that an interrupted run goes on where it was."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -120,7 +83,7 @@ class Points:
             "fused_adamw": fused_adamw.__version__,
             "torch": torch.__version__,
             "scikit-learn": sklearn.__version__,
-            "bench/digits.py": hashlib.sha256(Path(digits.__file__).read_bytes()).hexdigest()[:12],
+            "bench/paper/digits.py": hashlib.sha256(Path(digits.__file__).read_bytes()).hexdigest()[:12],
         }
         self.of: dict[str, dict[str, Any]] = {}
         for line in path.read_text("utf-8").splitlines() if path.exists() else ():
@@ -149,7 +112,7 @@ class Points:
 
 
 def steps_of(batch: Batch) -> int:
-    """Steps of all networks: what a batch costs."""
+    """Count the steps of all networks, which is what a batch costs."""
     return batch.epochs * STEPS_PER_EPOCH * len(batch.cells)
 
 
@@ -178,14 +141,12 @@ def results(batches: list[Batch], processes: int) -> Iterator[tuple[Batch, dict[
 def fill(points: Points, batches: list[Batch], title: str, processes: int) -> None:
     """Train what is missing, with a progress bar."""
     missing = points.missing(batches)
-    bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    bar = (*bar, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*bar, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=sum(map(steps_of, batches)))
-        progress.advance(task, sum(map(steps_of, batches)) - sum(map(steps_of, missing)))
+    total = sum(map(steps_of, batches))
+    with progress() as bar:
+        task = bar.add_task(title, total=total, completed=total - sum(map(steps_of, missing)))
         for batch, result in results(missing, processes):
             points.add(batch, result)
-            progress.advance(task, steps_of(batch))
+            bar.advance(task, steps_of(batch))
 
 
 def grid_of(plan: Plan, points: Points, algorithm: str, schedule: str) -> Grid:
@@ -213,8 +174,8 @@ def run(args: argparse.Namespace) -> int:
     """Train what is not there yet, state what was seen, and draw the figures."""
     plan = QUICK if args.quick else FULL
     processes = args.threads or min(2, os.cpu_count() or 1)
-    head = environment(1) | {"threads": f"{processes} processes of 1", "scikit-learn": sklearn.__version__}
-    print_head("Decoupled weight decay regularization, on scikit-learn's digits", head)
+    facts = {"threads": f"{processes} processes of 1", "scikit-learn": sklearn.__version__}
+    head = begin("Decoupled weight decay regularization, on scikit-learn's digits", 1, more=facts)
     args.out.mkdir(parents=True, exist_ok=True)
     points = Points(args.out / "paper_points.jsonl")
 
@@ -245,19 +206,18 @@ def run(args: argparse.Namespace) -> int:
         "points": [{"batch": asdict(b), "result": points[b]} for b in (*batches, *length_batches(plan), *wanted)],
     }
     (args.out / "paper.json").write_text(json.dumps(report_file), encoding="utf-8")
-    for path in figures.draw(grids, short, long, lengths, args.out):
-        console.print(f"wrote {path}")
-    console.print(f"wrote {args.out / 'paper.json'}")
+    wrote(args.out / "paper.json")
+    figures.draw(grids, short, long, lengths, args.out)
     return 0
 
 
-def report(stated: list["claims.Claim"], plan: Plan) -> None:
+def report(stated: list[Claim], plan: Plan) -> None:
     """Print a row for each claim."""
-    table = Table("claim of the paper", "measured here", "95 % interval", "seen?", show_lines=True)
+    shown = table("claim of the paper", "measured here", "95 % interval", "seen?", left=4, show_lines=True)
     for claim in stated:
         interval = "" if claim.value is None else f"{claim.low:+.2f} … {claim.high:+.2f}"
-        table.add_row(claim.text, claim.measured, interval, claim.verdict)
-    console.print(table)
+        shown.add_row(claim.text, claim.measured, interval, claim.verdict)
+    console.print(shown)
     console.print(
         f"{plan.seeds} seeds (of the weights, the order and the choice of the {digits.TRAINING} training images); "
         "intervals by bootstrap over seeds.\n"

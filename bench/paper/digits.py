@@ -1,4 +1,4 @@
-"""Small convolutional networks that learn scikit-learn's digits, many at a time: what ``bench paper`` trains.
+"""Train small convolutional networks on scikit-learn's digits, many at a time, for ``bench paper``.
 
 Networks that differ in seed, learning rate and weight decay are stacked, so that one forward and backward pass serves
 all of them, and each is a parameter group of one optimizer, whose step is one launch for all.
@@ -40,7 +40,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, int], LRScheduler]] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Networks to train side by side."""
+    """Describe networks to train side by side."""
 
     algorithm: str  # a key of PAPERS
     schedule: str  # a key of SCHEDULES
@@ -50,7 +50,7 @@ class Batch:
 
 
 def network(seed: int) -> nn.Module:
-    """Two convolutions and a linear layer, 3,842 parameters. GroupNorm, unlike BatchNorm, knows no other image."""
+    """Make two convolutions and a linear layer, 3,842 parameters. GroupNorm, unlike BatchNorm, sees one image alone."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False),
@@ -65,7 +65,7 @@ def network(seed: int) -> nn.Module:
 
 
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (n, 1, 8, 8), of mean 0 and variance 1, and labels: those to train on, and the other 1,541 to test on."""
+    """Return images (n, 1, 8, 8), of mean 0 and variance 1, and labels: to train on, and the other 1,541 to test on."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
     images = (images - images.mean()) / images.std()
@@ -76,7 +76,7 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def optimizer_of(batch: Batch, stacks: dict[str, Tensor]) -> torch.optim.Optimizer:
-    """The batch's optimizer: a group for each network, whose parameters and gradients are views of the stacks."""
+    """Make the batch's optimizer: a group for each network, whose parameters and gradients are views of the stacks."""
     groups = []
     for k, (lr, decay, _) in enumerate(batch.cells):
         params = [nn.Parameter(stack.detach()[k]) for stack in stacks.values()]
@@ -130,5 +130,5 @@ def train(batch: Batch) -> dict[str, list]:
 
 @torch.no_grad()
 def evaluate(predict: Callable[..., Tensor], stacks: dict[str, Tensor], images: Tensor) -> Tensor:
-    """Logits (networks, images, 10)."""
+    """Return the logits (networks, images, 10)."""
     return torch.cat([predict(stacks, part) for part in images.split(CHUNK, dim=1)], dim=1)

@@ -1,20 +1,19 @@
-"""A small character-level GPT, trained on Python's standard library with torch's AdamW and with ours."""
+"""Train a small character-level GPT on Python's standard library with torch's AdamW and with ours."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 
 import fused_adamw
-from bench.gpt import BATCH, CONTEXT, GPT, batches, corpus
-from bench.timing import bytes_of_step, console, environment, interleave, print_head
+from bench.output import begin, console, progress, table, wrote
+from bench.plot import plt, write
+from bench.studies.gpt import BATCH, CONTEXT, GPT, batches, corpus
+from bench.timing import bytes_of_step, interleave
 
 OURS, LOOP, FUSED = "fused_adamw.AdamW", "torch AdamW (for-loop, the default)", "torch AdamW (fused=True)"
 LR, WEIGHT_DECAY = 3e-3, 0.1
@@ -24,7 +23,7 @@ ROUNDS = 31
 
 
 class Run:
-    """A model in training, with its optimizer and schedule, and its losses so far."""
+    """Hold a model in training, its optimizer and schedule, and its losses so far."""
 
     def __init__(
         self,
@@ -73,7 +72,7 @@ class Run:
 
 def run(args: argparse.Namespace) -> int:
     """Train, time, and write demo.png."""
-    print_head("Training a character-level GPT on Python's standard library", environment(args.threads))
+    begin("Training a character-level GPT on Python's standard library", args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     training, held_out = corpus()
     runs = {
@@ -87,12 +86,9 @@ def run(args: argparse.Namespace) -> int:
         f"{args.steps} steps of {BATCH}×{CONTEXT} of {len(training):,} characters"
     )
     validated = train(runs, training, held_out, args.steps, args.seed)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    interleave({name: r.optimizer.step for name, r in runs.items()}, range(ROUNDS), times)
-    report(runs, times)
-    path = args.out / "demo.png"
-    plot(runs, validated, path)
-    console.print(f"wrote {path}")
+    report(runs, interleave({name: r.optimizer.step for name, r in runs.items()}, range(ROUNDS)))
+    plot(runs, validated, args.out / "demo.png")
+    wrote(args.out / "demo.png")
     return 0
 
 
@@ -102,10 +98,8 @@ def train(runs: dict[str, Run], training: Tensor, held_out: Tensor, steps: int, 
     texts = [next(held_out_batches) for _ in range(VALIDATION_BATCHES)]
     every = max(1, steps // VALIDATIONS)
     validated = []
-    counts = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = (TextColumn("{task.description}"), BarColumn(), *counts)
-    with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("training", total=steps)
+    with progress() as bar:
+        task = bar.add_task("training", total=steps)
         for i, text in zip(range(1, steps + 1), batches(training, seed), strict=False):
             for r in runs.values():
                 r.train(text)
@@ -113,35 +107,35 @@ def train(runs: dict[str, Run], training: Tensor, held_out: Tensor, steps: int, 
                 validated.append(i)
                 for r in runs.values():
                     r.validate(texts)
-            progress.update(task, advance=1, description=f"loss {runs[OURS].losses[-1]:.2f}")
+            bar.update(task, advance=1, description=f"loss {runs[OURS].losses[-1]:.2f}")
     return validated
 
 
 def difference(a: Run, b: Run) -> np.ndarray:
-    """Distance of two loss curves, step by step."""
+    """Return the distance of two loss curves, step by step."""
     return np.abs(np.subtract(a.losses, b.losses))
 
 
 def report(runs: dict[str, Run], times: dict[str, list[float]]) -> None:
     """Print what the models learned, and how long their optimizer steps take."""
     last = min(LAST, len(runs[OURS].losses))
-    table = Table("loss, nats per character", f"training,\nlast {last} steps", "validation", "most apart\nfrom ours")
+    shown = table("loss, nats per character", f"training,\nlast {last} steps", "validation", "most apart\nfrom ours")
     for name, r in runs.items():
         away = "" if name == OURS else f"{difference(r, runs[OURS]).max():.1e}"
-        table.add_row(name, f"{r.final():.4f}", f"{r.validation[-1]:.4f}", away)
-    console.print(table)
+        shown.add_row(name, f"{r.final():.4f}", f"{r.validation[-1]:.4f}", away)
+    console.print(shown)
     console.print(
         "Same weights, same batches: the losses are equal up to rounding at first. The optimizers round last bits\n"
         "differently, and training amplifies that chaotically: torch's own two come apart by up to "
         f"{difference(runs[LOOP], runs[FUSED]).max():.1e}.\n"
         "Validation is on other files, which may be easier or harder than those of the training."
     )
-    table = Table(f"optimizer.step(), median of {ROUNDS}", "ms", "GB/s", "times as fast as\ntorch's for-loop")
+    shown = table(f"optimizer.step(), median of {ROUNDS}", "ms", "GB/s", "times as fast as\ntorch's for-loop")
     medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
     for name, r in runs.items():
         rate = bytes_of_step(r.optimizer) / medians[name] / 1e9
-        table.add_row(name, f"{medians[name] * 1e3:.3f}", f"{rate:.1f}", f"{medians[LOOP] / medians[name]:.1f}")
-    console.print(table)
+        shown.add_row(name, f"{medians[name] * 1e3:.3f}", f"{rate:.1f}", f"{medians[LOOP] / medians[name]:.1f}")
+    console.print(shown)
     console.print(
         "GB/s = 28 bytes per parameter / time: read p, g, m, v and write p, m, v, 4 bytes each.\n"
         "A model as small as this lies in the caches in part."
@@ -149,10 +143,7 @@ def report(runs: dict[str, Run], times: dict[str, list[float]]) -> None:
 
 
 def plot(runs: dict[str, Run], validated: list[int], path: Path) -> None:
-    """Both loss curves, and below them their difference."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+    """Draw both loss curves, and below them their difference."""
     steps = np.arange(1, len(runs[OURS].losses) + 1)
     window = max(1, len(steps) // 25)
     kernel = np.ones(window) / window
@@ -167,15 +158,13 @@ def plot(runs: dict[str, Run], validated: list[int], path: Path) -> None:
         dots = {"markersize": size, "markeredgecolor": "black", "label": f"{name}, validation"}
         top.plot(validated, r.validation, "o", color=color, **dots)
     top.set(ylabel="loss (nats per character)", title="A character GPT trained by torch's AdamW and by fused_adamw's")
-    top.legend(frameon=False)
+    top.legend()
     for name, color in ((FUSED, "tab:gray"), (OURS, "tab:blue")):
         apart = difference(runs[name], runs[LOOP])
         bottom.plot(steps[apart > 0], apart[apart > 0], ".", color=color, markersize=4, label=f"{name} − for-loop")
     bottom.set(yscale="log", xlabel="training step", ylabel="|difference of loss|\n(nats per character)")
     bottom.set_title("Difference of the training losses at each step (equal ones are not shown)", fontsize="medium")
-    bottom.legend(frameon=False, loc="lower right")
+    bottom.legend(loc="lower right")
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    plt.close(figure)
+    write(figure, path)

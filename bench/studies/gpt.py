@@ -1,4 +1,4 @@
-"""The small character-level GPT that the demo, the study of formats and examples/ train, and its text; torch alone."""
+"""Define the small character-level GPT, and its text, for the demo, the study of formats and examples/; torch alone."""
 
 import sysconfig
 from collections import Counter, defaultdict
@@ -15,7 +15,7 @@ WIDTH, BLOCKS, HEADS, CONTEXT, BATCH = 192, 2, 12, 32, 32
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each normalised before and added after."""
+    """Add attention and a perceptron, each of normalised input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Logits of the next character, at every position; the head is the embedding, transposed."""
+    """Predict logits of the next character at every position; the head is the embedding, transposed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class GPT(nn.Module):
 
 
 def corpus() -> tuple[Tensor, Tensor]:
-    """Source text of the standard library as character numbers: for training, and the last tenth for validation.
+    """Return source text of the standard library as character numbers: for training, and the last tenth for validation.
 
     0 stands for all characters beyond the most common ones.
     """
@@ -69,7 +69,7 @@ def corpus() -> tuple[Tensor, Tensor]:
 
 
 def batches(data: Tensor, seed: int) -> Iterator[Tensor]:
-    """Endless random excerpts, one character longer than the context."""
+    """Yield endless random excerpts, one character longer than the context."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(data) - CONTEXT, (BATCH,), generator=generator).tolist()

@@ -1,20 +1,17 @@
-"""The figures of ``bench paper``, at the width of a page, and legible at that of a column."""
+"""Draw the figures of ``bench paper``, at the width of a page, and legible at that of a column."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import matplotlib
-import matplotlib.patheffects
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-from bench.claims import NEAR, best_decay, multiplier, taken, usable, usable_rates
-from bench.digits import STEPS_PER_EPOCH
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from bench.paper import Curve, Grid, Lengths
+from bench.output import wrote
+from bench.paper.claims import NEAR, Curve, Grid, Lengths, best_decay, multiplier, taken, usable, usable_rates
+from bench.paper.digits import STEPS_PER_EPOCH
+from bench.plot import plt, write
 
 TITLES = {"SGD": "SGD with L2", "SGDW": "SGDW", "Adam": "Adam with L2", "AdamW": "AdamW"}
 COLORS = {"SGD": "tab:orange", "SGDW": "tab:green", "Adam": "tab:red", "AdamW": "tab:blue"}
@@ -23,24 +20,18 @@ STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.grid": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
 }
 WIDTH = 7  # inches
 
 
 def draw(
-    grids: dict[tuple[str, str], "Grid"],
-    short: list["Curve"],
-    long: list["Curve"],
-    lengths: "Lengths",
+    grids: dict[tuple[str, str], Grid],
+    short: list[Curve],
+    long: list[Curve],
+    lengths: Lengths,
     folder: Path,
-) -> Iterator[Path]:
-    """Write the five figures, and yield their paths."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+) -> None:
+    """Write the five figures."""
     figures = {
         "paper_1_coupling": lambda: heatmaps(
             [[grids[n, "cosine"] for n in pair] for pair in (("SGD", "SGDW"), ("Adam", "AdamW"))]
@@ -53,16 +44,13 @@ def draw(
         "paper_5_length": lambda: run_lengths(lengths),
     }
     for name, make in figures.items():
-        with matplotlib.rc_context(STYLE):
-            figure = make()
-            path = folder / f"{name}.png"
-            figure.savefig(path)
-            plt.close(figure)
-        yield path
+        with plt.rc_context(STYLE):
+            write(make(), folder / f"{name}.png")
+        wrote(folder / f"{name}.png")
 
 
-def plain_ticks(ax: "Axes", low: float, high: float) -> None:
-    """Percents in full on a logarithmic axis."""
+def plain_ticks(ax: Axes, low: float, high: float) -> None:
+    """Write percents in full on a logarithmic axis."""
     ticks = [t for t in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60) if low <= t <= high]
     limits = ax.get_ylim()
     ax.set_yticks(ticks, [str(t) for t in ticks])
@@ -71,14 +59,13 @@ def plain_ticks(ax: "Axes", low: float, high: float) -> None:
 
 
 def thousandths(values: np.ndarray) -> list[str]:
-    """Tick labels in units of 0.001, two digits each."""
+    """Return tick labels in units of 0.001, two digits each."""
     return [f"{1e3 * v:.2g}" if v < 0.0995 else f"{1e3 * v:.0f}" for v in values]
 
 
-def heatmaps(rows: list[list["Grid"]]) -> "matplotlib.figure.Figure":
-    """Test error over learning rate and weight decay, on one colour scale."""
+def heatmaps(rows: list[list[Grid]]) -> Figure:
+    """Draw test error over learning rate and weight decay, on one colour scale."""
     from matplotlib import pyplot as plt
-    from matplotlib.colors import LogNorm
 
     means = [100 * grid.errors.mean(0) for row in rows for grid in row]
     lowest = min(mean.min() for mean in means)
@@ -110,8 +97,8 @@ def heatmaps(rows: list[list["Grid"]]) -> "matplotlib.figure.Figure":
     return figure
 
 
-def mark(ax: "Axes", grid: "Grid") -> None:
-    """The best cell, and the best decay of each learning rate."""
+def mark(ax: Axes, grid: Grid) -> None:
+    """Mark the best cell, and the best decay of each learning rate."""
     mean, rates = grid.errors.mean(0), np.array(usable_rates(grid), dtype=int)
     start, step = np.log2(grid.decays[1]), np.log2(grid.decays[2] / grid.decays[1])
     at = [(best_decay(mean[i, 1:], grid.decays[1:]) - start) / step + 1.5 for i in rates]
@@ -123,23 +110,21 @@ def mark(ax: "Axes", grid: "Grid") -> None:
     legend_on_white(ax)
 
 
-def legend_on_white(ax: "Axes") -> None:
-    """The white marks of the heatmap would not show in a legend."""
+def legend_on_white(ax: Axes) -> None:
+    """Outline the white marks of the heatmap, which would not show in a legend."""
     for line in ax.get_lines():
-        line.set_path_effects([matplotlib.patheffects.withStroke(linewidth=2.2, foreground="black")])
+        line.set_path_effects([withStroke(linewidth=2.2, foreground="black")])
 
 
-def band(ax: "Axes", x: np.ndarray, values: np.ndarray, **style: object) -> None:
-    """The mean over seeds, and its standard error."""
+def band(ax: Axes, x: np.ndarray, values: np.ndarray, **style: object) -> None:
+    """Draw the mean over seeds, and its standard error."""
     mean, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
     (line,) = ax.plot(x, mean, linewidth=1.3, **style)
     ax.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def learning_curves(curves: list["Curve"]) -> "matplotlib.figure.Figure":
-    """Training loss and test error by epoch, and one against the other."""
-    from matplotlib import pyplot as plt
-
+def learning_curves(curves: list[Curve]) -> Figure:
+    """Draw training loss and test error by epoch, and one against the other."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(WIDTH, 2.9), layout="constrained")
     for c in curves:
         style = {"color": COLORS[c.algorithm], "label": TITLES[c.algorithm]}
@@ -159,10 +144,8 @@ def learning_curves(curves: list["Curve"]) -> "matplotlib.figure.Figure":
     return figure
 
 
-def restarts(curves: list["Curve"]) -> "matplotlib.figure.Figure":
-    """Any-time test error with and without restarts, above the multipliers."""
-    from matplotlib import pyplot as plt
-
+def restarts(curves: list[Curve]) -> Figure:
+    """Draw any-time test error with and without restarts, above the multipliers."""
     figure, axes = plt.subplots(
         2, 2, figsize=(WIDTH, 4.3), layout="constrained", sharex="col", sharey="row", height_ratios=(3, 1)
     )
@@ -186,10 +169,8 @@ def restarts(curves: list["Curve"]) -> "matplotlib.figure.Figure":
     return figure
 
 
-def run_lengths(lengths: "Lengths") -> "matplotlib.figure.Figure":
-    """Test error of runs of several lengths, over the raw and over the normalized decay."""
-    from matplotlib import pyplot as plt
-
+def run_lengths(lengths: Lengths) -> Figure:
+    """Draw test error of runs of several lengths, over the raw and over the normalized decay."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.2), layout="constrained", sharey=True)
     colors = plt.get_cmap("plasma")(np.linspace(0, 0.85, len(lengths.epochs)))
     means = 100 * lengths.errors.mean(0)

@@ -1,0 +1,1 @@
+"""Redo the paper's experiments on small data: ``experiments`` trains, ``claims`` judges, ``figures`` draws."""
