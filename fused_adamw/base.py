@@ -56,6 +56,7 @@ class FusedOptimizer(Optimizer):
         self,
         params: Params,
         defaults: dict[str, Any],
+        *,
         backend: Backend | None,
         max_grad_norm: float | None,
         skip_nonfinite: bool,
@@ -141,7 +142,7 @@ class FusedOptimizer(Optimizer):
         return loss
 
     _observed_step = Optimizer.profile_hook_step(_step)
-    # A graph break under torch.compile, as for torch's own classes; the decorator costs 15 us, so only there.
+    # torch.compile breaks the graph here, as at torch's own classes. The decorator costs 15 us, so only it comes here.
     _untraced_step = torch._disable_dynamo(_observed_step)
 
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -181,8 +182,14 @@ class FusedOptimizer(Optimizer):
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             if not self.amp_scaling:
                 scale = found = None
-            factor, self.grad_norm = clipping.factor_of(plans, self.max_grad_norm, self.skip_nonfinite, scale, found)
-            # Steps that are counted on the host are those of tensors that lie there.
+            factor, self.grad_norm = clipping.factor_of(
+                plans,
+                max_grad_norm=self.max_grad_norm,
+                skip_nonfinite=self.skip_nonfinite,
+                grad_scale=scale,
+                found_inf=found,
+            )
+            # If steps may be skipped, the host counts those of CPU tensors alone, and reads only their factor.
             skipped = self.skips_steps and any(part.device.type == "cpu" for part in plans) and factor.item() < 0
         for part in plans:
             part.run(factor.to(part.device, non_blocking=True) if isinstance(factor, Tensor) else factor)
@@ -250,7 +257,7 @@ class FusedOptimizer(Optimizer):
         return watch.poll(groups, states, self.plan_key)
 
     def init_state(self) -> None:
-        """Make what a first step would make, zero moments and no step counted, for all that requires a gradient.
+        """Make the state that a first step would make, zero moments and a step of 0, for all that requires a gradient.
 
         This claims the memory before training, and lets torch.distributed.checkpoint, which loads into existing state,
         do without a step. State that exists already stays. Raises as :meth:`step` does.
@@ -295,7 +302,7 @@ class FusedOptimizer(Optimizer):
                 refresh(self.param_groups)
 
     def refresh_masters(self) -> None:
-        """Make the value of every parameter that has a master what the parameter itself says.
+        """Reset every master, so that the value of its parameter is what the parameter itself says.
 
         Call it with ``master="kahan"`` or ``"split16"`` after something other than a step overwrote parameters: their
         masters would go on adding the digits of the old values, less than an ulp. A float32 master notices by itself.

@@ -15,6 +15,7 @@ from fused_adamw.plan import Plan
 
 def factor_of(
     plans: Sequence[Plan],
+    *,
     max_grad_norm: float | None,
     skip_nonfinite: bool,
     grad_scale: Tensor | None,

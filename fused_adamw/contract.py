@@ -10,11 +10,11 @@ from torch import Tensor
 from fused_adamw.options import Backend
 from fused_adamw.tensors import Numbering, gradient, local, real
 
-#: By the name of a rule, the family of classes that it belongs to: the key of its scalars and hyperparameters.
+#: The family of each rule: the key of its scalars and hyperparameters.
 FAMILIES = {"adam": "adam", "adam_amsgrad": "adam", "sgd": "sgd", "sgd_momentum": "sgd"}
-#: By the name of a rule, how many states it moves.
+#: How many states each rule moves.
 STATES = {"adam": 2, "adam_amsgrad": 3, "sgd": 0, "sgd_momentum": 1}
-#: By the name of a master, what its data is called in the state.
+#: The key of each master's data in the state.
 MASTER_KEYS = {"kahan": "compensation", "split16": "remainder", "fp32": "master"}
 
 Scalars = list[tuple[float, ...]]  # rows of layout.SCALARS numbers, the fields of scalars.Adam or scalars.Sgd

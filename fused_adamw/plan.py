@@ -4,6 +4,7 @@ A plan holds until a watch sees that a tensor, a layout or a state is not what i
 moved is followed.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,9 +32,9 @@ class Plan:
     """Prepares and runs one launch, with the copies that tensors of other layouts need."""
 
     rows: list[Row]
-    copied: list[Row]  # those with copies to fill before, and to bring back after
+    copied: list[Row]  # those whose copies are filled before a launch, and brought back after it
     launch: Launch
-    shard_groups: tuple[Any, ...] = ()  # process groups, where a norm is asked for
+    shard_groups: tuple[Any, ...] = ()  # process groups to sum a norm over, if one is asked for
 
     @property
     def device(self) -> torch.device:
@@ -58,6 +59,16 @@ class Plan:
             self.launch.run(factor)
             for row in self.copied:
                 row.after()
+
+
+class Bucket(NamedTuple):
+    """Tells apart rows that cannot share a launch."""
+
+    turn: int  # launches of an earlier turn come first
+    shard_groups: tuple[Any, ...]
+    device: torch.device
+    backend: str
+    key: Hashable  # the backend's own
 
 
 class Built(NamedTuple):
@@ -120,23 +131,28 @@ def _lay_out(
         (item,) = wanted.values()
         groups, states = [{**item.group, "params": [only]}], {only: owner.state[only]}
     native = backends.native()
-    there = [counts_on_device(owner, group, p) for group in groups for p in group["params"]]
+    on_device = [counts_on_device(owner, group, p) for group in groups for p in group["params"]]
     watching = (native.Watch if native else watch.Watch)(
-        groups, states, there, owner.plan_key, owner.family, scalars.HYPER[owner.family]
+        groups, states, on_device, owner.plan_key, owner.family, scalars.HYPER[owner.family]
     )
     turn_of = _overlaps({slot: local(item.param) for slot, item in wanted.items()})
-    buckets: dict[Any, tuple[backends.Backend, list[Row]]] = {}
+    buckets: dict[Bucket, tuple[backends.Backend, list[Row]]] = {}
     for slot, item in wanted.items():
         formats.warn_of_losses(item.param, item.group, item.names, item.storage)
         row = _row_of(item, owner.state[item.param], 0 if only is not None else slot, slot, owner)
-        over = shard_groups(item.param) if owner.scales_gradients else ()
         backend = chosen[slot]
-        key = turn_of.get(slot, 0), over, row.p.device, backend.name, backend.bucket(row)
-        buckets.setdefault(key, (backend, []))[1].append(row)
+        bucket = Bucket(
+            turn=turn_of.get(slot, 0),
+            shard_groups=shard_groups(item.param) if owner.scales_gradients else (),
+            device=row.p.device,
+            backend=backend.name,
+            key=backend.bucket(row),
+        )
+        buckets.setdefault(bucket, (backend, []))[1].append(row)
     plans = []
-    for (_, over, *_), (backend, rows) in sorted(buckets.items(), key=lambda entry: entry[0][0]):
+    for bucket, (backend, rows) in sorted(buckets.items(), key=lambda entry: entry[0].turn):
         copied = [row for row in rows if row.g is not None or row.is_copy()]
-        plans.append(Plan(rows, copied, backend.prepare(watching, rows, owner.param_groups), over))
+        plans.append(Plan(rows, copied, backend.prepare(watching, rows, owner.param_groups), bucket.shard_groups))
     return Built(watching, plans, groups, states)
 
 

@@ -20,8 +20,8 @@ class Watch:
         self.groups, self.state, self.family = groups, state, family
         self.slots = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
         self.step = [
-            None if counted_there or p.grad is None or p not in state else state[p]["step"]
-            for counted_there, (_, p) in zip(on_device, self.slots, strict=True)
+            None if on_its_device or p.grad is None or p not in state else state[p]["step"]
+            for on_its_device, (_, p) in zip(on_device, self.slots, strict=True)
         ]
         self.index = [-1] * len(self.slots)
         self.seen = self._look(plan_key)

@@ -327,7 +327,7 @@ def test_sums_of_squares(compiler, sm, variant):
     [
         (
             "triton",
-            "multi_tensor.py",
+            "kernels.py",
             '"num_warps": NUM_WARPS, "enable_fp_fusion": False',
             '"enable_fp_fusion": True',
             ".f32",
@@ -354,13 +354,19 @@ WRONG = [
     (
         "triton",
         "multi_tensor.py",
-        "if tl.load(row + 7) & 1 != 0:\n        whole = n // (",
+        "if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:\n        whole = n // (",
         "if chunk > 0:\n        whole = n // (",
         "misaligned",
     ),
     ("triton", "multi_tensor.py", "if whole < n:", "if whole == 0:", "once"),
-    ("triton", "multi_tensor.py", "n = tl.minimum(tl.load(row + 5) - base, chunk)", "n = chunk + 0 * base", "oob"),
-    ("triton", "multi_tensor.py", "scalars + tl.load(row + 6) * SCALARS", "scalars + tl.load(row + 6) * 0", "bits"),
+    (
+        "triton",
+        "multi_tensor.py",
+        "n = tl.minimum(tl.load(row + COL_NUMEL) - base, chunk)",
+        "n = chunk + 0 * base",
+        "oob",
+    ),
+    ("triton", "multi_tensor.py", "tl.load(row + COL_SCALARS) * SCALARS", "tl.load(row + COL_SCALARS) * 0", "bits"),
     (
         "triton",
         "multi_tensor.py",
@@ -368,10 +374,10 @@ WRONG = [
         "base = tl.load(entry + 1) * chunk",
         "oob",
     ),
-    ("triton", "multi_tensor.py", "f * tl.load(at + 2)", "tl.load(at + 2)", "bits"),
+    ("triton", "multi_tensor.py", "f * tl.load(at + SCALAR_GRAD_FACTOR)", "tl.load(at + SCALAR_GRAD_FACTOR)", "bits"),
     ("cuda", "step_cuda.cu", "s.grad_factor *= *factor;", "", "bits"),
-    ("triton", "rules.py", "tl.fma(-s[4], v, v)", "v - s[4] * v", "bits"),
-    ("triton", "rules.py", "p = tl.fma(-s[0], p, p)", "p = p - s[0] * p", "bits"),
+    ("triton", "rules.py", "tl.fma(minus(s[4]), v, v)", "v - s[4] * v", "bits"),
+    ("triton", "rules.py", "p = tl.fma(minus(s[0]), p, p)", "p = p - s[0] * p", "bits"),
     ("triton", "rules.py", "propagate_nan=tl.PropagateNan.ALL", "propagate_nan=tl.PropagateNan.NONE", "bits"),
     (
         "cuda",

@@ -9,6 +9,7 @@ import pytest
 from fused_adamw import layout
 
 ROOT = Path(__file__).parent.parent
+KINDS = (".py", ".cpp", ".cu", ".h")
 # Each module imports modules to the right of it alone, for annotations too.
 LADDERS = {
     "fused_adamw": (
@@ -87,3 +88,14 @@ def test_columns_are_those_of_the_headers():
     del ours["STATES"], ours["SCALARS_BYTES"], theirs["kMaxStates"]
     assert len(ours) > 40
     assert theirs == ours
+
+
+def test_the_map_of_the_house_is_true():
+    """CONTRIBUTING.md names every file, and nothing in its answers that the sources lack."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = [p for f in ("fused_adamw", "csrc", "triton_kernels") for p in (ROOT / f).glob("*.*") if p.suffix in KINDS]
+    sources = "".join(path.read_text() for path in files)
+    shown = set(re.findall(r"`([^`]+)`", text.split("## Map of the house")[1]))
+    assert {path.name for path in files if not path.name.startswith(("__init__", "_version"))} <= shown
+    words = {word for name in shown for word in re.findall(r"[A-Za-z_]\w+", name) if "_" in word}
+    assert not [word for word in words if word not in sources and not list(ROOT.glob(f"*/{word}.*"))]

@@ -179,7 +179,7 @@ def step_kernel(
     row, base, n = place(rows, chunks, chunk)
     start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
     at = scalars + tl.load(row + COL_SCALARS) * SCALARS
-    s = (tl.load(at), tl.load(at + 1), f * tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
+    s = (tl.load(at), tl.load(at + 1), f * tl.load(at + SCALAR_GRAD_FACTOR), tl.load(at + 3), tl.load(at + 4),
          tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8))  # fmt: skip
     whole = 0
     if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
