@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return the exit code; 130, as shells have it, after Ctrl-C."""
-    # What rounding to nearest loses is what some of the rows show.
+    # Some rows are there to show what rounding to nearest loses.
     for start in ("Parameters in bfloat16 or float16 are", "Second moments in torch", "Moments in int8 are"):
         warnings.filterwarnings("ignore", start, RuntimeWarning)
     try:
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The processes of gpu are many at a time: each would put its threads on the same CPUs.
+    # gpu runs many processes at a time, and each would pin its threads to the same CPUs.
     if sys.argv[1:2] != ["gpu"]:
         from bench import pinning
 

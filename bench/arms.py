@@ -38,7 +38,7 @@ class Storage(NamedTuple):
 
     dtype: torch.dtype
     state_dtype: torch.dtype
-    options: dict[str, Any] = {}  # noqa: RUF012 (of our arms; these are compared with the oracle by the tests alone)
+    options: dict[str, Any] = {}  # noqa: RUF012 (of our arms; the tests alone compare such arms with an oracle)
 
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -176,7 +176,7 @@ PEERS = {
         lambda options, state: {**options, "quantize": False, "master_weight_bits": None},
     ),
 }
-NAMES = [*TORCH, *PEERS]  # of what is not ours
+NAMES = [*TORCH, *PEERS]  # with whom ours are compared
 
 
 def peer(name: str, algorithm: str, state_dtype: torch.dtype, device: torch.device) -> list[Arm]:

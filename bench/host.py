@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import fused_adamw
-from bench.output import begin, console, table
+from bench.output import begin, console, new_table
 from bench.timing import interleave
 from fused_adamw import backends
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     fused = torch._fused_adamw_
     stub_kernels()
     begin("Host time of AdamW.step()", 1)
-    shown = table("tensors", "gradients", f"{OURS} (µs)", f"{TORCH} (µs)", "ratio (min)", left=2)
+    shown = new_table("tensors", "gradients", f"{OURS} (µs)", f"{TORCH} (µs)", "ratio (min)", left=2)
     for tensors, moved in itertools.product(args.tensors, (False, True)):
         ours, torchs = compare(tensors, moved, args.rounds)
         ratios = torchs / ours
@@ -112,7 +112,7 @@ def compare_dtensors(rounds: int, fused: Callable[..., None]) -> None:
         arms[kind, name] = make(params).step
     times = interleave(arms, range(rounds))
     dist.destroy_process_group()
-    shown = table(f"{DTENSORS} tensors", f"{OURS} (µs)", f"{TORCH}, its CPU kernel included (µs)")
+    shown = new_table(f"{DTENSORS} tensors", f"{OURS} (µs)", f"{TORCH}, its CPU kernel included (µs)")
     for kind in kinds:
         shown.add_row(kind, *(f"{np.median(times[kind, name]) * 1e6:.0f}" for name in MAKERS))
     ratios = [np.median(np.divide(times["DTensor", name], times["plain", name])) for name in MAKERS]

@@ -7,8 +7,7 @@ from rich.table import Table
 
 from bench import measures, stream
 from bench.arms import DTYPES, Missing, arms_of, step_of
-from bench.output import Report, begin, console, finish, number, progress, until_interrupted
-from bench.output import table as aligned
+from bench.output import Report, begin, console, finish, new_table, number, progress, until_interrupted
 from bench.step import Result, summarized
 from bench.timing import bytes_of_step, cpu_clock, cuda_clock, device_of, interleave
 
@@ -65,7 +64,7 @@ def table(results: list[Result]) -> Table:
     arms = list(dict.fromkeys(r["arm"] for r in results))
     ours = [arm for arm in arms if arm.startswith("fused_adamw")]
     columns = [f"{arm}\n{what}" for arm in ours for what in ("% of stream", "ratio")]
-    shown = aligned("elements", "MB", *(f"{arm.removeprefix('ceiling: ')}\nGB/s" for arm in arms), *columns, left=0)
+    shown = new_table("elements", "MB", *(f"{arm.removeprefix('ceiling: ')}\nGB/s" for arm in arms), *columns, left=0)
     for n in dict.fromkeys(r["parameters"] for r in results):
         row = {r["arm"]: r for r in results if r["parameters"] == n}
         cells = [f"{n:,}", f"{next(iter(row.values()))['bytes'] / 1e6:.3g}"]

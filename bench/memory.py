@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fused_adamw
 from bench import measures
-from bench.output import begin, console, table
+from bench.output import begin, console, new_table
 from fused_adamw.contract import MASTER_KEYS
 from tests import cases
 
@@ -36,7 +36,7 @@ FORMS = {
     "bf16, split16, int8 moments": Form(BF16, {"master": "split16", "state_dtype": "int8"}),
     "bf16, stochastic, int8 moments": Form(BF16, {"rounding": "stochastic", "state_dtype": "int8"}),
 }
-# What others publish, with gradients: bytes, and where it stands.
+# The bytes that others publish, gradients included, and the source.
 PUBLISHED = {
     "torch.optim.AdamW, fp32": ("16", "4 tensors of 4 bytes"),
     "mixed precision with fp32 master (ZeRO)": ("16", "arXiv 1910.02054, section 3.1: bf16 parameter and gradient"),
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     begin("Memory per parameter", args.threads)
     shapes = cases.WORKLOADS[args.workload].groups(cases.WORKLOADS[args.workload].layers)
     columns = ("AdamW", "parameter", "moments", "master", "sum", "with gradient")
-    shown = table(*columns, title=f"{args.workload}, bytes")
+    shown = new_table(*columns, title=f"{args.workload}, bytes")
     for name, form in FORMS.items():
         found = measured(form, shapes)
         held = found["parameter"] + found["moments"] + found["master"]

@@ -39,7 +39,7 @@ def progress() -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def table(*columns: str, left: int = 1, **options: Any) -> Table:
+def new_table(*columns: str, left: int = 1, **options: Any) -> Table:
     """Make a table whose columns, but for so many on the left, are set flush right."""
     made = Table(*columns, **options)
     for column in made.columns[left:]:

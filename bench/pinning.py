@@ -8,8 +8,8 @@ def pin() -> None:
     """Start this program anew, on Linux, with a CPU for each thread, unless the caller has decided on that.
 
     Two threads that the scheduler packs on one CPU run at the speed of one, and OpenMP reads its variables only when
-    it is loaded, hence before torch is imported. The place of the main thread, the first, is all CPUs: the processes
-    that it starts, compilers among them, have its affinity. It stays on the CPU that the others leave free.
+    it is loaded, hence before torch is imported. The main thread may run on all CPUs, since the processes that it
+    starts, compilers among them, inherit its affinity; it stays on the CPU that the other threads leave free.
     """
     if sys.platform != "linux" or {"OMP_PROC_BIND", "OMP_PLACES"} & os.environ.keys():
         return

@@ -11,8 +11,8 @@ from typing import Any
 from bench.arms import FUSED
 from bench.output import markdown, wrote
 
-# What one run measures: workloads, algorithms, dtypes, whom to compare with beside torch fused, and other arguments.
-# Lists that fit in the caches are timed there, where what a step costs beside its memory shows.
+# The parts of a run: workloads, algorithms, dtypes, whom to compare with beside torch fused, and other arguments.
+# Lists that fit in the caches stay there, which shows what a step costs beside its memory traffic.
 RUNS = (
     (["gpt2"], ["adamw", "adamw-clip", "amsgrad", "sgdw"], ["fp32"], [], []),
     (["gpt2"], ["adamw"], ["bf16", "bf16+fp32"], ["deepspeed-cpu"], []),

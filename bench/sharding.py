@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fused_adamw
 from bench.host import stub_kernels
-from bench.output import begin, console, table
+from bench.output import begin, console, new_table
 from fused_adamw import plan
 
 EXPERT_PARALLEL = 64
@@ -110,7 +110,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = dist.init_device_mesh("cpu", (1,))
     columns = ["model", "ranks", "tensors\nwith elements", "elements", "of an\neven share", "GB moved\na step"]
-    shown = table(*columns, "launches", "tables\n(KB)", "plan\n(ms)", "host\na step (µs)")
+    shown = new_table(*columns, "launches", "tables\n(KB)", "plan\n(ms)", "host\na step (µs)")
     for (name, model), ranks in itertools.product(MODELS.items(), args.ranks):
         tensors = model()
         shapes = [local_shape(t, ranks, 0) for t in tensors]  # rank 0 has the most of every tensor

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from bench import measures, stream
 from bench.arms import ALGORITHMS, DTYPES, FUSED, NAMES, SHORT, Arm, Missing, arms_of, step_of
-from bench.output import Report, begin, console, finish, number, progress, until_interrupted
-from bench.output import table as aligned
+from bench.output import Report, begin, console, finish, new_table, number, progress, until_interrupted
 from bench.timing import (
     available_memory,
     bytes_of_step,
@@ -355,7 +354,7 @@ def table(results: list[Result]) -> Table:
     """Make a line for each arm of a case, and for the ceilings."""
     columns = ["arm", "dtypes", "ms (p20–p80)", "first\nms", "GB/s", "% of\nceiling", "ratio\n(min)", "host\nµs"]
     columns += ["launches", "extra\nMB", "match"]
-    shown = aligned(*columns, left=2, box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = new_table(*columns, left=2, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in shown.columns:
         column.no_wrap = True
     for r in results:

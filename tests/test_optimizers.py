@@ -5,14 +5,11 @@ import inspect
 import re
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fused_adamw
-from fused_adamw import backends, scalars
-from fused_adamw.watch import Watch
 from tests import cases
 
 NAMES = ["AdamW", "Adam", "SGD"]
@@ -278,84 +275,3 @@ def test_an_option_deleted_by_hand_is_missed_by_step_parameter_too():
             optimizer.param_groups[0].pop("lr_in_momentum", None)
         found.append(cases.tensors_of(optimizer))
     cases.assert_same_bits(*found)
-
-
-def test_what_a_step_cannot_use_is_an_error_at_every_step():
-    """Not only at the first, which has seen it."""
-    p = cases.parameters([(3,)])[0]
-    optimizer = cases.make("AdamW", [p], {"lr": np.float64(0.5)})
-    cases.set_gradients([p], 0)
-    optimizer.step()
-    (group,), own, before = optimizer.param_groups, optimizer.state[p], p.detach().clone()
-    assert scalars.adam_hyper(group)[0] == 0.5
-    for name, error in (("amsgrad", KeyError), ("eps", TypeError), ("lr", TypeError)):
-        for _ in range(2):
-            with pytest.raises(error):
-                value = group.pop(name)
-                group.update({name: None} if error is TypeError else {})
-                try:
-                    optimizer.step()
-                finally:
-                    group[name] = value
-    own["step"].fill_(-1)
-    with pytest.raises(ValueError, match="'step' is negative"):
-        optimizer.step()
-    torch.testing.assert_close(p.detach(), before, rtol=0, atol=0)
-
-
-CHANGES = [
-    {},
-    {"lr": 0.25},
-    {"lr": 1},
-    {"lr": torch.tensor(0.125)},
-    {"lr": 0.5, "base_lr": 2.0},
-    {"weight_decay": 0.3},
-    {"decouple_lr": False},
-    {"decoupled_weight_decay": False},
-    {"maximize": True},
-    {"name": "mine"},
-    {"betas": [0.5, 0.75], "momentum": 0.9},
-    {"eps": 1e-3, "dampening": 0.25, "lr_in_momentum": True},
-    {"nesterov": True, "dampening": 0},
-]
-
-
-@pytest.mark.parametrize("watch", [backends.native().Watch, Watch])
-@pytest.mark.parametrize("cls", [fused_adamw.AdamW, fused_adamw.SGDW])
-def test_what_is_set_by_hand_is_in_the_next_row(cls, watch):
-    """The rows have the bits of scalars.py whatever changes, tensors and lists within themselves too."""
-    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
-    optimizer = cls(
-        [{"params": params[:2]}, {"params": params[2:], "lr": 2.0}], 0.5, weight_decay=0.1, decouple_lr=True
-    )
-    optimizer.init_state()
-    for i, p in enumerate(params):
-        p.grad = torch.ones(1)
-        optimizer.state[p]["step"].fill_(9.0 * i)
-    groups = optimizer.param_groups
-    row_of, hyper = scalars.ROWS[optimizer.family], scalars.HYPER[optimizer.family]
-    kind = bool
-    seen = watch(groups, optimizer.state, [False] * 3, kind, optimizer.family, hyper)
-
-    def rows():
-        return [list(row) for row in seen.scalar_rows()]
-
-    for change in CHANGES:
-        groups[1].update(change)
-        assert seen.poll(groups, optimizer.state, kind)
-        assert rows() == [
-            list(row_of(group, step)) for group, step in zip([groups[0], *groups], (1, 10, 19), strict=True)
-        ]
-        assert [seen.scalars_of(i) for i in range(3)] == [0, 1, 2]
-    groups[1]["lr"] = torch.tensor(0.5)
-    for value in (0.75, 0.25):
-        groups[1]["lr"].fill_(value)
-        groups[1]["betas"] = [0.5, value]
-        for beta in (0.875, 0.625):
-            groups[1]["betas"][0] = beta
-            assert seen.poll(groups, optimizer.state, kind)
-            assert rows()[2] == list(row_of(groups[1], 19))
-    groups[1].pop("lr")
-    with pytest.raises(KeyError, match="lr"):
-        seen.poll(groups, optimizer.state, kind)
-        rows()

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 
 import fused_adamw
 
-# Few images to train on, as with all of them every setting of the decay gives the same error.
+# With more images to train on, every weight decay gives the same error.
 TRAINING, BATCH = 256, 16
 STEPS_PER_EPOCH = TRAINING // BATCH
 CHUNK = 128  # images at a time that are only evaluated

@@ -16,13 +16,13 @@ import sklearn
 import torch
 
 import fused_adamw
-from bench.output import begin, console, progress, table, wrote
+from bench.output import begin, console, new_table, progress, wrote
 from bench.paper import claims, digits, figures
 from bench.paper.claims import Claim, Curve, Grid, Lengths
 from bench.paper.digits import STEPS_PER_EPOCH, Batch, train
 
 ALGORITHMS = ("SGD", "SGDW", "Adam", "AdamW")
-# Where the grids begin; the rest is so many octaves above. 0 comes before the least weight decay.
+# The grids begin here, and go up by octaves; a weight decay of 0 stands before the least one.
 LEAST_DECAY = {"SGD": 4e-3, "SGDW": 8e-4, "Adam": 1.6e-3, "AdamW": 1e-3}
 LEAST_LR = {"SGD": 4e-3, "SGDW": 4e-3, "Adam": 1e-3, "AdamW": 1e-3}
 
@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
 
 def report(stated: list[Claim], plan: Plan) -> None:
     """Print a row for each claim."""
-    shown = table("claim of the paper", "measured here", "95 % interval", "seen?", left=4, show_lines=True)
+    shown = new_table("claim of the paper", "measured here", "95 % interval", "seen?", left=4, show_lines=True)
     for claim in stated:
         interval = "" if claim.value is None else f"{claim.low:+.2f} … {claim.high:+.2f}"
         shown.add_row(claim.text, claim.measured, interval, claim.verdict)

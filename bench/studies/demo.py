@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_adamw
-from bench.output import begin, console, progress, table, wrote
+from bench.output import begin, console, new_table, progress, wrote
 from bench.plot import plt, write
 from bench.studies.gpt import BATCH, CONTEXT, GPT, batches, corpus
 from bench.timing import bytes_of_step, interleave
@@ -119,7 +119,9 @@ def difference(a: Run, b: Run) -> np.ndarray:
 def report(runs: dict[str, Run], times: dict[str, list[float]]) -> None:
     """Print what the models learned, and how long their optimizer steps take."""
     last = min(LAST, len(runs[OURS].losses))
-    shown = table("loss, nats per character", f"training,\nlast {last} steps", "validation", "most apart\nfrom ours")
+    shown = new_table(
+        "loss, nats per character", f"training,\nlast {last} steps", "validation", "most apart\nfrom ours"
+    )
     for name, r in runs.items():
         away = "" if name == OURS else f"{difference(r, runs[OURS]).max():.1e}"
         shown.add_row(name, f"{r.final():.4f}", f"{r.validation[-1]:.4f}", away)
@@ -130,7 +132,7 @@ def report(runs: dict[str, Run], times: dict[str, list[float]]) -> None:
         f"{difference(runs[LOOP], runs[FUSED]).max():.1e}.\n"
         "Validation is on other files, which may be easier or harder than those of the training."
     )
-    shown = table(f"optimizer.step(), median of {ROUNDS}", "ms", "GB/s", "times as fast as\ntorch's for-loop")
+    shown = new_table(f"optimizer.step(), median of {ROUNDS}", "ms", "GB/s", "times as fast as\ntorch's for-loop")
     medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
     for name, r in runs.items():
         rate = bytes_of_step(r.optimizer) / medians[name] / 1e9

@@ -15,8 +15,7 @@ from torch.func import functional_call
 
 import fused_adamw
 from bench.memory import FORMS, Form
-from bench.output import begin, console, progress, wrote
-from bench.output import table as aligned
+from bench.output import begin, console, new_table, progress, wrote
 from bench.paper import digits
 from bench.plot import plt, write
 from bench.studies import demo, gpt
@@ -127,7 +126,7 @@ def table(
     moments: dict[str, dict[str, tuple[float, float]]],
 ) -> Table:
     """Make a line for each form."""
-    shown = aligned("AdamW", "GPT, loss", "beside fp32", "digits, %", "m", "v")
+    shown = new_table("AdamW", "GPT, loss", "beside fp32", "digits, %", "m", "v")
     fp32 = np.array([final(curve) for curve in losses[FP32]])
     for name in FORMS:
         ours = np.array([final(curve) for curve in losses[name]])
