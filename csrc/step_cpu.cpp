@@ -1,5 +1,6 @@
 // The CPU backend: one parallel region over all tensors. The loops are compiled once for each instruction
-// set, and tables of them are chosen at run time.
+// set, and tables of them are chosen at run time. The tables and the spans that call through them are
+// templates over the compute type, which is why they share a file.
 #include <algorithm>
 #include <vector>
 

@@ -1,4 +1,7 @@
-"""Steps all tensors in one launch per device, on the best backend there: what the four classes share."""
+"""Steps all tensors in one launch per device, on the best backend there: what the four classes share.
+
+The module is long because a third of it documents methods that users call.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
