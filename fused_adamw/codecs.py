@@ -18,9 +18,9 @@ max_exp_avg_sq.
 - ``fp32``: ``master``, float32.
 
 The parameter is the value rounded to nearest; of bfloat16, in split16 and fp32, with ties away from zero, so that each
-value has one remainder. A parameter that something else overwrites is noticed, element by element: a float32 that does
-not round to it, or a compensation beyond an ulp of it, counts for nothing. What may stay is the old remainder, less
-than half an ulp of the new value, or a compensation of less than one, until ``refresh_masters()``.
+value has one remainder. Where something else overwrites a parameter, elements of the master that no longer match it are
+ignored: a float32 that does not round to it, a compensation beyond an ulp of it. An old remainder (under half an ulp)
+or compensation (under one) can still match by chance: ``refresh_masters()`` clears them.
 
 *int8* moments share a float32 scale in blocks of 128 neighbours, the largest finite magnitude among them. A first
 moment has the sign and (c / 127)^2 of the scale; a second one is on a logarithmic scale of 8 steps an octave, 254 in

@@ -46,7 +46,7 @@ def places(row, base):
     run = tl.load(row + COL_RUN)
     skip = tl.load(row + COL_SKIP)
     first = tl.load(row + COL_OFFSET) + base + base // run * skip
-    # A run longer than any chunk has one end at most in it, where it stays if the run is shortened: 32 bits do.
+    # A run longer than a chunk ends at most once in it. Cutting the run to 2^30 does not move that end: 32 bits do.
     short = tl.minimum(run, 1 << 30)
     begin = short - tl.minimum(run - base % run, short)
     return first, skip, short.to(tl.uint32), begin.to(tl.uint32)

@@ -35,7 +35,7 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
         # 16 bytes of fp32. With 8, a mix of 2 and 4 bytes reads the fp32 streams at a stride of 32 bytes (sector
         # efficiency 0.6), and Adam in 2 bytes spills.
         "WIDTH": 4,
-        # fp32 Adam takes 2 to 6 registers more with 4, which blocks of codes and the words of a counter come in.
+        # 4 costs fp32 Adam 2 to 6 more registers; int8 and Philox need it, because they work on groups of 4 elements.
         "TAIL": 4 if codes or any(random) else 2,
     }
     if not codes and not any(random):
