@@ -32,9 +32,9 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST)
 
-# Without what takes more than two seconds a test.
+# Without what takes more than two seconds a test, and without the emulator of PTX, where there is one.
 quick: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not emulator"
 
 # What the frameworks themselves warn of is not an error of ours.
 test-integrations: $(VENV)/.integrations
