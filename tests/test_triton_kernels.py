@@ -43,8 +43,10 @@ def test_compiled_code_for_amd(variant):
     # Scalars that are spilled, which a few of codes are, go to lanes of a vector register.
     for what in ("private_segment_fixed_size", "vgpr_spill_count", *(["sgpr_spill_count"] if not codes else [])):
         assert set(re.findall(rf"\.{what}:\s+(\d+)", asm)) == {"0"}, what
-    # 5 or 8 waves on a SIMD; 4 for int8 with triton 3.7, which takes 97 where 3.6 takes up to 93, 3.8 up to 82.
-    most = (104 if triton.__version__.startswith("3.7.") else 96) if codes else 64
+    # 5 or 8 waves on a SIMD. triton 3.7 gives stochastic int8 with split16 one register too many, which leaves 4 waves;
+    # 3.6 takes 79 and 3.8 takes 82.
+    one_more = triton.__version__.startswith("3.7.") and codes and variant.master == "split16" and variant.stochastic
+    most = 96 + one_more if codes else 64
     assert int(re.search(r"\.vgpr_count:\s+(\d+)", asm)[1]) <= most
     assert not re.findall(r"\b(?:flat|scratch)_(?:load|store)_\w+", asm)
     wide = [4 * d.itemsize for d in variant.streams if d.itemsize > 1]
