@@ -78,8 +78,8 @@ void use_cpu_isa(const std::string& name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fused_adamw;
   py::class_<Watch>(m, "Watch")
-      .def(py::init<const py::list&, const py::dict&, const std::vector<bool>&, const py::object&,
-                    const std::string&, py::object>())
+      .def(py::init<const py::list&, const py::dict&, const py::list&, const py::object&, const std::string&,
+                    py::object, const Watch*, bool>())
       .def("poll", &Watch::poll)
       .def("scalar_rows", &Watch::scalar_rows)
       .def("advance", &Watch::advance)

@@ -46,9 +46,9 @@ public:
   bool is_current(PyObject* group, const py::object& plan_key) {
     if (immutable_ && unchanged(group)) return true;
     GroupOptions now(group, plan_key);
-    const bool same = now.plan_key_.equal(plan_key_);
-    *this = std::move(now);  // not reached if one of the calls above throws
-    return same;
+    if (!now.plan_key_.equal(plan_key_)) return false;  // it may come to be the same again
+    *this = std::move(now);
+    return true;
   }
 
   // Returns the row of scalars of the `count`-th step; hyper(group) returns the numbers that enum Hyper
@@ -70,7 +70,9 @@ public:
 
 private:
   struct Option {
-    py::object key, value;  // held, so that no other object gets their addresses
+    py::object key;
+    const PyObject* value;  // nullptr: any is as good, because it is read anew at each poll
+    py::object held;        // the value, if it cannot change: no other object then gets its address
   };
 
   void capture(PyObject* group, const py::object& plan_key) {
@@ -82,9 +84,16 @@ private:
         return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
       };
       if (is("lr")) lr_ = ptrdiff_t(options_.size());
-      if (!is("params") && !is("param_names")) immutable_ &= is_immutable(value);
-      options_.push_back(
-          {py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value)});
+      Option option{py::reinterpret_borrow<py::object>(key), nullptr, {}};
+      if (!is("params") && !is("param_names")) {
+        option.value = value;
+        if (is_immutable(value)) {
+          option.held = py::reinterpret_borrow<py::object>(value);
+        } else {
+          immutable_ = false;
+        }
+      }
+      options_.push_back(std::move(option));
     }
     plan_key_ = plan_key(py::handle(group));
   }
@@ -96,9 +105,10 @@ private:
     size_t k = 0;
     for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value); ++k) {
       if (key != options_[k].key.ptr()) return false;
-      if (value == options_[k].value.ptr()) continue;
+      if (value == options_[k].value || !options_[k].value) continue;
       if (ptrdiff_t(k) != lr_ || !PyFloat_CheckExact(value)) return false;
-      options_[k].value = py::reinterpret_borrow<py::object>(value);
+      options_[k].value = value;
+      options_[k].held = py::reinterpret_borrow<py::object>(value);
       hyper_[HYPER_LR] = PyFloat_AS_DOUBLE(value);
     }
     return true;

@@ -4,7 +4,6 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -25,85 +24,94 @@ public:
   // rows: a list of contract.Row.
   CpuStep(const Watch& watch, const py::list& rows) : watch_(watch) {
     for (const py::handle& item : rows) {
-      const auto slot = item.attr("slot").cast<size_t>();
-      const auto p = item.attr("p").cast<at::Tensor>();
-      const auto g = item.attr("g").cast<std::optional<at::Tensor>>();
-      const auto states = item.attr("states").cast<std::vector<at::Tensor>>();
-      const auto extra = item.attr("master_data").cast<std::optional<at::Tensor>>();
-      const auto scales = item.attr("scales").cast<std::vector<at::Tensor>>();
+      const auto dtype = [&item](const char* name) { return item.attr(name).cast<at::ScalarType>(); };
       Row row{};
-      row.p = p.mutable_data_ptr();
-      row.numel = p.numel();
-      row.p_format = format_of(p.scalar_type());
+      row.p_format = format_of(dtype("p"));
+      row.g_format = format_of(dtype("g"));
+      row.state_format = format_of(dtype("state"));
       row.rule = rule_of(item.attr("rule").cast<std::string>());
-      row.g = g ? g->const_data_ptr() : nullptr;
-      row.g_format = format_of(c10::toRealValueType((g ? *g : watch.grad(slot)).scalar_type()));
-      if (states.size() > kMaxStates || scales.size() > std::size(row.scales))
-        throw py::value_error("a row has " + std::to_string(states.size()) + " states and " +
-                              std::to_string(scales.size()) + " scales, more than a launch takes");
-      for (size_t j = 0; j < states.size(); ++j) row.state[j] = states[j].mutable_data_ptr();
-      row.state_format = states.empty() ? row.p_format : format_of(states[0].scalar_type());
       row.master = master_of(item.attr("master").cast<std::string>());
       row.stochastic = item.attr("stochastic").cast<bool>();
-      row.extra = extra ? extra->mutable_data_ptr() : nullptr;
-      for (size_t j = 0; j < scales.size(); ++j) row.scales[j] = scales[j].mutable_data_ptr<float>();
       row.seed = item.attr("seed").cast<uint64_t>();
       row.index = item.attr("index").cast<uint32_t>();
       std::tie(row.offset, row.run, row.skip) =
           item.attr("numbering").cast<std::tuple<int64_t, int64_t, int64_t>>();
       rows_.push_back(row);
-      sources_.push_back({slot, !g});
-      keep_alive_.push_back(p);
-      if (g) keep_alive_.push_back(*g);
-      if (extra) keep_alive_.push_back(*extra);
-      keep_alive_.insert(keep_alive_.end(), states.begin(), states.end());
-      keep_alive_.insert(keep_alive_.end(), scales.begin(), scales.end());
+      sources_.push_back({item.attr("slot").cast<size_t>(), item.attr("numel").cast<int64_t>()});
     }
   }
 
-  // Takes the scalars and the gradients of the coming step.
-  void prepare_step(const py::list& scalar_rows) {
+  // Takes the scalars and the addresses of the coming step. A row without a gradient has no elements in it.
+  void prepare_step(const py::object&, const py::list& scalar_rows) {
     scalars_.clear();
     for (const py::handle& item : scalar_rows) {
       const auto row = scalar_row_of(item);
       scalars_.insert(scalars_.end(), row.begin(), row.end());
     }
+    const bool moved = moves_ != watch_.moves();
+    elements_ = 0;
     for (size_t i = 0; i < rows_.size(); ++i) {
       const StepInputs& inputs = watch_.inputs(sources_[i].slot);
-      if (inputs.scalars < 0 || size_t(inputs.scalars) >= scalar_rows.size())
+      Row& row = rows_[i];
+      row.numel = inputs.live ? sources_[i].numel : 0;
+      elements_ += row.numel;
+      row.g = inputs.addresses[COL_GRAD];
+      if (inputs.live) row.scalars = inputs.scalars;
+      if (inputs.live && size_t(inputs.scalars) >= scalar_rows.size())
         throw py::index_error("parameter " + std::to_string(sources_[i].slot) + " has no row of scalars");
-      rows_[i].scalars = inputs.scalars;
-      if (sources_[i].follow_gradient) rows_[i].g = inputs.grad;
+      if (moved) move(row, inputs);
     }
+    moves_ = watch_.moves();
   }
 
-  // Multiplies gradients by `factor`. A negative factor leaves everything as it is.
-  void run(double factor) {
-    if (factor < 0) return;
-    for (size_t i = SCALAR_GRAD_FACTOR; i < scalars_.size(); i += SCALARS) scalars_[i] *= factor;
-    py::gil_scoped_release release;
-    step_cpu(rows_.data(), int64_t(rows_.size()), scalars_.data(), isa);
+  // Steps, with gradients multiplied by `factor`, and counts the step where `count`: in one call, so that no
+  // interrupt comes in between. A negative factor leaves everything as it is.
+  void run(const py::object&, double factor, bool count) {
+    if (!(factor < 0)) {
+      for (size_t i = SCALAR_GRAD_FACTOR; i < scalars_.size(); i += SCALARS) scalars_[i] *= factor;
+      without_gil([&] { step_cpu(rows_.data(), int64_t(rows_.size()), scalars_.data(), isa); });
+    }
+    if (count) watch_.advance();
   }
 
-  at::Tensor sum_squares() const {
-    double sum;
-    {
-      py::gil_scoped_release release;
-      sum = sum_squares_cpu(rows_.data(), int64_t(rows_.size()));
-    }
+  at::Tensor sum_squares(const py::object&) const {
+    double sum = 0;
+    without_gil([&] { sum = sum_squares_cpu(rows_.data(), int64_t(rows_.size())); });
     return at::scalar_tensor(sum, at::kDouble);
   }
 
 private:
   struct Source {
-    size_t slot;           // of the parameter in the watch
-    bool follow_gradient;  // the row steps by the gradient itself, which may move, not by a copy
+    size_t slot;  // of the parameter in the watch
+    int64_t numel;
   };
+  // Up to this many elements, at most about a millisecond, other Python threads wait: holding the memory for
+  // them costs 20 ns a tensor.
+  static constexpr int64_t kWithGil = 1 << 20;
+
+  static void move(Row& row, const StepInputs& inputs) {
+    const auto address = [&inputs](int column) {
+      return const_cast<void*>(inputs.addresses[address_index(column)]);
+    };
+    row.p = address(COL_PARAM);
+    for (int j = 0; j < kMaxStates; ++j) row.state[j] = address(COL_STATE + j);
+    row.extra = address(COL_EXTRA);
+    for (int j = 0; j < 2; ++j) row.scales[j] = static_cast<float*>(address(COL_SCALES + j));
+  }
+
+  // Other Python threads may drop tensors while the GIL is released, so their memory is held for as long.
+  template <class F> void without_gil(const F& f) const {
+    if (elements_ <= kWithGil) return f();
+    const auto held = watch_.hold();
+    const py::gil_scoped_release release;
+    f();
+  }
+
   const Watch& watch_;
   std::vector<Row> rows_;
   std::vector<double> scalars_;
   std::vector<Source> sources_;
-  std::vector<at::Tensor> keep_alive_;  // the tensors that the rows point into
+  int64_t moves_ = -1, elements_ = 0;
 };
 
 }  // namespace fused_adamw

@@ -60,7 +60,7 @@ enum Column {
   COL_PARAM,
   COL_GRAD,
   COL_STATE,  // the first of kMaxStates
-  COL_NUMEL = COL_STATE + kMaxStates,
+  COL_NUMEL = COL_STATE + kMaxStates,  // its complement, which is negative, where a step leaves the row out
   COL_SCALARS,
   COL_FLAGS,
   COL_EXTRA,
@@ -91,7 +91,7 @@ const char* step_cuda(const Variant& variant, const Tables& tables, const float*
 // Writes for each chunk the sum of the squares of its gradients.
 const char* sum_squares_cuda(const Variant& variant, const Tables& tables, double* sums, void* stream);
 // Advances the `n` counters at the addresses in `steps` and computes their rows of scalars from rows of
-// HYPERS hyperparameters. A negative *factor leaves both as they are.
+// HYPERS hyperparameters. An address of 0 leaves its row out. A negative *factor leaves all as it is.
 const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* steps, int64_t n,
                          const float* factor, float* scalars, void* stream);
 // Whether a variant is compiled. step_cuda and check_cuda may be called for no other.

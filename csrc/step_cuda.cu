@@ -240,7 +240,7 @@ struct Chunk {
     const int32_t* entry = chunks + int64_t(blockIdx.x) * 2;
     row = rows + int64_t(entry[0]) * COLUMNS;
     base = int64_t(entry[1]) * chunk;
-    n = int(min(row[COL_NUMEL] - base, int64_t(chunk)));
+    n = int(max(min(row[COL_NUMEL] - base, int64_t(chunk)), int64_t(0)));
   }
   // How many of its elements can be accessed kWidth at a time.
   template <int kWidth> __device__ __forceinline__ int whole() const {
@@ -325,7 +325,7 @@ __global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* 
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= n) return;
   float* counter = stream<float>(steps + row, 0, 0);
-  if (*factor < 0) return;
+  if (*factor < 0 || !counter) return;
   const float count = *counter + 1;
   *counter = count;
   scalars_of<kAdam>(hyper + row * HYPERS, count, Power(), scalars + row * SCALARS);

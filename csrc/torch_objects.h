@@ -65,27 +65,23 @@ struct Local {
   const at::Tensor* operator->() const { return tensor; }
 };
 
-// `object` is the Python object of t, if the caller has it: t itself is then not read if it is a DTensor.
-inline Local local_of(const at::Tensor& t, PyObject* object = nullptr) {
+// Returns the shard in a wrapper of other tensors, if it is a DTensor.
+inline Local inside(const at::Tensor& t, PyObject* object) {
   const auto inside = [](PyObject* object) {
     PyObject* const shard = DTensorType::read(object, dtensor.shard);
     return Local{&THPVariable_Unpack(shard), object, shard, DTensorType::read(object, dtensor.spec)};
   };
   if (object && Py_IS_TYPE(object, dtensor.type)) return inside(object);
-  if (!is_wrapper(t)) return {&t};
   if (!dtensor.type) dtensor.find();
   object = THPVariable_Wrap(t);
   Py_DECREF(object);  // t holds another reference
   return dtensor.type && PyObject_TypeCheck(object, dtensor.type) ? inside(object) : Local{&t};
 }
 
-// Returns nullptr for a tensor without memory of its own (a wrapper subclass); checks.py refuses those by
-// name.
-inline const void* address_of(const at::Tensor& t) {
-  const at::TensorImpl& impl = *t.unsafeGetTensorImpl();
-  if (!impl.has_storage() || !impl.numel()) return nullptr;
-  // const_data_ptr() would check the same again, out of line.
-  return static_cast<const char*>(impl.unsafe_storage().data()) + impl.itemsize() * impl.storage_offset();
+// `object` is the Python object of t, if the caller has it: t itself is then not read if it is a DTensor.
+FUSED_HD Local local_of(const at::Tensor& t, PyObject* object = nullptr) {
+  const bool wrapper = (object && Py_IS_TYPE(object, dtensor.type)) || is_wrapper(t);
+  return wrapper ? inside(t, object) : Local{&t};
 }
 
 // Returns a hash of everything that a plan depends on of a tensor but its address: dtype, device, layout,
@@ -95,7 +91,7 @@ inline const void* address_of(const at::Tensor& t) {
 // bytes for each of them instead of 16 for each dimension. Every number goes through a bijection, so layouts
 // that differ in one number never share a hash. Others share one with the probability of two random numbers,
 // 2^-64: no two of 12,940,744 layouts of matrices of 8 dtypes do.
-inline uint64_t layout_of(const at::Tensor& t) {
+FUSED_HD uint64_t layout_of(const at::Tensor& t) {
   const at::TensorImpl& impl = *t.unsafeGetTensorImpl();
   uint64_t hash = impl.key_set().raw_repr();
   const auto mix = [&hash](uint64_t value) {
@@ -111,11 +107,11 @@ inline uint64_t layout_of(const at::Tensor& t) {
 
 // Prefetches every cache line of an object. malloc aligns to 16 bytes, so most objects begin within a line.
 // always_inline: GCC drops calls to a function that only prefetches.
-FUSED_HD void prefetch(const void* object, size_t size) {
-  const auto begin = reinterpret_cast<uintptr_t>(object);
-  if (!object) return;
-  for (uintptr_t line = begin & ~uintptr_t(63); size && line < begin + size; line += 64)
-    FUSED_PREFETCH(reinterpret_cast<const void*>(line));
+template <size_t kSize> FUSED_HD void prefetch(const void* object) {
+  const char* const bytes = static_cast<const char*>(object);
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kSize; i += 64) FUSED_PREFETCH(bytes + i);
+  FUSED_PREFETCH(bytes + kSize - 1);
 }
 
 // The addresses of a tensor's objects when they were last read. They are only ever prefetched, so a stale
@@ -130,13 +126,12 @@ struct ObjectAddresses {
       : python(object), owner(t.dtensor ? THPVariable_Unpack(t.dtensor).unsafeGetTensorImpl() : nullptr),
         shard(t.shard), impl(t->unsafeGetTensorImpl()),
         storage(t->has_storage() ? t->storage().unsafeGetStorageImpl() : nullptr) {}
-  // `owner_bytes`: how much will be read of a DTensor's own implementation.
-  FUSED_HD void prefetch(size_t owner_bytes) const {
-    fused_adamw::prefetch(python, kPythonBytes);
-    fused_adamw::prefetch(owner, owner_bytes);
-    fused_adamw::prefetch(shard, kPythonBytes);
-    fused_adamw::prefetch(impl, sizeof(at::TensorImpl));
-    fused_adamw::prefetch(storage, 64);  // the address, and the flags that say who may read it
+  FUSED_HD void prefetch() const {
+    fused_adamw::prefetch<kPythonBytes>(python);
+    if (owner) fused_adamw::prefetch<kGradientBytes>(owner);
+    if (shard) fused_adamw::prefetch<kPythonBytes>(shard);
+    fused_adamw::prefetch<sizeof(at::TensorImpl)>(impl);
+    fused_adamw::prefetch<64>(storage);  // the address, the size, and the flags that say who may read it
   }
   // Prefetches what bump_version() reads.
   FUSED_HD void prefetch_version() const {
@@ -149,6 +144,56 @@ struct ObjectAddresses {
   static constexpr size_t kGradientBytes = 32;  // an implementation up to the pointer to its gradient
 };
 constexpr size_t kAhead = 4;  // how many tensors ahead to prefetch
+
+// What a plan depends on of a tensor, and which objects it had when it was last seen. Nothing here keeps a
+// tensor alive.
+struct Seen {
+  uint64_t layout = 0;  // 0: no tensor
+  size_t reach = 0;     // bytes from its first element to the end of its last
+  py::object spec;      // of a DTensor
+  ObjectAddresses objects;
+
+  Seen() = default;
+  // `object`: its Python object, if the caller has it.
+  explicit Seen(const at::Tensor& tensor, PyObject* object = nullptr) {
+    const Local t = local_of(tensor, object);
+    layout = layout_of(*t);
+    spec = py::reinterpret_borrow<py::object>(t.spec);
+    objects = ObjectAddresses(object ? object : t.dtensor, t);
+    // A collective may still be writing a gradient, whose memory is then not seen.
+    if (!t->has_storage() || !t->storage().data() || t->numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t d = 0; d < t->dim(); ++d) last += (t->size(d) - 1) * t->stride(d);
+    reach = size_t(last + 1) * t->itemsize();
+  }
+
+  // Takes the address of a tensor that may have moved; returns whether all else is as it was. A tensor whose
+  // storage was freed or cut is not.
+  FUSED_HD bool follow(const at::Tensor& tensor, PyObject* object, const void*& address) {
+    const Local t = local_of(tensor, object);
+    const at::TensorImpl& impl = *t->unsafeGetTensorImpl();
+    if (layout_of(*t) != layout || !same_spec(t)) return false;
+    const at::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
+    if (objects.storage != storage || objects.impl != &impl)
+      objects = ObjectAddresses(object ? object : t.dtensor, t);
+    if (!reach) return true;
+    const size_t offset = impl.itemsize() * impl.storage_offset();
+    if (!storage || !storage->data() || storage->nbytes() < offset + reach) return false;
+    address = static_cast<const char*>(storage->data()) + offset;
+    return true;
+  }
+
+private:
+  bool same_spec(const Local& t) {
+    if (t.spec == spec.ptr()) return true;
+    if (!t.spec || !spec) return false;
+    auto other = py::reinterpret_borrow<py::object>(t.spec);
+    for (const char* name : {"mesh", "placements"})
+      if (!other.attr(name).equal(spec.attr(name))) return false;
+    spec = std::move(other);
+    return true;
+  }
+};
 
 // Returns the address of a dict's table of keys, to prefetch.
 inline const void* keys_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_keys; }

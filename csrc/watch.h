@@ -1,15 +1,22 @@
-// What the plans of an optimizer were built from: its groups, parameters, gradients and states. Each step
-// polls whether they are still the same, which takes some 60 ns for a parameter. watch.Watch does the same in
-// Python.
+// Follows the tensors that plans were built from: groups, parameters, gradients and states. Each step polls
+// whether the plans still hold, which takes some 60 ns for a parameter, and takes the addresses of tensors
+// that moved. watch.Watch does the same in Python.
+//
+// A watch owns no tensor, dict or list. A poll reads the live objects out of the live containers, and compares
+// what a launch depends on. Pointers to objects are compared, never followed, so it does no harm if another
+// object has come to lie where one was: its contents are compared too.
 #pragma once
 
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "group_options.h"
@@ -18,115 +25,103 @@
 
 namespace fused_adamw {
 
-struct ParamEntry {  // one entry of a group's "params"
-  py::object param;
-  int group;
-  Py_ssize_t position;  // in the list
-  bool wrapper;         // it wraps other tensors, as a DTensor does
-  const void* address;
-  uint64_t layout, grad_layout = 0;  // 0: no gradient
-  ObjectAddresses objects, grad_objects;
-  const void* autograd = nullptr;  // its autograd metadata, to prefetch
-  py::object grad_spec;            // the spec of a gradient that is a DTensor
-};
+// The addresses of a row in the order of its columns, without those between them.
+constexpr int kAddresses = COL_NUMEL + COL_SEED - COL_EXTRA;
+constexpr int column_of(int k) { return k < COL_NUMEL ? k : k - COL_NUMEL + COL_EXTRA; }
+constexpr int address_index(int column) { return column < COL_NUMEL ? column : column - COL_EXTRA + COL_NUMEL; }
 
 struct StepInputs {  // what a step reads and writes of a parameter, close together in memory
-  const void* grad = nullptr;
-  float* step = nullptr;  // nullptr: the parameter is not stepped, or its steps are counted on the device
-  int group = -1;
-  int scalars = -1;  // index of its row of scalars
-};
-
-struct StateEntry {       // one entry of a parameter's state
-  py::object key, value;  // held, so that no other object gets their addresses
-  bool plain;             // a tensor of torch's own type, and no wrapper
-  const void* address;
-  uint64_t layout;  // 0 for anything but a tensor
-  ObjectAddresses objects;
-};
-
-struct ParamState {  // one entry of the optimizer's state
-  py::object key, value;
-  Py_ssize_t position;  // in the dict
-  const void* keys;     // of the value, a dict; to prefetch
-  size_t first, last;   // its entries among all state entries
+  std::array<const void*, kAddresses> addresses{};
+  const void* step = nullptr;  // the address of its counter
+  int group = 0;
+  int scalars = -1;               // index of its row of scalars
+  bool live = false;              // it is in a plan and has a gradient: this step moves it
+  bool counts_on_device = false;  // the step is counted where the parameter is
 };
 
 class Watch {
 public:
-  // on_device: for each parameter, whether its steps are counted there. plan_key, hyper: see GroupOptions.
-  // plan_key refers to the optimizer and is passed to each call: kept here, it would make a cycle that the
-  // garbage collector does not see, because the optimizer keeps this object.
-  Watch(const py::list& groups, const py::dict& state, const std::vector<bool>& on_device,
-        const py::object& plan_key, const std::string& family, py::object hyper)
-      : groups_(groups), state_(state), hyper_(std::move(hyper)), adam_(family == "adam") {
-    for (const py::handle& group : groups) {
-      const auto params = group["params"].cast<py::list>();
-      options_.emplace_back(group.ptr(), plan_key);
-      for (size_t k = 0; k < params.size(); ++k)
-        add_param(params[k], on_device.at(params_.size()), Py_ssize_t(k));
+  // rows: a list of contract.Row. single: the plans are of the parameter of one row alone. previous: a watch,
+  // or None, that may have seen gradients that are missing now. plan_key, hyper: see GroupOptions. plan_key
+  // refers to the optimizer and is passed to each call: kept here, it would make a cycle that the garbage
+  // collector does not see, because the optimizer keeps this object.
+  Watch(const py::list& groups, const py::dict& state, const py::list& rows, const py::object& plan_key,
+        const std::string& family, py::object hyper, const Watch* previous, bool single)
+      : hyper_(std::move(hyper)), adam_(family == "adam"), single_(single) {
+    if (single) {
+      const py::handle row = rows[0];
+      first_ = row.attr("group").cast<size_t>();
+      flat_ = row.attr("index").cast<size_t>();
+      add_group(py::object(groups[first_]), plan_key, row.attr("position").cast<Py_ssize_t>());
+    } else {
+      for (const py::handle& group : groups) add_group(group, plan_key, -1);
     }
+    std::unordered_map<PyObject*, Py_ssize_t> positions;  // in the state, a dict
     PyObject *key, *value;
     for (Py_ssize_t i = 0, position = 0; PyDict_Next(state.ptr(), &i, &key, &value); position = i)
-      add_state(key, value, position);
+      positions[key] = position;
+    for (const py::handle& row : rows) add_row(row, state, positions, previous);
   }
 
-  // Whether the plans are still right: groups, parameters, states and layouts are the same. Gradients may
-  // have moved.
+  // Whether the plans still hold: no parameter, state or layout is another, and no gradient is where none was
+  // planned. Takes the addresses of tensors that moved, and which gradients there are.
   bool poll(const py::list& groups, const py::dict& state, const py::object& plan_key) {
-    if (groups.ptr() != groups_.ptr() || state.ptr() != state_.ptr() || groups.size() != options_.size() ||
-        state.size() != states_.size())
+    if (groups.size() < first_ + options_.size() || (!single_ && groups.size() != options_.size()))
       return false;
-    std::vector<PyObject*> lists(groups.size());
-    size_t n = 0;
+    std::vector<PyObject*> lists(first_ + options_.size());
+    size_t before = 0, n = 0;
     for (size_t g = 0; g < lists.size(); ++g) {
       PyObject* const group = PyList_GET_ITEM(groups.ptr(), g);
-      if (!PyDict_Check(group) || !options_[g].is_current(group, plan_key)) return false;
-      lists[g] = PyDict_GetItem(group, params_key_.ptr());
+      lists[g] = PyDict_Check(group) ? PyDict_GetItem(group, params_key_.ptr()) : nullptr;
       if (!lists[g] || !PyList_Check(lists[g])) return false;
-      n += PyList_GET_SIZE(lists[g]);
+      (g < first_ ? before : n) += PyList_GET_SIZE(lists[g]);
     }
-    if (n != params_.size()) return false;
-    for (size_t i = 0; i < n; ++i) {
-      if (i + kAhead < n) {
+    if (single_ ? before + params_[0].position != flat_ : n != params_.size()) return false;
+    // First, because plans of other groups may be polled before these.
+    if (!params_.empty() && param_at(0, lists) != params_[0].param) return false;
+    for (size_t g = first_; g < lists.size(); ++g)
+      if (!options_[g - first_].is_current(PyList_GET_ITEM(groups.ptr(), g), plan_key)) return false;
+
+    for (size_t i = 0; i < params_.size(); ++i) {
+      if (i + kAhead < params_.size()) {
         const ParamEntry& next = params_[i + kAhead];
-        next.objects.prefetch(ObjectAddresses::kGradientBytes);
-        next.grad_objects.prefetch(sizeof(at::TensorImpl));
+        next.seen.objects.prefetch();
+        next.grad.objects.prefetch();
         FUSED_PREFETCH(next.autograd);
       }
-      ParamEntry& entry = params_[i];
-      PyObject* const list = lists[entry.group];
-      if (entry.position >= PyList_GET_SIZE(list) ||
-          PyList_GET_ITEM(list, entry.position) != entry.param.ptr() || !unchanged(entry, inputs_[i]))
-        return false;
+      PyObject* const param = param_at(i, lists);
+      if (param != params_[i].param || !follow(params_[i], inputs_[i], param)) return false;
     }
-    for (size_t i = 0; i < states_.size(); ++i)
-      if (!unchanged_state(i)) return false;
+    for (size_t k = 0; k < planned_.size(); ++k)
+      if (!follow_state(k, state)) return false;
+    if (moved_ && overlaps()) return false;
+    moves_ += moved_;
+    moved_ = false;
     return true;
   }
 
   // Returns the rows of scalars of the coming step, one for each distinct (group, step), and notes for each
   // parameter the index of its row.
-  py::list scalar_rows() {
+  py::list scalar_rows(const py::list& groups) {
     py::list rows;
-    int first = 0, n = 0, group = -1;
+    int first = 0, n = 0, group = -1, k = 0;
     std::vector<float> counts;
     for (size_t i = 0; i < inputs_.size(); ++i) {
       if (i + kAhead < inputs_.size()) FUSED_PREFETCH(inputs_[i + kAhead].step);
       StepInputs& inputs = inputs_[i];
-      if (!inputs.step) continue;
+      if (!inputs.live || inputs.counts_on_device) continue;
       if (inputs.group != group) {
         group = inputs.group;
-        first = n;
+        first = k = n;
       }
-      const float count = *inputs.step + 1;
-      int k = first;
-      while (k < n && counts[k] != count) ++k;
+      const float count = *static_cast<const float*>(inputs.step) + 1;
+      if (k == n || counts[k] != count)
+        for (k = first; k < n && counts[k] != count;) ++k;
       if (k == n) {
-        PyObject* const options = PyList_GET_ITEM(groups_.ptr(), group);
+        PyObject* const options = PyList_GET_ITEM(groups.ptr(), group);
         counts.push_back(count);
-        rows.append(adam_ ? options_[group].scalar_row<true>(options, hyper_, count)
-                          : options_[group].scalar_row<false>(options, hyper_, count));
+        rows.append(adam_ ? options_[group - first_].scalar_row<true>(options, hyper_, count)
+                          : options_[group - first_].scalar_row<false>(options, hyper_, count));
         ++n;
       }
       inputs.scalars = k;
@@ -134,21 +129,22 @@ public:
     return rows;
   }
 
-  // Counts the step, and tells autograd that the parameters have changed.
-  void advance() {
+  // Counts the step, and tells autograd that the parameters have changed. To be called with the GIL held since
+  // the poll, or with the tensors held.
+  void advance() const {
     for (size_t i = 0; i < params_.size(); ++i) {
-      if (i + kAhead < params_.size()) params_[i + kAhead].objects.prefetch_version();
-      if (params_[i].grad_layout) bump_version(params_[i].param.ptr());
-      if (inputs_[i].step) ++*inputs_[i].step;
+      if (i + kAhead < params_.size()) params_[i + kAhead].seen.objects.prefetch_version();
+      if (!inputs_[i].live) continue;
+      bump_version(const_cast<PyObject*>(params_[i].param));
+      if (!inputs_[i].counts_on_device) ++*static_cast<float*>(const_cast<void*>(inputs_[i].step));
     }
   }
 
   // Brings the tables of a launch on a device to this step in one copy: the rows, if any changed or
   // `all_rows` is set, and the rows of scalars, which follow them in `buffer`. `table` is a copy of the rows
-  // on the host. `slots` has the parameter of each row, or -1 - parameter where COL_GRAD stays as it is.
-  // COL_SCALARS stays as it is where steps are counted on the device. torch's caching allocator of pinned
-  // memory does not hand the staging memory out again before the copy is done; a graph, which copies from it
-  // at each replay, brings its own.
+  // on the host, and of the addresses of their counters if these are on the device; `slots` has the parameter
+  // of each row. torch's caching allocator of pinned memory does not hand the staging memory out again before
+  // the copy is done; a graph, which copies from it at each replay, brings its own.
   void upload(const at::Tensor& table, const at::Tensor& slots, const py::list& scalar_rows,
               const at::Tensor& buffer, bool all_rows, const std::optional<at::Tensor>& own_staging) const {
     const bool rows = update(table, slots) || all_rows;
@@ -172,150 +168,241 @@ public:
   }
 
   int scalars_of(size_t slot) const { return inputs_.at(slot).scalars; }
-  const at::Tensor& grad(size_t slot) const {
-    return THPVariable_Unpack(params_.at(slot).param.ptr()).unsafeGetTensorImpl()->grad();
-  }
   const StepInputs& inputs(size_t slot) const { return inputs_.at(slot); }
+  // Changes whenever the address of a parameter or a state does.
+  int64_t moves() const { return moves_; }
+  // Holds the memory that a step reads and writes.
+  std::vector<c10::intrusive_ptr<at::StorageImpl>> hold() const {
+    std::vector<c10::intrusive_ptr<at::StorageImpl>> held;
+    const auto add = [&held](const Seen& seen) {
+      auto* const storage = static_cast<at::StorageImpl*>(const_cast<void*>(seen.objects.storage));
+      if (storage) held.push_back(c10::intrusive_ptr<at::StorageImpl>::reclaim_copy(storage));
+    };
+    for (const Planned& planned : planned_) {
+      if (!inputs_[planned.slot].live) continue;
+      add(params_[planned.slot].seen);
+      add(params_[planned.slot].grad);
+      for (size_t j = planned.first; j < planned.last; ++j) add(state_entries_[j].seen);
+    }
+    return held;
+  }
 
 private:
+  struct ParamEntry {  // one entry of a group's "params"
+    const PyObject* param;
+    Py_ssize_t position;     // in the list
+    const void* autograd;    // its autograd metadata, to prefetch
+    bool planned = false;    // it has a row
+    bool p_copied = false;   // the launch steps a copy of it
+    bool g_copied = false;   // the launch reads a copy of its gradient
+    Seen seen, grad;         // of a gradient that is missing: as one was, or as the parameter is
+  };
+  struct StateEntry {  // one entry of a planned parameter's state
+    py::object key;
+    int column;  // of the row, or one of these
+    Seen seen;
+  };
+  enum { NO_COLUMN = -1, STEP_COLUMN = -2 };
+  struct Planned {  // a parameter that has a row
+    size_t slot;
+    Py_ssize_t position;  // in the optimizer's state
+    const void *state, *keys;  // its state, a dict, and the keys of it; to prefetch
+    size_t first, last;        // its entries among all state entries
+  };
+
+  PyObject* param_at(size_t i, const std::vector<PyObject*>& lists) const {
+    PyObject* const list = lists[inputs_[i].group];
+    const Py_ssize_t position = params_[i].position;
+    return position < PyList_GET_SIZE(list) ? PyList_GET_ITEM(list, position) : nullptr;
+  }
+
+  void add_group(py::handle group, const py::object& plan_key, Py_ssize_t only) {
+    const auto params = group["params"].cast<py::list>();
+    options_.emplace_back(group.ptr(), plan_key);
+    for (Py_ssize_t k = 0; k < Py_ssize_t(params.size()); ++k) {
+      if (only >= 0 && k != only) continue;
+      PyObject* const param = PyList_GET_ITEM(params.ptr(), k);
+      const at::Tensor* const p = tensor_of(param);
+      if (!p) throw py::type_error("entry " + std::to_string(k) + " of a group's params is no tensor");
+      ParamEntry entry{param, k, p->unsafeGetTensorImpl()->autograd_meta()};
+      entry.seen.objects = ObjectAddresses(param, local_of(*p, param));
+      params_.push_back(std::move(entry));
+      inputs_.emplace_back();
+      inputs_.back().group = int(first_ + options_.size()) - 1;
+    }
+  }
+
+  void add_row(py::handle row, const py::dict& state,
+               const std::unordered_map<PyObject*, Py_ssize_t>& positions, const Watch* previous) {
+    const auto slot = row.attr("slot").cast<size_t>();
+    ParamEntry& entry = params_.at(slot);
+    StepInputs& inputs = inputs_[slot];
+    PyObject* const param = const_cast<PyObject*>(entry.param);
+    const at::Tensor& p = *tensor_of(param);
+    entry.planned = true;
+    entry.seen = Seen(p, param);
+    const at::Tensor& grad = p.unsafeGetTensorImpl()->grad();
+    const Seen* const before = previous ? previous->grad_of(param) : nullptr;
+    entry.grad = grad.defined() ? Seen(grad) : before ? *before : entry.seen;
+    const auto copy = [&row, &inputs](const char* name, int column) {
+      const auto tensor = row.attr(name).cast<std::optional<at::Tensor>>();
+      if (tensor) inputs.addresses[column] = tensor->const_data_ptr();
+      return tensor.has_value();
+    };
+    entry.p_copied = copy("p_copy", COL_PARAM);
+    entry.g_copied = copy("g_copy", COL_GRAD);
+    inputs.counts_on_device = row.attr("counts_on_device").cast<bool>();
+    if (!follow(entry, inputs, param)) throw py::value_error("the memory of a parameter is gone");
+
+    const auto position = positions.find(param);
+    if (position == positions.end()) throw py::value_error("a parameter of a plan has no state");
+    PyObject* const own = PyDict_GetItem(state.ptr(), param);
+    const py::dict columns = row.attr("columns");
+    Planned planned{slot, position->second, own, nullptr, state_entries_.size(), 0};
+    PyObject *key, *value;
+    for (Py_ssize_t i = 0; PyDict_Check(own) && PyDict_Next(own, &i, &key, &value);) {
+      PyObject* const column = PyDict_GetItem(columns.ptr(), key);
+      const bool is_step = PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "step") == 0;
+      StateEntry of{py::reinterpret_borrow<py::object>(key), column ? int(PyLong_AsLong(column)) : is_step ? STEP_COLUMN : NO_COLUMN, {}};
+      if (of.column != NO_COLUMN) {
+        const at::Tensor* const tensor = tensor_of(value);
+        if (!tensor || (is_step && !inputs.counts_on_device && !is_counter(*tensor)))
+          throw py::value_error("a parameter's state is no tensor, or its 'step' no float32 of one element on the CPU");
+        of.seen = Seen(*tensor, value);
+      }
+      state_entries_.push_back(std::move(of));
+    }
+    if (PyDict_Check(own)) planned.keys = keys_of(own);
+    planned.last = state_entries_.size();
+    planned_.push_back(planned);
+    if (!follow_state(planned_.size() - 1, state) || !inputs.step)
+      throw py::value_error("the memory of a parameter's state is gone, or it has no 'step'");
+  }
+
+  static bool is_counter(const at::Tensor& t) {
+    return t.is_cpu() && t.scalar_type() == at::kFloat && t.numel() == 1;
+  }
+
+  // What was last seen of the gradient of a parameter; nullptr if it is not among those of a plan.
+  const Seen* grad_of(const PyObject* param) const {
+    if (by_param_.empty())
+      for (const Planned& planned : planned_) by_param_[params_[planned.slot].param] = planned.slot;
+    const auto found = by_param_.find(param);
+    return found == by_param_.end() ? nullptr : &params_[found->second].grad;
+  }
+
+  void set(const void*& to, const void* address) {
+    moved_ |= to != address;
+    to = address;
+  }
+
+  bool follow(ParamEntry& entry, StepInputs& inputs, PyObject* param) {
+    const at::Tensor* const p = tensor_of(param);
+    if (!p) return false;
+    const at::Tensor& grad = p->unsafeGetTensorImpl()->grad();
+    inputs.live = grad.defined();
+    if (!entry.planned) return !inputs.live;
+    const void *address = nullptr, *grad_address = nullptr;
+    if (!entry.seen.follow(*p, param, address)) return false;
+    if (!entry.p_copied) set(inputs.addresses[COL_PARAM], address);
+    if (!inputs.live) return true;
+    if (!entry.grad.follow(grad, nullptr, grad_address)) return false;
+    if (!entry.g_copied) inputs.addresses[COL_GRAD] = grad_address;
+    return true;
+  }
+
+  bool follow_state(size_t k, const py::dict& state) {
+    if (k + kAhead < planned_.size()) {
+      const Planned& next = planned_[k + kAhead];
+      prefetch<ObjectAddresses::kPythonBytes>(next.state);
+      prefetch<kKeysBytes>(next.keys);
+      for (size_t j = next.first; j < next.last; ++j) state_entries_[j].seen.objects.prefetch();
+    }
+    Planned& planned = planned_[k];
+    StepInputs& inputs = inputs_[planned.slot];
+    PyObject *key, *own, *value;
+    Py_ssize_t position = planned.position;
+    if (!PyDict_Next(state.ptr(), &position, &key, &own) || key != params_[planned.slot].param ||
+        !PyDict_Check(own))
+      return false;
+    planned.state = own;
+    size_t j = planned.first;
+    for (Py_ssize_t i = 0; PyDict_Next(own, &i, &key, &value); ++j) {
+      if (j == planned.last || !same_key(state_entries_[j].key, key)) return false;
+      StateEntry& entry = state_entries_[j];
+      if (entry.column == NO_COLUMN) continue;
+      const at::Tensor* const tensor = tensor_of(value);
+      const void* address = nullptr;
+      if (!tensor || !entry.seen.follow(*tensor, value, address)) return false;
+      set(entry.column == STEP_COLUMN ? inputs.step : inputs.addresses[address_index(entry.column)], address);
+    }
+    return j == planned.last;
+  }
+
+  static bool same_key(py::object& seen, PyObject* key) {
+    if (seen.ptr() == key) return true;
+    if (!PyUnicode_Check(key) || !PyUnicode_Check(seen.ptr()) || PyUnicode_Compare(key, seen.ptr()) != 0)
+      return false;
+    seen = py::reinterpret_borrow<py::object>(key);
+    return true;
+  }
+
+  // Whether two parameters share memory. Those that did when the plan was built are stepped by launches of
+  // their own, so a plan in which any of them moves is built anew.
+  bool overlaps() const {
+    std::vector<std::pair<const char*, size_t>> spans;
+    for (const Planned& planned : planned_) {
+      const ParamEntry& entry = params_[planned.slot];
+      const auto* const begin = static_cast<const char*>(inputs_[planned.slot].addresses[COL_PARAM]);
+      if (entry.seen.reach && !entry.p_copied) spans.emplace_back(begin, entry.seen.reach);
+    }
+    std::sort(spans.begin(), spans.end());
+    for (size_t i = 1; i < spans.size(); ++i)
+      if (spans[i - 1].first + spans[i - 1].second > spans[i].first) return true;
+    return false;
+  }
+
   // Returns whether any row changed.
   bool update(const at::Tensor& table, const at::Tensor& slots) const {
     int64_t* row = table.mutable_data_ptr<int64_t>();
     const int64_t* const slot = slots.const_data_ptr<int64_t>();
+    const int64_t n = slots.size(0);
+    int64_t* const steps = table.numel() > n * COLUMNS ? row + n * COLUMNS : nullptr;
     bool changed = false;
     const auto set = [&changed](int64_t& to, int64_t value) {
       changed |= to != value;
       to = value;
     };
-    for (int64_t i = 0; i < table.size(0); ++i, row += COLUMNS) {
-      const StepInputs& inputs = inputs_.at(slot[i] < 0 ? -1 - slot[i] : slot[i]);
-      if (slot[i] >= 0) set(row[COL_GRAD], reinterpret_cast<int64_t>(inputs.grad));
-      if (inputs.step) set(row[COL_SCALARS], inputs.scalars);
-      const int64_t addresses = row[COL_PARAM] | row[COL_GRAD] | row[COL_STATE] | row[COL_STATE + 1] |
-                                row[COL_STATE + 2] | row[COL_EXTRA] | row[COL_SCALES] | row[COL_SCALES + 1];
+    for (int64_t i = 0; i < n; ++i, row += COLUMNS) {
+      const StepInputs& inputs = inputs_.at(slot[i]);
+      int64_t addresses = 0;
+      for (int k = 0; k < kAddresses; ++k) {
+        const int64_t address = reinterpret_cast<int64_t>(inputs.addresses[k]);
+        set(row[column_of(k)], address);
+        addresses |= address;
+      }
+      const int64_t numel = row[COL_NUMEL] < 0 ? ~row[COL_NUMEL] : row[COL_NUMEL];
+      set(row[COL_NUMEL], inputs.live ? numel : ~numel);
+      if (steps) set(steps[i], inputs.live ? reinterpret_cast<int64_t>(inputs.step) : 0);
+      else if (inputs.live) set(row[COL_SCALARS], inputs.scalars);
       const int64_t shard_aligned = row[COL_FLAGS] & SHARD_ALIGNED;
       set(row[COL_FLAGS], shard_aligned | (shard_aligned && addresses % 16 == 0 ? ALIGNED : 0));
     }
     return changed;
   }
 
-  void add_param(py::handle param, bool on_device, Py_ssize_t position) {
-    const int group = int(options_.size()) - 1;
-    const at::Tensor* owner = tensor_of(param.ptr());
-    if (!owner)
-      throw py::type_error("entry " + std::to_string(position) + " of a group's params is no tensor");
-    const Local p = local_of(*owner, param.ptr());
-    ParamEntry entry{py::reinterpret_borrow<py::object>(param),
-                     group,
-                     position,
-                     is_wrapper(*owner),
-                     address_of(*p),
-                     layout_of(*p)};
-    const at::Tensor& grad = owner->unsafeGetTensorImpl()->grad();
-    StepInputs inputs;
-    inputs.group = group;
-    entry.objects = ObjectAddresses(param.ptr(), p);
-    entry.autograd = owner->unsafeGetTensorImpl()->autograd_meta();
-    if (grad.defined()) {
-      const Local g = local_of(grad);
-      entry.grad_objects = ObjectAddresses(g.dtensor, g);
-      entry.grad_layout = layout_of(*g);
-      entry.grad_spec = py::reinterpret_borrow<py::object>(g.spec);
-      inputs.grad = address_of(*g);
-    }
-    if (grad.defined() && !on_device) {
-      PyObject* param_state = PyDict_GetItem(state_.ptr(), param.ptr());
-      PyObject* step = param_state ? PyDict_GetItemString(param_state, "step") : nullptr;
-      const at::Tensor* t = step ? tensor_of(step) : nullptr;
-      if (!t || !t->is_cpu() || t->scalar_type() != at::kFloat || t->numel() != 1)
-        throw py::value_error("a parameter has no 'step', a float32 tensor of one element on the CPU");
-      inputs.step = t->mutable_data_ptr<float>();
-    }
-    inputs_.push_back(inputs);
-    params_.push_back(std::move(entry));
-  }
-
-  void add_state(PyObject* key, PyObject* value, Py_ssize_t position) {
-    const size_t first = state_entries_.size();
-    PyObject *name, *item;
-    for (Py_ssize_t i = 0; PyDict_Check(value) && PyDict_Next(value, &i, &name, &item);) {
-      const at::Tensor* tensor = tensor_of(item);
-      const Local t = tensor ? local_of(*tensor, item) : Local();
-      const bool plain = tensor && THPVariable_CheckExact(item) && !is_wrapper(*tensor);
-      state_entries_.push_back({py::reinterpret_borrow<py::object>(name),
-                                py::reinterpret_borrow<py::object>(item), plain,
-                                tensor ? address_of(*t) : nullptr, tensor ? layout_of(*t) : 0,
-                                tensor ? ObjectAddresses(item, t) : ObjectAddresses()});
-    }
-    states_.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value),
-                       position, PyDict_Check(value) ? keys_of(value) : nullptr, first,
-                       state_entries_.size()});
-  }
-
-  // Takes the address of a gradient that moved.
-  static bool unchanged(ParamEntry& entry, StepInputs& inputs) {
-    const at::Tensor& owner = THPVariable_Unpack(entry.param.ptr());
-    if (!entry.wrapper && is_wrapper(owner)) return false;
-    const Local p = local_of(owner, entry.param.ptr());
-    if (address_of(*p) != entry.address || layout_of(*p) != entry.layout) return false;
-    const at::Tensor& grad = owner.unsafeGetTensorImpl()->grad();
-    if (!grad.defined()) return !entry.grad_layout;
-    if (!entry.wrapper && is_wrapper(grad)) return false;
-    const Local g = local_of(grad);
-    if (layout_of(*g) != entry.grad_layout || !unchanged_spec(entry, g)) return false;
-    inputs.grad = address_of(*g);
-    if (entry.grad_objects.impl != g->unsafeGetTensorImpl())
-      entry.grad_objects = ObjectAddresses(g.dtensor, g);
-    return inputs.grad || g->numel() == 0;
-  }
-
-  static bool unchanged_spec(ParamEntry& entry, const Local& g) {
-    if (g.spec == entry.grad_spec.ptr()) return true;
-    if (!g.spec || !entry.grad_spec) return false;
-    auto spec = py::reinterpret_borrow<py::object>(g.spec);
-    for (const char* name : {"mesh", "placements"})
-      if (!spec.attr(name).equal(entry.grad_spec.attr(name))) return false;
-    entry.grad_spec = std::move(spec);
-    return true;
-  }
-
-  bool unchanged_state(size_t i) const {
-    if (i + kAhead < states_.size()) {
-      const ParamState& next = states_[i + kAhead];
-      prefetch(next.value.ptr(), ObjectAddresses::kPythonBytes);
-      prefetch(next.keys, kKeysBytes);
-      for (size_t j = next.first; j < next.last; ++j) state_entries_[j].objects.prefetch(0);
-    }
-    const ParamState& state = states_[i];
-    PyObject *key, *value, *item;
-    Py_ssize_t position = state.position;
-    if (!PyDict_Next(state_.ptr(), &position, &key, &value) || key != state.key.ptr() ||
-        value != state.value.ptr())
-      return false;
-    size_t j = state.first;
-    for (Py_ssize_t k = 0; PyDict_Check(value) && PyDict_Next(value, &k, &key, &item); ++j) {
-      if (j == state.last || key != state_entries_[j].key.ptr() || item != state_entries_[j].value.ptr())
-        return false;
-      const StateEntry& entry = state_entries_[j];
-      if (!entry.layout) continue;
-      const at::Tensor& tensor = THPVariable_Unpack(item);
-      if (entry.plain && is_wrapper(tensor)) return false;
-      const Local t = entry.plain ? Local{&tensor} : local_of(tensor, item);
-      if (entry.address != address_of(*t) || entry.layout != layout_of(*t)) return false;
-    }
-    return j == state.last;
-  }
-
-  py::list groups_;
-  py::dict state_;
   py::str params_key_{"params"};
   py::object hyper_;
-  bool adam_;
+  bool adam_, single_;
+  size_t first_ = 0, flat_ = 0;  // of a single parameter: its group, and its index among all parameters
+  bool moved_ = false;  // an address changed since the last poll that held
+  int64_t moves_ = 0;
   std::vector<GroupOptions> options_;
   std::vector<ParamEntry> params_;
   std::vector<StepInputs> inputs_;  // of the same parameters
-  std::vector<ParamState> states_;
+  std::vector<Planned> planned_;
   std::vector<StateEntry> state_entries_;
+  mutable std::unordered_map<const PyObject*, size_t> by_param_;
 };
 
 }  // namespace fused_adamw

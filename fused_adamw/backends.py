@@ -1,6 +1,6 @@
 """Registers the backends, and chooses the one that steps a device's tensors or says why it cannot.
 
-A backend is one function, ``prepare(watch, rows, groups) -> Launch``, and one line of ``BACKENDS``.
+A backend is one function, ``prepare(watch, rows, owner) -> Launch``, and one line of ``BACKENDS``.
 """
 
 import functools
@@ -18,7 +18,7 @@ import torch
 
 from fused_adamw import build, gpu, reference
 from fused_adamw._version import __version__
-from fused_adamw.contract import Launch, Row, Variant, Watch
+from fused_adamw.contract import Launch, Owner, Row, Variant, Watch
 from fused_adamw.formats import _warn_once
 from fused_adamw.scalars import HYPER
 
@@ -66,13 +66,13 @@ class CannotRun(RuntimeError):
 class Backend:
     """Steps a bucket of rows in one call.
 
-    ``prepare(watch, rows, groups)`` returns the launch; ``missing()`` returns why the backend cannot run here, or "";
+    ``prepare(watch, rows, owner)`` returns the launch; ``missing()`` returns why the backend cannot run here, or "";
     ``bucket(row)`` returns a key that rows of one launch share; ``warmup(device, variant)`` compiles without a launch.
     """
 
     name: str
     devices: tuple[str, ...]  # device types, () for any
-    prepare: Callable[[Watch, list[Row], list[dict]], Launch]
+    prepare: Callable[[Watch, list[Row], Owner], Launch]
     missing: Callable[[], str] = lambda: ""
     bucket: Callable[[Row], Hashable] = lambda row: None
     warmup: Callable[[torch.device, Variant], Any] = lambda device, variant: None
@@ -93,7 +93,7 @@ class Backend:
         return self.missing()
 
 
-def _prepare_cpu(watch: Watch, rows: list[Row], groups: list[dict]) -> Launch:
+def _prepare_cpu(watch: Watch, rows: list[Row], owner: Owner) -> Launch:
     return _built().CpuStep(watch, rows)
 
 
@@ -108,17 +108,17 @@ def leave_out(error: CannotRun) -> None:
 def _on_a_gpu(name: str, kernels: Callable[..., Any], missing: Callable[[], str], devices: tuple[str, ...]) -> Backend:
     """Make a backend that launches ``kernels(device, variant)``, over tables."""
 
-    def prepare(watch: Watch, rows: list[Row], groups: list[dict]) -> Launch:
+    def prepare(watch: Watch, rows: list[Row], owner: Owner) -> Launch:
         row = rows[0]
         try:
-            compiled = kernels(row.p.device, row.variant)
+            compiled = kernels(row.device, row.variant)
         except NotImplementedError:  # the backend runs, but lacks kernels for these formats
             raise
         except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
             raise CannotRun(name, f"it failed: {type(error).__name__}: {error}") from error
         if not row.counts_on_device:
-            return gpu.Launch(watch, rows, compiled, groups)
-        return gpu.CapturableLaunch(watch, rows, compiled, groups, HYPER[row.family])
+            return gpu.Launch(watch, rows, compiled, owner)
+        return gpu.CapturableLaunch(watch, rows, compiled, owner, HYPER[row.family])
 
     return Backend(
         name,
@@ -170,7 +170,7 @@ BACKENDS = (
     Backend("cpu", ("cpu",), _prepare_cpu, missing=lambda: _load_native()[1]),
     _on_a_gpu("triton", _triton_kernels, _triton_missing, ("cuda", "cpu") if INTERPRETED else ("cuda",)),
     _on_a_gpu("cuda", _cuda_kernels, _cuda_missing, ("cuda",)),
-    Backend("reference", (), reference.Launch),
+    Backend("reference", (), lambda watch, rows, owner: reference.Launch(watch, rows)),
 )
 
 

@@ -3,9 +3,9 @@
 The module is long because a third of it documents methods that users call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +26,12 @@ _REFUSED = {
 _INTERNAL = {"family", "plan_key", "requested", "rule_of", "scales_gradients", "skips_steps"}
 
 
-class SinglePlan(NamedTuple):
-    """Holds what ``step_parameter`` prepared for a parameter, and where the parameter was in the groups then."""
+# How many plans of other groups are kept: DeepSpeed's ZeRO hands the step one group after the other.
+_KEPT_PLANS = 8
 
-    group_index: int
-    param_index: int
-    built: plan.Built
+
+def _is_captured(part: plan.Plan) -> bool:
+    return bool(getattr(part.launch, "captured", None))
 
 
 class FusedOptimizer(Optimizer):
@@ -48,10 +48,8 @@ class FusedOptimizer(Optimizer):
     #: Norm of all gradients at the last step, float32, 0-dim, on the device of the first; with max_grad_norm or
     #: skip_nonfinite. Each step makes a new tensor, except the replays of a graph.
     grad_norm: Tensor | None = None
-    _watch: Any = None
-    _plans: Sequence[plan.Plan] = ()
-    _single_plans: dict[Tensor, SinglePlan]
-    _scaling: tuple[bool, bool] = (False, False)
+    _built: Sequence[plan.Built] = ()  # the first is of the last step
+    _built_single: dict[int, plan.Built] = {}  # noqa: RUF012, for step_parameter, by the id of the parameter; never written
     _captured: Sequence[plan.Plan] = ()
     _loading: dict[str, Any] | None = None
 
@@ -71,7 +69,7 @@ class FusedOptimizer(Optimizer):
                 raise RuntimeError(f"{type(self).__name__}({name}={value}) is not supported: {remedy}")
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
-        self.requested, self._single_plans = backend, {}
+        self.requested = backend
         self.max_grad_norm, self.skip_nonfinite, self.amp_scaling = max_grad_norm, skip_nonfinite, amp_scaling
         if backend is not None:
             backends.named(backend)
@@ -134,15 +132,32 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups
-        scaling = self.skips_steps, self.scales_gradients
-        if self._watch is None or scaling != self._scaling or not self._watch.poll(groups, self.state, self.plan_key):
-            self._drop_plans()
-            with torch.no_grad():
-                built = plan.build(self)
-            self._watch, self._plans, self._scaling = built.watch, built.plans, scaling
-        self._launch_all(self._watch, self._plans)
+        built = self._built[0] if self._built else None
+        if built is None or not self._holds(built):
+            built = self._choose_plans()
+        self._launch_all(built)
         return loss
+
+    def _holds(self, built: plan.Built) -> bool:
+        return built.scaling == plan.scaling_of(self) and built.watch.poll(self.param_groups, self.state, self.plan_key)
+
+    def _choose_plans(self) -> plan.Built:
+        for built in self._built[1:]:
+            if self._holds(built):
+                self._built = [built, *(other for other in self._built if other is not built)]
+                return built
+        with torch.no_grad():
+            built = plan.build(self, self._built[0] if self._built else None)
+        # Plans with copies are dropped: their memory may be the size of the model.
+        kept = [old for old in self._built if not any(part.copied for part in old.plans)][: _KEPT_PLANS - 1]
+        self._retire([old for old in self._built if old not in kept])
+        self._built = [built, *kept]
+        return built
+
+    @property
+    def _plans(self) -> Sequence[plan.Plan]:
+        """The plans of the last step."""
+        return self._built[0].plans if self._built else ()
 
     _observed_step = Optimizer.profile_hook_step(_step)
     # torch.compile breaks the graph here, as at torch's own classes. The decorator costs 15 us, so only it comes here.
@@ -170,15 +185,16 @@ class FusedOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:  # torch.amp.GradScaler asks
         return self.amp_scaling
 
-    def _launch_all(self, watch: Any, plans: Sequence[plan.Plan]) -> None:
+    def _launch_all(self, built: plan.Built) -> None:
+        watch, plans = built.watch, built.plans
         try:
-            scalar_rows = watch.scalar_rows()
+            scalar_rows = watch.scalar_rows(self.param_groups)
         except (TypeError, ValueError, ArithmeticError):
             for i, group in enumerate(self.param_groups):
                 options.check(group, i)
             raise
         for part in plans:
-            part.prepare_step(scalar_rows)
+            part.prepare_step(self, scalar_rows)
         factor: float | Tensor = 1.0
         skipped = False
         if plans and self.scales_gradients:
@@ -186,6 +202,7 @@ class FusedOptimizer(Optimizer):
             if not self.amp_scaling:
                 scale = found = None
             factor, self.grad_norm = clipping.factor_of(
+                self,
                 plans,
                 max_grad_norm=self.max_grad_norm,
                 skip_nonfinite=self.skip_nonfinite,
@@ -194,10 +211,10 @@ class FusedOptimizer(Optimizer):
             )
             # If steps may be skipped, the host counts those of CPU tensors alone, and reads only their factor.
             skipped = self.skips_steps and any(part.device.type == "cpu" for part in plans) and factor.item() < 0
-        for part in plans:
-            part.run(factor.to(part.device, non_blocking=True) if isinstance(factor, Tensor) else factor)
-        if not skipped:
-            watch.advance()
+        last = len(plans) - 1
+        for k, part in enumerate(plans):
+            on_device = factor.to(part.device, non_blocking=True) if isinstance(factor, Tensor) else factor
+            part.run(self, on_device, k == last and not skipped)
 
     def step_parameter(self, p: Tensor) -> None:
         """Update one parameter, to the same bits as :meth:`step` would, and nothing else.
@@ -225,39 +242,20 @@ class FusedOptimizer(Optimizer):
                 f"{type(self).__name__}.step_parameter: one gradient does not tell the norm of all, nor whether a step "
                 "is to be skipped: leave out max_grad_norm, skip_nonfinite and amp_scaling"
             )
-        single = self._single_plans.get(p)
-        if single is None or not self._is_current(p, single):
-            if single is not None:
-                self._retire(single.built.plans)
-            self._single_plans.pop(p, None)
-            i, j = self._index_of(p)
+        built = self._built_single.get(id(p))
+        if built is None or not self._holds(built):
             with torch.no_grad():
-                self._single_plans[p] = single = SinglePlan(i, j, plan.build(self, p))
-        self._launch_all(single.built.watch, single.built.plans)
+                now = plan.build(self, built, only=p)
+            # An entry whose parameter was taken out would stay; few are, so all go once there are too many.
+            full = len(self._built_single) > 2 * sum(len(group["params"]) for group in self.param_groups)
+            self._retire(self._built_single.values() if full else [built] if built else [])
+            if full or not self._built_single:
+                self._built_single = {}
+            self._built_single[id(p)] = built = now
+        self._launch_all(built)
         self._opt_called = True  # for schedulers, which warn where they are stepped before the optimizer
 
     _untraced_step_parameter = torch._disable_dynamo(_step_parameter)
-
-    def _index_of(self, p: Tensor) -> tuple[int, int]:
-        for i, group in enumerate(self.param_groups):
-            for j, q in enumerate(group["params"]):
-                if q is p:
-                    return i, j
-        raise ValueError(
-            f"{type(self).__name__}.step_parameter: a tensor of shape {list(p.shape)} is not among the parameters of "
-            "this optimizer: use add_param_group"
-        )
-
-    def _is_current(self, p: Tensor, single: SinglePlan) -> bool:
-        i, j, (watch, _, groups, states) = single
-        group = self.param_groups[i] if i < len(self.param_groups) else {"params": ()}
-        if j >= len(group["params"]) or group["params"][j] is not p or self.state.get(p) is not states[p]:
-            return False
-        (copy,) = groups  # the group as it was, with p alone: give it the current options
-        params = copy["params"]
-        copy.clear()
-        copy.update(group, params=params)
-        return watch.poll(groups, states, self.plan_key)
 
     def init_state(self) -> None:
         """Make the state that a first step would make, zero moments and a step of 0, for all that requires a gradient.
@@ -284,13 +282,9 @@ class FusedOptimizer(Optimizer):
                 variant = Variant(rule, p.dtype, p.dtype, dtype, storage.master, storage.stochastic)
                 backend.warmup(p.device, variant)
 
-    def _drop_plans(self) -> None:
-        self._retire(self._plans)
-        self._watch, self._plans = None, ()
-
-    def _retire(self, plans: Sequence[plan.Plan]) -> None:
+    def _retire(self, built: Iterable[plan.Built]) -> None:
         # A captured graph goes on using the tables of the plan that it was captured from.
-        self._captured = [*self._captured, *(p for p in plans if getattr(p.launch, "captured", None))]
+        self._captured = [*self._captured, *(p for old in built for p in old.plans if _is_captured(p))]
 
     def refresh_captured(self) -> None:
         """Bring hyperparameters that changed (lr, betas, weight decay, ...) to the device, for graphs to replay with.
@@ -299,10 +293,13 @@ class FusedOptimizer(Optimizer):
         it loads where the graph reads it; needs ``capturable=True``. A learning rate that is a tensor on the device is
         read by the graph itself. State that was replaced by hand needs a new capture.
         """
-        singles = chain.from_iterable(single.built.plans for single in self._single_plans.values())
-        for part in (*self._captured, *self._plans, *singles):
+        for part in self._all_plans():
             if refresh := getattr(part.launch, "refresh", None):
                 refresh(self.param_groups)
+
+    def _all_plans(self) -> Iterator[plan.Plan]:
+        built = chain(self._built, self._built_single.values())
+        return chain(self._captured, chain.from_iterable(one.plans for one in built))
 
     def refresh_masters(self) -> None:
         """Reset every master, so that the value of its parameter is what the parameter itself says.
@@ -346,14 +343,11 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, kept: dict[str, Any]) -> None:
         groups, old = getattr(self, "param_groups", []), getattr(self, "state", {})
         super().__setstate__(kept)
-        self._drop_plans()  # they hold the old tensors
-        self._retire([part for single in getattr(self, "_single_plans", {}).values() for part in single.built.plans])
-        self._single_plans = {}
         checkpoints.complete_groups(self, groups, self._decoupled)
         if self._loading is not None:
             checkpoints.take_state(self, self._loading)
-            rows = list(chain.from_iterable(part.rows for part in self._captured))
-            checkpoints.load_into_captured(self, rows, old)
+            if any(map(_is_captured, self._all_plans())):
+                checkpoints.load_into_captured(self, old)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("requested", "max_grad_norm", "skip_nonfinite", "amp_scaling")

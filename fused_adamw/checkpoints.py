@@ -1,13 +1,12 @@
 """Loads checkpoints and makes those of torch.optim; completes the groups of an optimizer that was unpickled."""
 
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from fused_adamw import checks, options, plan, state
-from fused_adamw.contract import Owner, Row
+from fused_adamw.contract import Owner
 
 
 def export(exported: dict[str, Any], family: str) -> dict[str, Any]:
@@ -85,12 +84,12 @@ def take_state(optimizer: Owner, loaded: dict[str, Any]) -> None:
             plan.init_state(optimizer, group, p)
 
 
-def load_into_captured(optimizer: Owner, rows: Sequence[Row], old: dict[Tensor, dict[str, Any]]) -> None:
+def load_into_captured(optimizer: Owner, old: dict[Tensor, dict[str, Any]]) -> None:
     """Put what was loaded where captured graphs find it: into the tensors that they were captured with."""
-    for row in rows:
-        # The checkpoint may have been made before the first step.
-        plan.init_state(optimizer, optimizer.param_groups[row.group], row.param)
-        param_state, was = optimizer.state[row.param], old.get(row.param, {})
-        for name, value in param_state.items():
-            if isinstance(was.get(name), Tensor) and was[name].dtype is value.dtype:
-                param_state[name] = was[name].copy_(value)
+    for group in optimizer.param_groups:
+        for p in filter(old.__contains__, group["params"]):
+            plan.init_state(optimizer, group, p)  # the checkpoint may have been made before the first step
+            param_state, was = optimizer.state[p], old[p]
+            for name, value in param_state.items():
+                if isinstance(was.get(name), Tensor) and was[name].dtype is value.dtype:
+                    param_state[name] = was[name].copy_(value)

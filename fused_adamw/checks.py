@@ -1,6 +1,7 @@
 """Refuses tensors that cannot be stepped, with a remedy each, before anything is written."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ class Checked(NamedTuple):
 
     where: str  # for error texts
     group_index: int
+    position: int  # in the group
     group: dict[str, Any]
     param: Tensor
     rule: str
@@ -45,11 +47,46 @@ def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Ch
                     "twice: give every parameter once"
                 )
             if wanted(p):
-                where, param_state = describe(owner, i, j), owner.state.get(p, {})
-                storage = check_storage(where, p, group, names, param_state)
-                _check_tensors(where, p, group, dict(state.shaped(param_state, names)))
-                checked[slot] = Checked(where, i, group, p, rule, names, storage)
+                checked[slot] = _check_param(owner, i, j, rule, names)
     return checked
+
+
+def check_param(owner: Owner, p: Tensor) -> dict[int, Checked]:
+    """Check one parameter and the options of its group; return it by slot. Raises as :func:`check_params` does."""
+    slot = 0
+    for i, group in enumerate(owner.param_groups):
+        for j, q in enumerate(group["params"]):
+            if q is p:
+                options.check(group, i)
+                return {slot + j: _check_param(owner, i, j, *owner.rule_of(group))}
+        slot += len(group["params"])
+    raise ValueError(
+        f"{type(owner).__name__}.step_parameter: a tensor of shape {list(p.shape)} is not among the parameters of "
+        "this optimizer: use add_param_group"
+    )
+
+
+def check_idle(owner: Owner, checked: Container[int]) -> dict[int, Checked]:
+    """Return, by slot, the parameters that have state but no gradient, and could be stepped with one as they are."""
+    idle: dict[int, Checked] = {}
+    slot = -1
+    for i, group in enumerate(owner.param_groups):
+        rule, names = owner.rule_of(group)
+        for j, p in enumerate(group["params"]):
+            slot += 1
+            if slot not in checked and p.grad is None and p in owner.state:
+                with contextlib.suppress(TypeError, ValueError, RuntimeError):  # they are raised once it has a gradient
+                    idle[slot] = _check_param(owner, i, j, rule, names)
+    return idle
+
+
+def _check_param(owner: Owner, i: int, j: int, rule: str, names: tuple[str, ...]) -> Checked:
+    group = owner.param_groups[i]
+    p, where = group["params"][j], describe(owner, i, j)
+    param_state = owner.state.get(p, {})
+    storage = check_storage(where, p, group, names, param_state)
+    _check_tensors(where, p, group, dict(state.shaped(param_state, names)))
+    return Checked(where, i, j, group, p, rule, names, storage)
 
 
 def describe(owner: Owner, i: int, j: int) -> str:

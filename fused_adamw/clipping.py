@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_adamw.contract import Owner
 from fused_adamw.plan import Plan
 
 
 def factor_of(
+    owner: Owner,
     plans: Sequence[Plan],
     *,
     max_grad_norm: float | None,
@@ -35,7 +37,7 @@ def factor_of(
     norm: Tensor | None = None
     skip: Tensor | None = None
     if max_grad_norm is not None or skip_nonfinite:
-        norm = _sum_squares(plans, home).sqrt() * unscale
+        norm = _sum_squares(owner, plans, home).sqrt() * unscale
         if max_grad_norm is not None:
             factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if skip_nonfinite:
@@ -52,11 +54,11 @@ def factor_of(
     return factor.view(()), None if norm is None else norm.view(()).float()
 
 
-def _sum_squares(plans: Sequence[Plan], home: torch.device) -> Tensor:
+def _sum_squares(owner: Owner, plans: Sequence[Plan], home: torch.device) -> Tensor:
     """Return the sum over all gradients, of which this rank may hold a shard."""
     sums: dict[tuple, Tensor] = {}
     for part in plans:
-        s = part.launch.sum_squares().to(home, non_blocking=True)
+        s = part.launch.sum_squares(owner).to(home, non_blocking=True)
         over = part.shard_groups
         sums[over] = sums[over] + s if over in sums else s
     for over, s in sums.items():

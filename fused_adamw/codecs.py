@@ -34,7 +34,7 @@ import math
 import torch
 from torch import Tensor
 
-from fused_adamw.contract import Row
+from fused_adamw.contract import Row, Tensors
 from fused_adamw.tensors import Numbering, flat
 
 BLOCK = 128  # elements to a scale
@@ -184,34 +184,34 @@ def scales_shape(codes: Tensor) -> torch.Size:
 # ---- The streams of a row, for the "reference" backend.
 
 
-def read(row: Row, compute: torch.dtype) -> list[Tensor]:
+def read(row: Row, t: Tensors, compute: torch.dtype) -> list[Tensor]:
     """Return the parameter and its moments in the dtype of the arithmetic, as they are where that is the stored one."""
-    p = row.p.to(compute) if row.master_data is None else read_master(row.master, row.p, row.master_data)
-    if row.scales:
-        coded = enumerate(zip(row.states, row.scales, strict=True))
-        return [p, *(decode(t, scales, j == row.second_moment) for j, (t, scales) in coded)]
-    return [p, *(t.to(compute) for t in row.states)]
+    p = t.p.to(compute) if t.master_data is None else read_master(row.master, t.p, t.master_data)
+    if t.scales:
+        coded = enumerate(zip(t.states, t.scales, strict=True))
+        return [p, *(decode(codes, scales, j == row.second_moment) for j, (codes, scales) in coded)]
+    return [p, *(x.to(compute) for x in t.states)]
 
 
-def write(row: Row, p: Tensor, states: list[Tensor], step: int) -> None:
+def write(row: Row, t: Tensors, p: Tensor, states: list[Tensor], step: int) -> None:
     """Store what :func:`read` returned and a rule changed."""
     random = row.variant.random_streams
     word = None
     if any(random):
-        word = words(row.seed, step, row.index, row.numbering, row.p.numel(), row.p.device)
-    if row.master_data is not None:
-        write_master(row.master, p, row.p, row.master_data)
+        word = words(row.seed, step, row.index, row.numbering, t.p.numel(), t.p.device)
+    if t.master_data is not None:
+        write_master(row.master, p, t.p, t.master_data)
     else:
-        _store(p, row.p, word >> 16 if word is not None and random.param else None)
+        _store(p, t.p, word >> 16 if word is not None and random.param else None)
     of_moments = random.first_moment, random.second_moment, False  # the third is max_exp_avg_sq
     for j, x in enumerate(states):
         drawn = word if of_moments[j] else None
-        if row.scales:
+        if t.scales:
             codes, scales = encode(x, j == row.second_moment, drawn)
-            flat(row.states[j]).copy_(codes)
-            flat(row.scales[j]).copy_(scales)
+            flat(t.states[j]).copy_(codes)
+            flat(t.scales[j]).copy_(scales)
         else:
-            _store(x, row.states[j], None if drawn is None else for_second_moment(drawn))
+            _store(x, t.states[j], None if drawn is None else for_second_moment(drawn))
 
 
 def _store(x: Tensor, to: Tensor, random: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fused_adamw.layout import COL_EXTRA, COL_SCALES, COL_STATE
 from fused_adamw.options import Backend
 from fused_adamw.tensors import Numbering, gradient, local, real
 
@@ -82,27 +83,60 @@ class Variant(NamedTuple):
         return random_streams(self.p, self.master, STATES[self.rule], self.state)
 
 
+class Owner(Protocol):
+    """Gives the checks and the plans what they need of an optimizer; error texts name its class."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any  # by parameter, a dict of its state
+    family: str
+    requested: Backend | None
+
+    @property
+    def skips_steps(self) -> bool:
+        """Whether a step may turn out to change nothing."""
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients are multiplied by a factor, which takes their norm or a GradScaler to know."""
+
+    def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """Return the rule that steps a group, and the names of the states that it moves, in the rule's order."""
+
+    def plan_key(self, group: dict[str, Any]) -> tuple:
+        """Return the options that force a new plan when they change."""
+
+
+class Tensors(NamedTuple):
+    """Holds the tensors of a row during one call. ``p``, ``g`` and ``states`` are real, dense and laid out alike."""
+
+    p: Tensor  # what is stepped: the parameter's memory, or the dense copy of a parameter that is not dense
+    g: Tensor  # the gradient, or its copy in p's layout
+    states: tuple[Tensor, ...]
+    step: Tensor
+    master_data: Tensor | None
+    scales: tuple[Tensor, ...]
+
+
 @dataclass(slots=True)
 class Row:
-    """Describes one tensor of a launch. ``p``, ``states`` and ``grad()`` are real, dense and laid out alike.
-
-    Of a DTensor, ``p``, ``states`` and ``grad()`` are the shards of this rank.
-    """
+    """Describes one tensor of a launch, and keeps none of the optimizer's alive; of a DTensor, this rank's shard."""
 
     slot: int  # position among the parameters that are watched
     group: int
-    counts_on_device: bool  # where the steps are counted
-    rule: str  # a key of FAMILIES
-    param: Tensor  # as the user gave it
-    p: Tensor  # what is stepped: the parameter's memory, or a dense copy of a parameter that is not dense
-    states: tuple[Tensor, ...]
-    step: Tensor
-    g: Tensor | None  # a copy of the gradient in p's layout, where its own differs
-    storage: Storage
-    master_data: Tensor | None
-    scales: tuple[Tensor, ...]  # of int8 states
-    seed: int  # of stochastic rounding
+    position: int  # in the group
     index: int  # position among all parameters of all groups; random bits depend on it
+    device: torch.device
+    rule: str  # a key of FAMILIES
+    p: torch.dtype  # of the parameter, as a real one; so are the next two
+    g: torch.dtype  # of the gradient
+    state: torch.dtype  # of the states; p where there are none
+    numel: int  # as a real one
+    names: tuple[str, ...]  # of the states that the rule moves
+    storage: Storage
+    p_copy: Tensor | None  # of a parameter that is not dense
+    g_copy: Tensor | None  # of a gradient whose layout is not that of the dense parameter
+    counts_on_device: bool  # where the steps are counted
+    seed: int  # of stochastic rounding
     numbering: Numbering
 
     @property
@@ -128,94 +162,96 @@ class Row:
     @property
     def variant(self) -> Variant:
         """What the kernel that steps the row depends on."""
-        state = self.states[0] if self.states else self.p
-        return Variant(self.rule, self.p.dtype, self.grad().dtype, state.dtype, self.master, self.stochastic)
+        return Variant(self.rule, self.p, self.g, self.state, self.master, self.stochastic)
 
-    def grad(self) -> Tensor:
-        """Return the gradient in p's layout: the copy, where there is one."""
-        return self.g if self.g is not None else real(local(gradient(self.param)))
+    @property
+    def columns(self) -> dict[str, int]:
+        """The columns of ``layout.py`` that hold the addresses of the parameter's state, by its keys."""
+        columns = {key: COL_STATE + j for j, key in enumerate(self.storage.moments(self.names))}
+        columns |= {key: COL_SCALES + j for j, key in enumerate(self.storage.scales(self.names))}
+        return columns | ({self.storage.master_key: COL_EXTRA} if self.storage.master_key else {})
 
-    def copy_gradient(self) -> None:
+    def param(self, owner: Owner) -> Tensor:
+        """Return the parameter as the user gave it."""
+        return owner.param_groups[self.group]["params"][self.position]
+
+    def tensors(self, owner: Owner) -> Tensors:
+        """Return the tensors of the row, which has a gradient."""
+        param = self.param(owner)
+        own, master_key = owner.state[param], self.storage.master_key
+        return Tensors(
+            p=real(local(param)) if self.p_copy is None else self.p_copy,
+            g=real(local(gradient(param))) if self.g_copy is None else self.g_copy,
+            states=tuple(real(local(own[key])) for key in self.storage.moments(self.names)),
+            step=own["step"],
+            master_data=local(own[master_key]) if master_key else None,
+            scales=tuple(local(own[key]) for key in self.storage.scales(self.names)),
+        )
+
+    def is_live(self, owner: Owner) -> bool:
+        """Return whether the parameter has a gradient, so that this step moves it."""
+        return self.param(owner).grad is not None
+
+    def copy_gradient(self, owner: Owner) -> None:
         """Fill the copy of the gradient, where there is one."""
-        if self.g is not None:
-            self.g.copy_(real(local(gradient(self.param))))
+        if self.g_copy is not None and self.is_live(owner):
+            self.g_copy.copy_(real(local(gradient(self.param(owner)))))
 
-    def before(self) -> None:
+    def before(self, owner: Owner) -> None:
         """Fill the copy of the parameter, which a launch before this one may have changed."""
-        if self.is_copy():
-            self.p.copy_(real(local(self.param)))
+        if self.p_copy is not None:
+            self.p_copy.copy_(real(local(self.param(owner))))
 
-    def after(self) -> None:
+    def after(self, owner: Owner) -> None:
         """Bring the parameter back from its copy."""
-        if self.is_copy():
-            real(local(self.param)).copy_(self.p)
-
-    def is_copy(self) -> bool:
-        """Return whether p is a copy, because the parameter itself is not dense."""
-        return self.p.data_ptr() != local(self.param).data_ptr()
+        if self.p_copy is not None and self.is_live(owner):
+            real(local(self.param(owner))).copy_(self.p_copy)
 
 
 class Launch(Protocol):
-    """Steps the rows of one launch, as a backend has prepared them."""
+    """Steps the rows of one launch, as a backend has prepared them. It keeps no tensor of the owner alive."""
 
-    def prepare_step(self, scalars: Scalars) -> None:
-        """Take the scalars and the gradients of the coming step."""
+    def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
+        """Take the scalars and the addresses of the coming step."""
 
-    def sum_squares(self) -> Tensor:
+    def sum_squares(self, owner: Owner) -> Tensor:
         """Return the sum of the squares of the gradients, float64, 0-dim, on their device."""
 
-    def run(self, factor: float | Tensor) -> None:
-        """Step, with gradients multiplied by ``factor``, 1.0 or a tensor; do nothing where that is negative."""
+    def run(self, owner: Owner, factor: float | Tensor, count: bool) -> None:
+        """Step, with gradients multiplied by ``factor``, 1.0 or a tensor; do nothing where that is negative.
+
+        Where ``count`` is set the watch then counts the step, within the same call.
+        """
 
 
 class Watch(Protocol):
-    """Compares tensors with those that plans were built from: ``_C.Watch``, or ``watch.Watch`` in Python."""
+    """Follows the tensors that plans were built from: ``_C.Watch``, or ``watch.Watch`` in Python. It owns none."""
 
     def poll(self, groups: list[dict], state: dict, plan_key: Callable[[dict], tuple]) -> bool:
-        """Return whether the plans still hold: same groups, parameters, states, layouts. Gradients may have moved."""
+        """Return whether the plans still hold; take the addresses of tensors that moved, and which have a gradient.
 
-    def scalar_rows(self) -> Scalars:
+        They hold as long as parameters, dtypes, layouts and the options of ``plan_key`` are the same, and no gradient
+        comes that was not planned for.
+        """
+
+    def scalar_rows(self, groups: list[dict]) -> Scalars:
         """Return the rows of scalars of the coming step, one for each distinct (group, step); a slot knows its own."""
 
     def advance(self) -> None:
-        """Count the step, and tell autograd that the parameters have changed."""
+        """Count the step of the parameters that have a gradient, and tell autograd that they have changed."""
 
     def upload(
-        self, rows: Tensor, slots: Tensor, scalars: Scalars, buffer: Tensor, every: bool, staging: Tensor | None
+        self, table: Tensor, slots: Tensor, scalars: Scalars, buffer: Tensor, every: bool, staging: Tensor | None
     ) -> None:
         """Bring the tables of a launch to this step: the rows, if any changed or ``every``, and the rows of scalars.
 
-        ``rows`` is a copy of the table on the host, of which three columns are brought up to date: COL_GRAD (kept for a
-        slot of -1 - slot), COL_SCALARS (kept for parameters whose steps are not counted here), and of COL_FLAGS the bit
-        ALIGNED (SHARD_ALIGNED is kept). One copy goes up, from pinned memory, which torch's caching allocator does not
-        hand out again before it is done; a graph, which copies at each replay, brings its own ``staging``.
+        ``table`` is a copy of the rows on the host, and of the addresses of their counters where these are on the
+        device. One copy goes up, from pinned memory, which torch's caching allocator does not hand out again before it
+        is done; a graph, which copies at each replay, brings its own ``staging``.
         """
 
     def scalars_of(self, slot: int) -> int:
         """Return the index of the row of scalars that this parameter is stepped with."""
-
-
-class Owner(Protocol):
-    """Gives the checks and the plans what they need of an optimizer; error texts name its class."""
-
-    param_groups: list[dict[str, Any]]
-    state: Any  # by parameter, a dict of its state
-    family: str
-    requested: Backend | None
-
-    @property
-    def skips_steps(self) -> bool:
-        """Whether a step may turn out to change nothing."""
-
-    @property
-    def scales_gradients(self) -> bool:
-        """Whether gradients are multiplied by a factor, which takes their norm or a GradScaler to know."""
-
-    def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        """Return the rule that steps a group, and the names of the states that it moves, in the rule's order."""
-
-    def plan_key(self, group: dict[str, Any]) -> tuple:
-        """Return the options that force a new plan when they change."""
 
 
 def counts_on_device(owner: Owner, group: dict[str, Any], p: Tensor) -> bool:

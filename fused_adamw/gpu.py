@@ -10,21 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fused_adamw.contract import Row, Scalars, Watch
+from fused_adamw.contract import Owner, Row, Scalars, Watch
 from fused_adamw.layout import (
-    COL_EXTRA,
     COL_FLAGS,
-    COL_GRAD,
     COL_INDEX,
     COL_NUMEL,
     COL_OFFSET,
-    COL_PARAM,
     COL_RUN,
     COL_SCALARS,
-    COL_SCALES,
     COL_SEED,
     COL_SKIP,
-    COL_STATE,
     COLUMNS,
     HYPER_LR,
     HYPERS,
@@ -50,6 +45,8 @@ class Kernels(Protocol):
     def scalars(self, hyper: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
         """Advance the float32 counters at the addresses ``steps``, and compute their rows of scalars from ``hyper``.
 
+        An address of 0 is of a row without a gradient, which has no scalars in this step.
+
         A negative ``factor`` leaves all as it is, as it does in a step.
         """
 
@@ -67,17 +64,20 @@ def chunk_size(numel: int) -> int:
 class Launch:
     """Holds the tables of a launch, and launches it.
 
-    The tables lie in one buffer on the device: rows, scalars, chunks. Whatever changes from step to step (addresses of
-    gradients that moved, scalars) goes up in one copy.
+    The tables lie in one buffer on the device: rows, counters, scalars, chunks. Whatever changes from step to step
+    (addresses of tensors that moved, rows without a gradient, scalars) goes up in one copy.
     """
 
-    def __init__(self, watch: Watch, rows: list[Row], kernels: Kernels, groups: list[dict]) -> None:
-        self.watch, self.kernels, self.device = watch, kernels, rows[0].p.device
-        self.chunk = chunk_size(sum(row.p.numel() for row in rows))
-        # -1 - slot marks a gradient that is a copy of ours, which does not move.
-        self.slots = torch.tensor([row.slot if row.g is None else -1 - row.slot for row in rows], device="cpu")
-        self.host = torch.tensor([self._row(row) for row in rows], device="cpu")
-        counts = -(-self.host[:, COL_NUMEL] // self.chunk)
+    counters = 0  # how many addresses of step counters follow the rows
+
+    def __init__(self, watch: Watch, rows: list[Row], kernels: Kernels, owner: Owner) -> None:
+        self.watch, self.kernels, self.device = watch, kernels, rows[0].device
+        self.chunk = chunk_size(sum(row.numel for row in rows))
+        self.slots = torch.tensor([row.slot for row in rows], device="cpu")
+        values = [x for row in rows for x in self._row(row)]
+        self.host = torch.tensor(values + [0] * self.counters, device="cpu")
+        table = self.host[: len(values)].view(-1, COLUMNS)
+        counts = -(-table[:, COL_NUMEL] // self.chunk)
         row_of_chunk = torch.arange(len(rows), device="cpu").repeat_interleave(counts)
         first_chunk = (counts.cumsum(0) - counts)[row_of_chunk]
         index = torch.arange(len(row_of_chunk), device="cpu") - first_chunk
@@ -85,12 +85,13 @@ class Launch:
 
         # All launches of a step share its rows of scalars, at most one for each parameter. There is room for a multiple
         # of 4, so that the chunks behind them are aligned to 16 bytes: Triton compiles anew for less.
-        count = -(-sum(len(group["params"]) for group in groups) // 4) * 4
-        sizes = [self.host.nbytes, count * SCALARS_BYTES, chunks.nbytes]
+        count = -(-sum(len(group["params"]) for group in owner.param_groups) // 4) * 4
+        sizes = [table.nbytes, self.host.nbytes - table.nbytes, count * SCALARS_BYTES, chunks.nbytes]
         self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-        table, scalars, chunk_table = self.buffer.split(sizes)
+        on_device, counters, scalars, chunk_table = self.buffer.split(sizes)
         chunk_table.copy_(chunks.view(-1).view(torch.uint8))
-        self.rows = table.view(torch.int64).view(-1, COLUMNS)
+        self.rows = on_device.view(torch.int64).view(-1, COLUMNS)
+        self.steps = counters.view(torch.int64)[: len(rows)]
         self.scalars = scalars.view(torch.float32).view(-1, SCALARS)
         self.chunks = chunk_table.view(torch.int32).view(-1, 2)
         self.ones = torch.ones((), device=self.device)
@@ -99,26 +100,20 @@ class Launch:
 
     @staticmethod
     def _row(row: Row) -> list[int]:
+        """Return the columns that do not depend on addresses, which the watch fills in."""
         values = [0] * COLUMNS
         offset, run, skip = row.numbering
         drawn_by = (offset, run, skip) if skip else (offset,)
-        values[COL_PARAM] = row.p.data_ptr()
-        values[COL_GRAD] = 0 if row.g is None else row.g.data_ptr()
-        for column, state in enumerate(row.states, COL_STATE):
-            values[column] = state.data_ptr()
-        values[COL_NUMEL] = row.p.numel()
+        values[COL_NUMEL] = row.numel
         values[COL_FLAGS] = 0 if row.stochastic and any(x % 8 for x in drawn_by) else SHARD_ALIGNED
-        values[COL_EXTRA] = 0 if row.master_data is None else row.master_data.data_ptr()
-        for column, scales in enumerate(row.scales, COL_SCALES):
-            values[column] = scales.data_ptr()
         values[COL_SEED], values[COL_INDEX] = row.seed, row.index
         values[COL_OFFSET], values[COL_RUN], values[COL_SKIP] = offset, run, skip
         return values
 
-    def prepare_step(self, scalars: Scalars) -> None:
+    def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
         """Bring the tables to the coming step, in the current stream."""
         if self.stream is None:  # Triton's interpreter, on CPU tensors
-            self._upload(scalars)
+            self._upload(owner, scalars)
             return
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
@@ -126,40 +121,42 @@ class Launch:
                 for tensor in self._on_device():
                     tensor.record_stream(stream)
             if torch.cuda.is_current_stream_capturing():
-                self._capture()
+                self._capture(owner)
             else:
-                self._upload(scalars)
+                self._upload(owner, scalars)
 
     def _on_device(self) -> list[Tensor]:
         """Return the tensors that kernels read: torch may not reuse their memory while another stream steps."""
         return [self.buffer, self.ones]
 
-    def sum_squares(self) -> Tensor:
+    def sum_squares(self, owner: Owner) -> Tensor:
         """Return the sum of the squares of the gradients, float64, 0-dim, always added in the same order."""
         sums = torch.empty(len(self.chunks), dtype=torch.float64, device=self.device)
         with self._guard():
             self.kernels.sum_squares(self.rows, self.chunks, self.chunk, sums)
         return sums.sum()
 
-    def run(self, factor: float | Tensor) -> None:
+    def run(self, owner: Owner, factor: float | Tensor, count: bool) -> None:
         """Step, with gradients multiplied by ``factor``; where that is negative nothing is done."""
         with self._guard():
-            self._launch(factor.float() if isinstance(factor, Tensor) else self.ones)
+            self._launch(owner, factor.float() if isinstance(factor, Tensor) else self.ones)
+            if count:
+                self.watch.advance()
 
     def _guard(self) -> Any:
         return contextlib.nullcontext() if self.stream is None else torch.cuda.device(self.device)
 
-    def _upload(self, scalars: Scalars, staging: Tensor | None = None) -> None:
+    def _upload(self, owner: Owner, scalars: Scalars, staging: Tensor | None = None) -> None:
         self.watch.upload(self.host, self.slots, scalars, self.buffer, not self.uploaded, staging)
         self.uploaded = staging is None
 
-    def _capture(self) -> None:
+    def _capture(self, owner: Owner) -> None:
         raise RuntimeError(
             "Attempting CUDA graph capture of step() of an optimizer that was constructed with capturable=False, whose "
             "scalars come from the host: construct it with capturable=True"
         )
 
-    def _launch(self, factor: Tensor) -> None:
+    def _launch(self, owner: Owner, factor: Tensor) -> None:
         self.kernels.step(self.rows, self.chunks, self.chunk, self.scalars, factor)
 
 
@@ -175,16 +172,16 @@ class CapturableLaunch(Launch):
         watch: Watch,
         rows: list[Row],
         kernels: Kernels,
-        groups: list[dict],
+        owner: Owner,
         hyper: Callable[[dict], Sequence[float]],
     ) -> None:
-        super().__init__(watch, rows, kernels, groups)
-        self.groups, self.hyper = groups, hyper
+        self.counters = -(-len(rows) // 2) * 2  # so that the scalars behind them are aligned to 16 bytes
+        super().__init__(watch, rows, kernels, owner)
+        self.hyper = hyper
         self.group_of = torch.tensor([row.group for row in rows], device="cpu")
-        ends = torch.bincount(self.group_of, minlength=len(groups)).cumsum(0).tolist()
+        ends = torch.bincount(self.group_of, minlength=len(owner.param_groups)).cumsum(0).tolist()
         self.spans = list(zip([0, *ends], ends, strict=False))  # the rows of each group, which are neighbours
-        self.steps = torch.tensor([row.step.data_ptr() for row in rows], device=self.device)
-        self.host[:, COL_SCALARS] = torch.arange(len(rows), device="cpu")
+        self.host[: -self.counters].view(-1, COLUMNS)[:, COL_SCALARS] = torch.arange(len(rows), device="cpu")
         self.table = torch.empty(len(rows), HYPERS, dtype=torch.float64, device=self.device)
         self.current: list[Sequence[float]] = []
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
@@ -192,50 +189,51 @@ class CapturableLaunch(Launch):
         self.spare: Tensor | None = self._staging()  # allocated now: not within a capture
 
     def _on_device(self) -> list[Tensor]:
-        return [*super()._on_device(), self.steps, self.table]
+        return [*super()._on_device(), self.table]
 
     def _staging(self) -> Tensor:
         return torch.empty(self.host.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
 
-    def _upload(self, scalars: Scalars, staging: Tensor | None = None) -> None:
-        self._refresh()
+    def _upload(self, owner: Owner, scalars: Scalars, staging: Tensor | None = None) -> None:
+        self._refresh(owner.param_groups)
         if self.captured:  # a replay has put the graph's gradients into the rows
             self.uploaded = False
-        super()._upload([])
+        super()._upload(owner, [])
         if self.spare is None:
             self.spare = self._staging()
 
     def refresh(self, groups: list[dict]) -> None:
         """Bring hyperparameters that changed to the device, where captured graphs find them."""
-        self.groups = groups  # loading a checkpoint makes new ones
-        self._refresh()
+        self._refresh(groups)
         for i, lr in self.captured_lr:
             if groups[i]["lr"] is not lr:
                 lr.fill_(groups[i]["lr"])
-        self._copy_lr()
+        self._copy_lr(groups)
 
-    def _refresh(self) -> None:
-        new = [self.hyper(group) for group in self.groups]
+    def _refresh(self, groups: list[dict]) -> None:
+        new = [self.hyper(group) for group in groups[: len(self.spans)]]
         if new != self.current:
             values = torch.tensor(new, dtype=torch.float64, device="cpu")[self.group_of]
             self.table.copy_(values.pin_memory() if self.stream else values, non_blocking=True)
             self.current = new
 
-    def _capture(self) -> None:
+    def _capture(self, owner: Owner) -> None:
         if self.spare is None or not self.current:
             raise RuntimeError("CUDA graph capture of step(): call step() once between two captures, outside of both")
         self.uploaded = False
-        super()._upload([], self.spare)
+        super()._upload(owner, [], self.spare)
         self.captured.append(self.spare)
-        self.captured_lr += [(i, group["lr"]) for i, group in enumerate(self.groups) if is_on_device(group["lr"])]
+        self.captured_lr += [
+            (i, group["lr"]) for i, group in enumerate(owner.param_groups) if is_on_device(group["lr"])
+        ]
         self.spare = None
 
-    def _copy_lr(self) -> None:
-        for (first, last), group in zip(self.spans, self.groups, strict=False):  # groups may have been added since
+    def _copy_lr(self, groups: list[dict]) -> None:
+        for (first, last), group in zip(self.spans, groups, strict=False):  # groups may have been added since
             if first < last and is_on_device(group["lr"]):
                 self.table[first:last, HYPER_LR].copy_(group["lr"], non_blocking=True)
 
-    def _launch(self, factor: Tensor) -> None:
-        self._copy_lr()
+    def _launch(self, owner: Owner, factor: Tensor) -> None:
+        self._copy_lr(owner.param_groups)
         self.kernels.scalars(self.table, self.steps, factor, self.scalars)
-        super()._launch(factor)
+        super()._launch(owner, factor)

@@ -12,7 +12,7 @@ hyper    float64 [., HYPERS]: what scalars are computed from, where only the dev
 COL_PARAM = 0  # the address of the parameter
 COL_GRAD = 1  # the address of its gradient
 COL_STATE = 2  # addresses of up to 3 states: Adam has m, v, vmax; SGD has b; codes, where they are int8
-COL_NUMEL = 5
+COL_NUMEL = 5  # its complement, which is negative, where a step leaves the row out
 COL_SCALARS = 6  # the index of the row of scalars
 COL_FLAGS = 7  # ALIGNED, SHARD_ALIGNED
 COL_EXTRA = 8  # the address of what the master holds

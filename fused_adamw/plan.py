@@ -1,7 +1,8 @@
 """Turns tensors into plans: the rows that one backend steps in one launch.
 
-A plan holds until a watch sees that a tensor, a layout or a state is not what it was built from; a gradient that only
-moved is followed.
+A plan has a row for each parameter that has a gradient, or that has state and may have a gradient again. It holds until
+a watch sees a parameter, a layout, a dtype or a gradient that it was not built for. Tensors that only moved are
+followed, and a row whose gradient is missing is left out of a step. A plan keeps no parameter, gradient or state alive.
 """
 
 from collections.abc import Hashable
@@ -17,7 +18,6 @@ from fused_adamw.contract import Launch, Owner, Row, Scalars, Storage, Watch, co
 from fused_adamw.tensors import (
     NOT_SHARDED,
     dense_like,
-    gradient,
     is_pending,
     local,
     real,
@@ -34,31 +34,28 @@ class Plan:
     rows: list[Row]
     copied: list[Row]  # those whose copies are filled before a launch, and brought back after it
     launch: Launch
+    device: torch.device
     shard_groups: tuple[Any, ...] = ()  # process groups to sum a norm over, if one is asked for
 
-    @property
-    def device(self) -> torch.device:
-        return self.rows[0].p.device
-
-    def prepare_step(self, scalars: Scalars) -> None:
+    def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
         """Make the launch ready for a step."""
         if self.copied:
             with torch.no_grad():
                 for row in self.copied:
-                    row.copy_gradient()
-        self.launch.prepare_step(scalars)
+                    row.copy_gradient(owner)
+        self.launch.prepare_step(owner, scalars)
 
-    def run(self, factor: float | Tensor) -> None:
-        """Step, with gradients multiplied by ``factor``; where that is negative nothing is done."""
+    def run(self, owner: Owner, factor: float | Tensor, count: bool) -> None:
+        """Step, with gradients multiplied by ``factor``, and count where ``count``; do nothing if it is negative."""
         if not self.copied:
-            self.launch.run(factor)
+            self.launch.run(owner, factor, count)
             return
         with torch.no_grad():
             for row in self.copied:
-                row.before()
-            self.launch.run(factor)
+                row.before(owner)
+            self.launch.run(owner, factor, count)
             for row in self.copied:
-                row.after()
+                row.after(owner)
 
 
 class Bucket(NamedTuple):
@@ -71,33 +68,53 @@ class Bucket(NamedTuple):
     key: Hashable  # the backend's own
 
 
+class GradientKind(NamedTuple):
+    """Tells what a row was built for, and is again while its gradient is missing."""
+
+    dtype: torch.dtype
+    copied: bool
+
+
 class Built(NamedTuple):
-    """Holds plans, the watch over them, and the arguments to poll it with."""
+    """Holds plans and the watch over them."""
 
     watch: Watch
     plans: list[Plan]
-    groups: list[dict[str, Any]]
-    state: dict[Tensor, Any]
+    scaling: tuple[bool, bool]  # the owner's skips_steps and scales_gradients, for which they were built
+    kinds: dict[int, GradientKind]  # by the id of the parameter
 
 
-def build(owner: Owner, only: Tensor | None = None) -> Built:
+def scaling_of(owner: Owner) -> tuple[bool, bool]:
+    """Return what plans depend on of an optimizer, besides its tensors and groups."""
+    return owner.skips_steps, owner.scales_gradients
+
+
+def build(owner: Owner, previous: Built | None = None, only: Tensor | None = None) -> Built:
     """Check every tensor, make the missing state, and lay out the launches, of all parameters or of ``only`` one.
 
-    Raises TypeError, ValueError or RuntimeError for the first tensor that cannot be stepped, naming its group, index
-    and shape; nothing has been written then.
+    ``previous`` plans tell which gradients there were before. Raises TypeError, ValueError or RuntimeError for the
+    first tensor that cannot be stepped, naming its group, index and shape; nothing has been written then.
     """
-    wanted = checks.check_params(owner, lambda p: p.grad is not None and (only is None or p is only))
+    if only is None:
+        wanted = checks.check_params(owner, lambda p: p.grad is not None)
+    else:
+        wanted = checks.check_param(owner, only)
     if any(item.param.is_cuda for item in wanted.values()) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{type(owner).__name__}: CUDA graph capture of step() needs tables on the device that cannot be made "
             "during the capture: construct the optimizer with capturable=True, call step() once before the capture, "
-            "and change no parameter, state, dtype or layout in between; gradients may move, but none may come or go"
+            "and change no parameter, state, dtype or layout in between; gradients may move, come and go"
+        )
+    if only is None:
+        idle = checks.check_idle(owner, wanted)
+        wanted = dict(
+            sorted({**wanted, **{slot: item for slot, item in idle.items() if _is_ready(owner, item)}}.items())
         )
     while True:
         chosen = {slot: _backend_of(owner, item) for slot, item in wanted.items()}
         init_states(owner, wanted)
         try:
-            return _lay_out(owner, wanted, chosen, only)
+            return _lay_out(owner, wanted, chosen, previous, only)
         except backends.CannotRun as error:
             backends.leave_out(error)
             if owner.requested:
@@ -119,66 +136,103 @@ def init_state(owner: Owner, group: dict[str, Any], p: Tensor) -> None:
 
 
 def _init_state(owner: Owner, group: dict[str, Any], p: Tensor, names: tuple[str, ...], storage: Storage) -> None:
-    step_device = p.device if counts_on_device(owner, group, p) else torch.device("cpu")
-    state.init(owner.state[p], p, names, storage, declared=group.get("state_dtype"), step_device=step_device)
+    device = _step_device(owner, group, p)
+    state.init(owner.state[p], p, names, storage, declared=group.get("state_dtype"), step_device=device)
+
+
+def _step_device(owner: Owner, group: dict[str, Any], p: Tensor) -> torch.device:
+    return p.device if counts_on_device(owner, group, p) else torch.device("cpu")
+
+
+def _is_ready(owner: Owner, item: Checked) -> bool:
+    declared, device = item.group.get("state_dtype"), _step_device(owner, item.group, item.param)
+    return state.is_ready(owner.state[item.param], item.param, item.names, item.storage, declared, device)
 
 
 def _lay_out(
-    owner: Owner, wanted: dict[int, Checked], chosen: dict[int, backends.Backend], only: Tensor | None
+    owner: Owner,
+    wanted: dict[int, Checked],
+    chosen: dict[int, backends.Backend],
+    previous: Built | None,
+    only: Tensor | None,
 ) -> Built:
-    groups, states = owner.param_groups, owner.state
-    if only is not None:
-        (item,) = wanted.values()
-        groups, states = [{**item.group, "params": [only]}], {only: owner.state[only]}
-    native = backends.native()
-    on_device = [counts_on_device(owner, group, p) for group in groups for p in group["params"]]
-    watching = (native.Watch if native else watch.Watch)(
-        groups, states, on_device, owner.plan_key, owner.family, scalars.HYPER[owner.family]
-    )
     turn_of = _overlaps({slot: local(item.param) for slot, item in wanted.items()})
     buckets: dict[Bucket, tuple[backends.Backend, list[Row]]] = {}
-    for slot, item in wanted.items():
+    kinds: dict[int, GradientKind] = {}
+    rows = []
+    for index, item in wanted.items():
         formats.warn_of_losses(item.param, item.group, item.names, item.storage)
-        row = _row_of(item, owner.state[item.param], 0 if only is not None else slot, slot, owner)
-        backend = chosen[slot]
+        dense = dense_like(local(item.param))
+        kind = _gradient_kind(item.param, dense, previous)
+        row = _row_of(owner, item, 0 if only is not None else index, index, dense, kind)
+        backend = chosen[index]
         bucket = Bucket(
-            turn=turn_of.get(slot, 0),
+            turn=turn_of.get(index, 0),
             shard_groups=shard_groups(item.param) if owner.scales_gradients else (),
-            device=row.p.device,
+            device=row.device,
             backend=backend.name,
             key=backend.bucket(row),
         )
         buckets.setdefault(bucket, (backend, []))[1].append(row)
+        rows.append(row)
+        kinds[id(item.param)] = kind
+    native = backends.native()
+    kind_of_watch = native.Watch if native else watch.Watch
+    watching = kind_of_watch(
+        owner.param_groups,
+        owner.state,
+        rows,
+        owner.plan_key,
+        owner.family,
+        scalars.HYPER[owner.family],
+        previous.watch if previous and isinstance(previous.watch, kind_of_watch) else None,
+        only is not None,
+    )
     plans = []
     for bucket, (backend, rows) in sorted(buckets.items(), key=lambda entry: entry[0].turn):
-        copied = [row for row in rows if row.g is not None or row.is_copy()]
-        plans.append(Plan(rows, copied, backend.prepare(watching, rows, owner.param_groups), bucket.shard_groups))
-    return Built(watching, plans, groups, states)
+        copied = [row for row in rows if row.g_copy is not None or row.p_copy is not None]
+        launch = backend.prepare(watching, rows, owner)
+        plans.append(Plan(rows, copied, launch, bucket.device, bucket.shard_groups))
+    return Built(watching, plans, scaling_of(owner), kinds)
 
 
-def _row_of(item: Checked, param_state: state.ParamState, slot: int, index: int, owner: Owner) -> Row:
-    p, grad, storage = local(item.param), local(gradient(item.param)), item.storage
-    dense = real(p) if same_layout(p, dense_like(p)) else real(torch.empty_like(p))
-    as_it_is = same_layout(grad, dense_like(p)) and not grad.is_conj() and not grad.is_neg()
+def _gradient_kind(p: Tensor, dense: Tensor, previous: Built | None) -> GradientKind:
+    """Return what the row of p is built for: its gradient, or one as there was before, or one as p is."""
+    if p.grad is None and previous and id(p) in previous.kinds:
+        return previous.kinds[id(p)]
+    g = local(p if p.grad is None else p.grad)
+    as_it_is = same_layout(g, dense) and not g.is_conj() and not g.is_neg()
     # The watch cannot see the memory of a pending gradient, which is another one at every step.
-    as_it_is = as_it_is and not is_pending(gradient(item.param))
+    return GradientKind(g.dtype.to_real(), copied=not as_it_is or (p.grad is not None and is_pending(p.grad)))
+
+
+def _row_of(owner: Owner, item: Checked, slot: int, index: int, dense: Tensor, kind: GradientKind) -> Row:
+    p, storage = local(item.param), item.storage
+    moments = storage.moments(item.names)
     return Row(
         slot=slot,
         group=item.group_index,
-        counts_on_device=counts_on_device(owner, item.group, item.param),
-        rule=item.rule,
-        param=item.param,
-        p=dense,
-        states=tuple(real(local(param_state[key])) for key in storage.moments(item.names)),
-        step=param_state["step"],
-        g=None if as_it_is else torch.empty_like(dense, dtype=real(grad).dtype),
-        storage=storage,
-        master_data=local(param_state[storage.master_key]) if storage.master_key else None,
-        scales=tuple(local(param_state[key]) for key in storage.scales(item.names)),
-        seed=int(item.group.get("seed", 0)),
+        position=item.position,
         index=index,
+        device=p.device,
+        rule=item.rule,
+        p=p.dtype.to_real(),
+        g=kind.dtype,
+        state=owner.state[item.param][moments[0]].dtype.to_real() if moments else p.dtype.to_real(),
+        numel=p.numel() * (2 if p.is_complex() else 1),
+        names=item.names,
+        storage=storage,
+        p_copy=None if same_layout(p, dense) else real(torch.empty_like(p)),
+        g_copy=real(torch.empty_like(p, dtype=_like(p, kind.dtype))) if kind.copied else None,
+        counts_on_device=counts_on_device(owner, item.group, item.param),
+        seed=int(item.group.get("seed", 0)),
         numbering=shard_numbering(item.param) if storage.stochastic else NOT_SHARDED,
     )
+
+
+def _like(p: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the complex dtype of two such numbers where p is complex, else the dtype itself."""
+    return dtype.to_complex() if p.is_complex() else dtype
 
 
 def _overlaps(params: dict[int, Tensor]) -> dict[int, int]:
@@ -203,7 +257,8 @@ def _overlaps(params: dict[int, Tensor]) -> dict[int, int]:
 
 def _backend_of(owner: Owner, item: Checked) -> backends.Backend:
     p, declared = item.param, item.group.get("state_dtype")
-    dtypes = {t.to_real() for t in (p.dtype, gradient(p).dtype, formats.state_dtype_of(p, declared))}
+    g = p if p.grad is None else p.grad
+    dtypes = {t.to_real() for t in (p.dtype, g.dtype, formats.state_dtype_of(p, declared))}
     try:
         return backends.pick(p.device, dtypes, bool(item.group.get("capturable")), owner.requested)
     except RuntimeError as error:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fused_adamw import codecs, scalars
-from fused_adamw.contract import Row, Scalars, Watch
+from fused_adamw.contract import Owner, Row, Scalars, Watch
 
 
 def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
@@ -105,45 +105,48 @@ def sgd(
 class Launch:
     """Steps rows with plain PyTorch operators: the ``contract.Launch`` of the "reference" backend."""
 
-    def __init__(self, watch: Watch, rows: list[Row], groups: list[dict]) -> None:
-        self.watch, self.rows, self.groups = watch, rows, groups
+    def __init__(self, watch: Watch, rows: list[Row]) -> None:
+        self.watch, self.rows = watch, rows
 
-    def prepare_step(self, scalars: Scalars) -> None:
+    def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
         """Take the scalars of the coming step."""
         self.scalars = scalars
 
-    def sum_squares(self) -> Tensor:
+    def sum_squares(self, owner: Owner) -> Tensor:
         """Return the sum of the squares of the gradients, float64, 0-dim, on their device."""
-        norms = torch._foreach_norm([row.grad() for row in self.rows], dtype=torch.float64)
-        return torch.stack(norms).square().sum()
+        gradients = [row.tensors(owner).g for row in self.rows if row.is_live(owner)]
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.rows[0].param(owner).device)
+        return torch.stack(torch._foreach_norm(gradients, dtype=torch.float64)).square().sum()
 
     @torch.no_grad()
-    def run(self, factor: float | Tensor) -> None:
-        """Step every row, and count the steps that are counted on the device."""
-        if isinstance(factor, Tensor):
-            factor = factor.item()
-        if factor < 0:
-            return
-        for row in self.rows:
-            if row.counts_on_device:
-                row.step += 1
-            self._step(row, factor)
+    def run(self, owner: Owner, factor: float | Tensor, count: bool) -> None:
+        """Step every row that has a gradient, and count the steps that are counted on the device."""
+        factor = float(factor)
+        for row in () if factor < 0 else self.rows:
+            if row.is_live(owner):
+                self._step(owner, row, factor)
+        if count:
+            self.watch.advance()
 
-    def _step(self, row: Row, factor: float) -> None:
-        values = self._scalars_of(row)._asdict()
+    def _step(self, owner: Owner, row: Row, factor: float) -> None:
+        tensors = row.tensors(owner)
+        if row.counts_on_device:
+            tensors.step.add_(1)
+        values = self._scalars_of(owner, row, tensors.step)._asdict()
         values["grad_factor"] *= factor
         step = int(values.pop("step"))
-        p, *states = codecs.read(row, torch.float64 if row.p.dtype is torch.float64 else torch.float32)
-        g = row.grad().to(p.dtype)
+        p, *states = codecs.read(row, tensors, torch.float64 if row.p is torch.float64 else torch.float32)
+        g = tensors.g.to(p.dtype)
         if row.family == "adam":
             m, v, *vmax = states
             adam(p, g, m, v, vmax[0] if vmax else None, **values)
         else:
             sgd(p, g, states[0] if states else None, **values)
-        codecs.write(row, p, states, step)
+        codecs.write(row, tensors, p, states, step)
 
-    def _scalars_of(self, row: Row) -> scalars.Adam | scalars.Sgd:
+    def _scalars_of(self, owner: Owner, row: Row, step: Tensor) -> scalars.Adam | scalars.Sgd:
         if row.counts_on_device:
-            return scalars.ROWS[row.family](self.groups[row.group], row.step.item())
+            return scalars.ROWS[row.family](owner.param_groups[row.group], step.item())
         kind = scalars.Adam if row.family == "adam" else scalars.Sgd
         return kind(*self.scalars[self.watch.scalars_of(row.slot)])

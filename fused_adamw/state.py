@@ -40,10 +40,42 @@ def init(
     _init_master(param_state, p, storage)
 
 
+def is_ready(
+    param_state: ParamState,
+    p: Tensor,
+    names: tuple[str, ...],
+    storage: Storage,
+    declared: Any,
+    step_device: torch.device,
+) -> bool:
+    """Return whether :func:`init` would leave the state as it is."""
+    step = param_state.get("step")
+    if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.device != step_device or step.dim():
+        return False
+    needed: dict[str, torch.dtype] = {}
+    for name, key in zip(names, storage.moments(names), strict=True):
+        needed[key] = _code_dtype(name) if storage.int8 else formats.state_dtype_of(p, declared)
+    if storage.master_key:
+        needed[storage.master_key] = _master_dtype(p, storage)
+    wrong = {*MASTER_KEYS.values(), *names, *(name + part for name in names for part in CODED)}
+    wrong -= {*needed, *storage.scales(names)}
+    if not wrong.isdisjoint(param_state) or any(key not in param_state for key in storage.scales(names)):
+        return False
+    return all(isinstance(t := param_state.get(key), Tensor) and _fits(t, p, dtype) for key, dtype in needed.items())
+
+
+def _code_dtype(name: str) -> torch.dtype:
+    return torch.uint8 if name == formats.SECOND else torch.int8
+
+
+def _master_dtype(p: Tensor, storage: Storage) -> torch.dtype:
+    return {"kahan": p.dtype, "split16": torch.int16, "fp32": torch.float32}[storage.master]
+
+
 def _init_moment(param_state: ParamState, name: str, p: Tensor, int8: bool, declared: Any) -> None:
     coded = [name + part for part in CODED]
     if int8:
-        dtype = torch.uint8 if name == formats.SECOND else torch.int8
+        dtype = _code_dtype(name)
         if not all(isinstance(param_state.get(key), Tensor) for key in coded) or not _fits(
             param_state[coded[0]], p, dtype
         ):
@@ -103,7 +135,7 @@ def _init_master(param_state: ParamState, p: Tensor, storage: Storage) -> None:
             param_state.pop(key, None)
     if storage.master_key is None:
         return
-    dtype = {"kahan": p.dtype, "split16": torch.int16, "fp32": torch.float32}[storage.master]
+    dtype = _master_dtype(p, storage)
     have = param_state.get(storage.master_key)
     if isinstance(have, Tensor) and _fits(have, p, dtype):
         return

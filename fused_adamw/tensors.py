@@ -85,10 +85,12 @@ def shard_numbering(p: Tensor) -> Numbering:
 
 
 def has_memory(t: Tensor) -> bool:
-    """Return whether t has an address."""
+    """Return whether t has an address, and its storage reaches to its end."""
     try:
-        return t.data_ptr() != 0
-    except RuntimeError:  # "Cannot access data pointer of Tensor that doesn't have storage"
+        last = sum(stride * (size - 1) for size, stride in zip(t.shape, t.stride(), strict=True))
+        end = (t.storage_offset() + last + 1) * t.element_size()
+        return t.data_ptr() != 0 and t.untyped_storage().nbytes() >= end
+    except (RuntimeError, NotImplementedError):  # it has no storage
         return False
 
 
@@ -103,8 +105,8 @@ def flat(t: Tensor) -> Tensor:
 
 
 def dense_like(p: Tensor) -> Tensor:
-    """Return a tensor without memory in the dense layout nearest to p's, which is p's own if that has no gaps."""
-    return torch.empty_like(p, device="meta")
+    """Return a tensor in the dense layout nearest to p's: p itself, or one without memory."""
+    return p if p.is_contiguous() else torch.empty_like(p, device="meta")
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

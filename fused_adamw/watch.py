@@ -1,97 +1,191 @@
-"""Compares with what plans were built from, at each step: ``_C.Watch`` in Python, for when that is not built."""
+"""Follows the tensors that plans were built from: ``_C.Watch`` in Python, for when that is not built."""
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_adamw import scalars
-from fused_adamw.contract import Scalars
-from fused_adamw.layout import ADDRESSES, ALIGNED, COL_FLAGS, COL_GRAD, COL_SCALARS, SHARD_ALIGNED
-from fused_adamw.tensors import is_dtensor, local
+from fused_adamw.contract import Row, Scalars
+from fused_adamw.layout import (
+    ADDRESSES,
+    ALIGNED,
+    COL_FLAGS,
+    COL_GRAD,
+    COL_NUMEL,
+    COL_PARAM,
+    COL_SCALARS,
+    COLUMNS,
+    SHARD_ALIGNED,
+)
+from fused_adamw.tensors import has_memory, is_dtensor, is_pending, local
+
+STEP = -1  # in the place of a column: the address of the counter
+
+
+@dataclass(slots=True)
+class Watched:
+    """Holds what a plan depends on of a parameter, and the addresses that a step reads and writes."""
+
+    param: int  # its id
+    group: int
+    position: int
+    row: Row | None = None
+    keys: list = field(default_factory=list)  # of the state
+    kinds: dict[str, tuple] = field(default_factory=dict)  # of "param", "grad", and what a step takes from the state
+    addresses: dict[int, int] = field(default_factory=dict)  # by column
+    live: bool = False
+    scalars: int = -1
+
+
+def kind(t: Tensor) -> tuple:
+    """Return all that a plan depends on of a tensor but its address."""
+    sharding = (t.device_mesh, t.placements) if is_dtensor(t) else ()
+    t = local(t)
+    return (t.dtype, t.device, t.layout, t.shape, t.stride(), t.is_conj(), t.is_neg(), *sharding)
 
 
 class Watch:
-    """Implements ``contract.Watch``. The last argument, which computes hyperparameters, is for the Watch in C++."""
+    """Implements ``contract.Watch``; see ``csrc/watch.h`` for the arguments."""
 
     def __init__(
-        self, groups: list[dict], state: dict, on_device: list[bool], plan_key: Callable, family: str, _: Callable
+        self,
+        groups: list[dict],
+        state: dict,
+        rows: list[Row],
+        plan_key: Callable,
+        family: str,
+        _: Callable,
+        previous: "Watch | None",
+        single: bool,
     ) -> None:
-        self.groups, self.state, self.family = groups, state, family
-        self.slots = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
-        self.step = [
-            None if on_its_device or p.grad is None or p not in state else state[p]["step"]
-            for on_its_device, (_, p) in zip(on_device, self.slots, strict=True)
+        self.family = family
+        self.flat = rows[0].index if single else None
+        self.entries = [
+            Watched(id(p), i, j)
+            for i, group in enumerate(groups)
+            for j, p in enumerate(group["params"])
+            if not single or (i, j) == (rows[0].group, rows[0].position)
         ]
-        self.index = [-1] * len(self.slots)
-        self.seen = self._look(plan_key)
-        self.held = [list(own.items()) for own in state.values()]  # an id is good while its object lives
+        self.options = self._options(groups, plan_key)
+        before = {e.param: e for e in previous.entries if e.row} if previous else {}
+        for row in rows:
+            entry, p = self.entries[row.slot], groups[row.group]["params"][row.position]
+            entry.row = row
+            grad = p.grad if p.grad is not None else p
+            remembered = before[id(p)].kinds["grad"] if p.grad is None and id(p) in before else kind(grad)
+            tensors = {key: t for key, t in state[p].items() if key in row.columns or key == "step"}
+            entry.keys = list(state[p])
+            entry.kinds = {"param": kind(p), "grad": remembered} | {key: kind(t) for key, t in tensors.items()}
+            copies = {COL_PARAM: row.p_copy, COL_GRAD: row.g_copy}
+            entry.addresses = {column: t.data_ptr() for column, t in copies.items() if t is not None}
+        self.params: list[Tensor] = []  # within a step
+        if not self.poll(groups, state, plan_key):
+            raise ValueError("the memory of a parameter or its state is gone")
 
-    def _look(self, plan_key: Callable) -> list:
-        def tensor(t: Tensor | None) -> tuple:
-            if t is None:
-                return ()
-            sharding = (t.device_mesh, t.placements) if is_dtensor(t) else ()
-            t = local(t)
-            return (t.dtype, t.device, t.layout, t.shape, t.stride(), t.is_conj(), t.is_neg(), *sharding)
-
-        params = [
-            (i, id(p), local(p).data_ptr(), tensor(p), tensor(p.grad))
-            for i, g in enumerate(self.groups)
-            for p in g["params"]
-        ]
-        states = [
-            (
-                id(p),
-                id(own),
-                [
-                    (k, id(t), *((local(t).data_ptr(), tensor(t)) if isinstance(t, Tensor) else ()))
-                    for k, t in own.items()
-                ],
-            )
-            for p, own in self.state.items()
-        ]
-        return [params, states, [plan_key(group) for group in self.groups]]
+    def _options(self, groups: list[dict], plan_key: Callable) -> list:
+        used = {entry.group for entry in self.entries} if self.flat is not None else range(len(groups))
+        return [plan_key(groups[i]) for i in used]
 
     def poll(self, groups: list[dict], state: dict, plan_key: Callable) -> bool:
-        return groups is self.groups and state is self.state and self._look(plan_key) == self.seen
+        lists = [group["params"] for group in groups]
+        if self.flat is None:
+            if [(e.group, e.param) for e in self.entries] != [(i, id(p)) for i, ps in enumerate(lists) for p in ps]:
+                return False
+        else:
+            (entry,) = self.entries
+            if len(lists) <= entry.group or len(lists[entry.group]) <= entry.position:
+                return False
+            if sum(map(len, lists[: entry.group])) + entry.position != self.flat:
+                return False
+        params = [lists[e.group][e.position] for e in self.entries]
+        if any(id(p) != e.param for p, e in zip(params, self.entries, strict=True)):
+            return False
+        if self._options(groups, plan_key) != self.options:
+            return False
+        before = [e.addresses.get(COL_PARAM) for e in self.entries]
+        if not all(self._follow(e, p, state) for e, p in zip(self.entries, params, strict=True)):
+            return False
+        self.params = [p for e, p in zip(self.entries, params, strict=True) if e.live]
+        self.steps = [state[p]["step"] for e, p in zip(self.entries, params, strict=True) if self._counts(e)]
+        return before == [e.addresses.get(COL_PARAM) for e in self.entries] or not self._overlap(params)
 
-    def scalar_rows(self) -> Scalars:
+    @staticmethod
+    def _counts(entry: Watched) -> bool:
+        return entry.live and entry.row is not None and not entry.row.counts_on_device
+
+    def _follow(self, entry: Watched, p: Tensor, state: dict) -> bool:
+        entry.live, row = p.grad is not None, entry.row
+        if row is None:
+            return not entry.live
+        own = state.get(p)
+        if not isinstance(own, dict) or list(own) != entry.keys:
+            return False
+        tensors: list[tuple[str, int, Any]] = [("param", COL_PARAM, p)] if row.p_copy is None else []
+        if entry.live and row.g_copy is None:
+            tensors.append(("grad", COL_GRAD, p.grad))
+        tensors += [(key, row.columns.get(key, STEP), own[key]) for key in list(entry.kinds)[2:]]
+        if kind(p) != entry.kinds["param"] or (p.grad is not None and kind(p.grad) != entry.kinds["grad"]):
+            return False
+        for key, column, t in tensors:
+            if not isinstance(t, Tensor) or kind(t) != entry.kinds[key] or (t.numel() and not has_memory(local(t))):
+                return False
+            entry.addresses[column] = local(t).data_ptr()
+        if not entry.live or row.g_copy is None or not row.numel:
+            return True
+        return is_pending(p.grad) or has_memory(local(p.grad))
+
+    def _overlap(self, params: list[Tensor]) -> bool:
+        spans = sorted(
+            (local(p).data_ptr(), local(p).nbytes)
+            for e, p in zip(self.entries, params, strict=True)
+            if e.row is not None and e.row.p_copy is None and e.row.numel
+        )
+        return any(a + size > b for (a, size), (b, _) in itertools.pairwise(spans))
+
+    def scalar_rows(self, groups: list[dict]) -> Scalars:
         distinct: dict[tuple[int, float], int] = {}
-        for slot, ((group, _), step) in enumerate(zip(self.slots, self.step, strict=True)):
-            if step is not None:
-                self.index[slot] = distinct.setdefault((group, float(step) + 1), len(distinct))
-        return [scalars.ROWS[self.family](self.groups[group], step) for group, step in distinct]
+        steps = iter(self.steps)
+        for entry in filter(self._counts, self.entries):
+            entry.scalars = distinct.setdefault((entry.group, float(next(steps)) + 1), len(distinct))
+        return [scalars.ROWS[self.family](groups[group], step) for group, step in distinct]
 
     def advance(self) -> None:
-        stepped = [p for _, p in self.slots if p.grad is not None]
-        torch.autograd.graph.increment_version([*stepped, *(local(p) for p in stepped if is_dtensor(p))])
-        for step in self.step:
-            if step is not None:
-                step += 1
+        torch.autograd.graph.increment_version([*self.params, *(local(p) for p in self.params if is_dtensor(p))])
+        for step in self.steps:
+            step += 1
+        self.params, self.steps = [], []
 
     def upload(
-        self, rows: Tensor, slots: Tensor, scalars: list, buffer: Tensor, every: bool, staging: Tensor | None
+        self, table: Tensor, slots: Tensor, scalars: list, buffer: Tensor, every: bool, staging: Tensor | None
     ) -> None:
-        before = rows.clone()
-        for row, slot in zip(rows, slots.tolist(), strict=True):
-            if slot >= 0:
-                row[COL_GRAD] = local(self.slots[slot][1].grad).data_ptr()
-            slot = max(slot, -1 - slot)
-            if self.step[slot] is not None:
-                row[COL_SCALARS] = self.index[slot]
+        before, n = table.clone(), len(slots)
+        rows, steps = table[: n * COLUMNS].view(n, COLUMNS), table[n * COLUMNS :]
+        for i, slot in enumerate(slots.tolist()):
+            row, entry = rows[i], self.entries[slot]
+            for column in ADDRESSES:
+                row[column] = entry.addresses.get(column, 0)
+            numel = max(int(row[COL_NUMEL]), ~int(row[COL_NUMEL]))
+            row[COL_NUMEL] = numel if entry.live else ~numel
+            if len(steps):
+                steps[i] = entry.addresses[STEP] if entry.live else 0
+            elif entry.live:
+                row[COL_SCALARS] = entry.scalars
             shard_aligned = row[COL_FLAGS] & SHARD_ALIGNED
             aligned = shard_aligned and not any(int(row[i]) % 16 for i in ADDRESSES)
             row[COL_FLAGS] = shard_aligned | ALIGNED * bool(aligned)
-        every = every or not torch.equal(before, rows)
+        every = every or not torch.equal(before, table)
         values = torch.tensor(scalars, dtype=torch.float32, device="cpu")
-        data = torch.cat([t.view(-1).view(torch.uint8) for t in ([rows] if every else []) + [values]])
+        data = torch.cat([t.view(-1).view(torch.uint8) for t in ([table] if every else []) + [values]])
         if len(data):
             if staging is None:
                 staging = torch.empty(len(data), dtype=torch.uint8, device="cpu", pin_memory=buffer.is_cuda)
             staging.copy_(data)
-            start = 0 if every else rows.nbytes
+            start = 0 if every else table.nbytes
             buffer[start : start + len(data)].copy_(staging, non_blocking=True)
 
     def scalars_of(self, slot: int) -> int:
-        return self.index[slot]
+        return self.entries[slot].scalars

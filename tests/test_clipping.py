@@ -236,7 +236,7 @@ def test_the_same_norm_for_any_number_of_threads():
             cases.set_gradients(params, 0)
             optimizer = cases.make("AdamW", params, {}, max_grad_norm=1.0)
             optimizer.step()
-            norms.add(optimizer._plans[0].launch.sum_squares().item())
+            norms.add(optimizer._plans[0].launch.sum_squares(optimizer).item())
     finally:
         torch.set_num_threads(before)
     assert len(norms) == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_adamw import backends, codecs, plan, reference, scalars
+from fused_adamw import backends, codecs, plan, reference, scalars, state
 from tests import cases, exact, test_error, test_formats, test_launch, test_plan, test_reference
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -32,8 +32,8 @@ def mutate_row(monkeypatch, **changes):
     watch = backends.native().Watch
     true = watch.scalar_rows
 
-    def wrong(self):
-        rows = [scalars.Adam(*row) for row in true(self)]
+    def wrong(self, groups):
+        rows = [scalars.Adam(*row) for row in true(self, groups)]
         return [row._replace(**{name: change(row) for name, change in changes.items()}) for row in rows]
 
     monkeypatch.setattr(watch, "scalar_rows", wrong)
@@ -77,35 +77,25 @@ def mutate(monkeypatch, rows=lambda rows: rows, scalars=lambda scalars: scalars)
     """The native backend, with its rows changed before it sees them, or its scalars before each launch."""
     cpu = backends.BACKENDS[0]
 
-    def prepare(watch, true_rows, groups):
-        launch = cpu.prepare(watch, rows(true_rows), groups)
-        return SimpleNamespace(prepare_step=lambda true: launch.prepare_step(scalars(true)), run=launch.run)
+    def prepare(watch, true_rows, owner):
+        launch = cpu.prepare(watch, rows(true_rows), owner)
+        return SimpleNamespace(prepare_step=lambda o, true: launch.prepare_step(o, scalars(true)), run=launch.run)
 
     wrong = backends.Backend(cpu.name, cpu.devices, prepare)
     monkeypatch.setattr(backends, "BACKENDS", (wrong, *backends.BACKENDS[1:]))
 
 
 def test_sentinels_see_a_skipped_tail(monkeypatch):
-    def cut(t):
-        return t.view(-1)[:-1]
-
-    def change(rows):
-        return [replace(r, p=cut(r.p), states=tuple(map(cut, r.states)), g=cut(r.grad())) for r in rows]
-
-    mutate(monkeypatch, rows=change)
+    mutate(monkeypatch, rows=lambda rows: [replace(row, numel=row.numel - 1) for row in rows])
     fails(test_plan.check_sentinels, cases.CPU)
 
 
 def test_sentinels_see_an_element_too_many(monkeypatch):
-    def more(t):
-        return torch.cat([t, t[:1]])
+    def with_room(p, dtype):
+        return torch.empty(p.numel() + 1, dtype=dtype)[:-1].view(p.shape)
 
-    def change(rows):
-        wide = [torch.as_strided(r.p, (len(r.p) + 1,), (1,)) for r in rows]
-        grown = [(tuple(map(more, r.states)), more(r.grad())) for r in rows]
-        return [replace(r, p=p, states=s, g=g) for r, p, (s, g) in zip(rows, wide, grown, strict=True)]
-
-    mutate(monkeypatch, rows=change)
+    monkeypatch.setattr(state, "_empty_like", with_room)
+    mutate(monkeypatch, rows=lambda rows: [replace(row, numel=row.numel + 1) for row in rows])
     fails(test_plan.check_sentinels, cases.CPU)
 
 

@@ -176,7 +176,7 @@ def check_same_bits(backend, native):
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr(backends, "native", lambda: None)
-        patch.setattr(plan, "build", lambda optimizer: built.append(optimizer) or build(optimizer))
+        patch.setattr(plan, "build", lambda optimizer, *args: built.append(optimizer) or build(optimizer, *args))
         for (name, options), dtype in zip(RULES + FORMATS, dtypes, strict=True):
             model, optimizer = check_rule(name, options, dtype, backend)
             assert built.count(optimizer) == 2  # at the first step, and when the late gradient came
@@ -434,7 +434,7 @@ def _check_gradient_that_changes_its_placement(native):
     for _ in range(3):
         p.grad = DTensor.from_local(torch.ones(4), mesh, [Replicate()], run_check=False)
         optimizer.step()
-        plans.add(id(optimizer._watch))
+        plans.add(id(optimizer._built[0].watch))
     assert len(plans) == 1
     p.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False)
     with pytest.raises(ValueError, match="Partial"):

@@ -87,7 +87,7 @@ def test_nothing_new_over_50_steps(launches, monkeypatch, backend):
     a, b = cases.make("AdamW", ours, {}, backend=backend), cases.make("AdamW", theirs, {})
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=60) for o in (a, b)]
     built, keep, true = [], [], plan.build
-    monkeypatch.setattr(plan, "build", lambda o: built.append(o) or true(o))
+    monkeypatch.setattr(plan, "build", lambda o, *args: built.append(o) or true(o, *args))
     for t in range(50):
         same_gradients(ours, theirs, t)
         keep.append([p.grad for p in ours])  # so that the next gradients lie elsewhere

@@ -49,7 +49,7 @@ def test_a_staging_buffer_used_again_too_early(backend, monkeypatch):
         true_init(self, *args)
         shared[self] = torch.zeros(self.host.nbytes + self.scalars.nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def upload(self, scalars, staging=None):
+    def upload(self, owner, scalars, staging=None):
         staging = shared[self][: self.host.nbytes + layout.SCALARS_BYTES * len(scalars)]
         self.watch.upload(self.host, self.slots, scalars, self.buffer, True, staging)
         if early:

@@ -369,7 +369,7 @@ WRONG = [
     (
         "triton",
         "multi_tensor.py",
-        "n = tl.minimum(tl.load(row + COL_NUMEL) - base, chunk)",
+        "n = tl.minimum(numel - base, chunk)",
         "n = chunk + 0 * base",
         "oob",
     ),
@@ -401,7 +401,7 @@ WRONG = [
         "oob",
     ),
     ("cuda", "step_cuda.cu", "row[COL_FLAGS] & ALIGNED ?", "true ?", "misaligned"),
-    ("cuda", "step_cuda.cu", "int(min(row[COL_NUMEL] - base, int64_t(chunk)))", "chunk", "oob"),
+    ("cuda", "step_cuda.cu", "int(max(min(row[COL_NUMEL] - base, int64_t(chunk)), int64_t(0)))", "chunk", "oob"),
     ("cuda", "step_cuda.cu", "scalars + c.row[COL_SCALARS] * SCALARS", "scalars", "bits"),
     ("cuda", "step_cuda.cu", "int64_t(entry[1]) * chunk", "entry[1] * chunk", "oob"),
     ("cuda", "rules.h", "fma(-s.w2, v, v)", "v - s.w2 * v", "bits"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_adamw import backends, options, plan, scalars
+from fused_adamw import backends, options, plan
 from tests import cases
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}
@@ -172,7 +172,7 @@ class Pair:
     def builds(self, monkeypatch):
         built = []
         original = plan.build
-        monkeypatch.setattr(plan, "build", lambda optimizer: built.append(1) or original(optimizer))
+        monkeypatch.setattr(plan, "build", lambda *args: built.append(1) or original(*args))
         return built
 
 
@@ -305,36 +305,45 @@ def swap_data(t):
 STALE = {
     "another parameter": lambda group, state, k: swap(group["params"], k, cases.parameters([(2,)])[0]),
     "one less": lambda group, state, k: group["params"].pop(k),
+    "no state": lambda group, state, k: state.pop(group["params"][k]),
+    "another layout": lambda group, state, k: swap(state[group["params"][k]], "exp_avg", torch.ones(3)),
+    "another dtype": lambda group, state, k: swap(state[group["params"][k]], "exp_avg", torch.ones(2).double()),
+    "another gradient": lambda group, state, k: (
+        setattr(group["params"][k], "grad_dtype", None)
+        or setattr(group["params"][k], "grad", torch.ones(2, dtype=torch.bfloat16))
+    ),
+    "memory shared": lambda group, state, k: setattr(group["params"][k], "data", group["params"][k - 1].data),
+    "one moment less": lambda group, state, k: state[group["params"][k]].pop("exp_avg_sq"),
+    "one moment more": lambda group, state, k: swap(state[group["params"][k]], "extra", 1),
+}
+FOLLOWED = {
     "its memory": lambda group, state, k: swap_data(group["params"][k]),
     "no gradient": lambda group, state, k: setattr(group["params"][k], "grad", None),
     "another state": lambda group, state, k: swap(state, group["params"][k], dict(state[group["params"][k]])),
-    "no state": lambda group, state, k: state.pop(group["params"][k]),
     "more state": lambda group, state, k: swap(state, torch.ones(1), {}),
     "another moment": lambda group, state, k: swap(state[group["params"][k]], "exp_avg", torch.ones(2)),
     "a moment's memory": lambda group, state, k: swap_data(state[group["params"][k]]["exp_avg_sq"]),
-    "one moment less": lambda group, state, k: state[group["params"][k]].pop("exp_avg_sq"),
-    "one moment more": lambda group, state, k: swap(state[group["params"][k]], "extra", 1),
+    "another list": lambda group, state, k: swap(group, "params", list(group["params"])),
 }
 
 
 @pytest.mark.parametrize("k", [0, 7, 11])
-@pytest.mark.parametrize("change", STALE)
-def test_a_change_is_seen_wherever_it_is_in_the_list(change, k):
+@pytest.mark.parametrize("change", [*STALE, *FOLLOWED])
+def test_a_change_is_seen_wherever_it_is_in_the_list(change, k, watch):
     params = cases.parameters([(2,)] * 12)
-    optimizer = cases.make("AdamW", params, {})
+    optimizer = cases.make("AdamW", params, {}, backend="reference")
     cases.set_gradients(params, 0)
-    optimizer.init_state()
-    args = optimizer.plan_key, "adam", scalars.HYPER["adam"]
-    watch = backends.native().Watch(optimizer.param_groups, optimizer.state, [False] * len(params), *args)
+    watching = plan.build(optimizer).watch
     versions = [p._version for p in params]
     for t in (1, 2):
         cases.set_gradients(params, t)
-        assert watch.poll(optimizer.param_groups, optimizer.state, optimizer.plan_key)
-        watch.advance()
+        assert watching.poll(optimizer.param_groups, optimizer.state, optimizer.plan_key)
+        watching.advance()
         assert {p._version - version for p, version in zip(params, versions, strict=True)} == {t}
         assert {own["step"].item() for own in optimizer.state.values()} == {t}
-    STALE[change](optimizer.param_groups[0], optimizer.state, k)
-    assert not watch.poll(optimizer.param_groups, optimizer.state, optimizer.plan_key)
+    (STALE | FOLLOWED)[change](optimizer.param_groups[0], optimizer.state, k)
+    still = watching.poll(optimizer.param_groups, optimizer.state, optimizer.plan_key)
+    assert still is (change in FOLLOWED)
 
 
 def test_parameters_that_share_memory_are_stepped_one_after_the_other(target):
@@ -381,7 +390,7 @@ def test_an_error_in_the_middle_does_not_count(monkeypatch, target):
     p = cases.parameters([(4, 6)], device=target.device)[0]
     p.grad = torch.ones(6, 4, device=target.device).t()
     optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
-    monkeypatch.setattr(plan.Row, "before", lambda row: 1 / 0)
+    monkeypatch.setattr(plan.Row, "before", lambda row, owner: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
     assert optimizer.state[p]["step"].item() == 0

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import fused_adamw
-from fused_adamw import backends, scalars
-from fused_adamw.watch import Watch
+from fused_adamw import backends, plan, scalars
 from tests import cases
 
 
@@ -50,9 +49,9 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("watch", [backends.native().Watch, Watch])
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("cls", [fused_adamw.AdamW, fused_adamw.SGDW])
-def test_what_is_set_by_hand_is_in_the_next_row(cls, watch):
+def test_what_is_set_by_hand_is_in_the_next_row(cls, native, monkeypatch):
     """The rows have the bits of scalars.py whatever changes, tensors and lists within themselves too."""
     params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
     optimizer = cls(
@@ -63,12 +62,15 @@ def test_what_is_set_by_hand_is_in_the_next_row(cls, watch):
         p.grad = torch.ones(1)
         optimizer.state[p]["step"].fill_(9.0 * i)
     groups = optimizer.param_groups
-    row_of, hyper = scalars.ROWS[optimizer.family], scalars.HYPER[optimizer.family]
-    kind = bool
-    seen = watch(groups, optimizer.state, [False] * 3, kind, optimizer.family, hyper)
+    row_of, kind = scalars.ROWS[optimizer.family], bool
+    if not native:
+        monkeypatch.setattr(backends, "native", lambda: None)
+        optimizer.requested = "reference"
+    optimizer.plan_key = kind
+    seen = plan.build(optimizer).watch
 
     def rows():
-        return [list(row) for row in seen.scalar_rows()]
+        return [list(row) for row in seen.scalar_rows(groups)]
 
     for change in CHANGES:
         groups[1].update(change)

@@ -74,12 +74,13 @@ def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.con
 
 @triton.jit
 def place(rows, chunks, chunk):
-    """Return a program's row, its first element, and the number of its elements."""
+    """Return a program's row, its first element, the number of its elements, and whether the step leaves it out."""
     entry = chunks + tl.program_id(0).to(tl.int64) * 2
     row = rows + tl.load(entry).to(tl.int64) * COLUMNS
     base = tl.load(entry + 1).to(tl.int64) * chunk
-    n = tl.minimum(tl.load(row + COL_NUMEL) - base, chunk).to(tl.int32)
-    return row, base, n
+    numel = tl.load(row + COL_NUMEL)
+    n = tl.minimum(numel - base, chunk).to(tl.int32)
+    return row, base, n, numel < 0
 
 
 @triton.jit
@@ -176,7 +177,9 @@ def step_kernel(
     f = tl.load(factor)
     if f < 0:
         return
-    row, base, n = place(rows, chunks, chunk)
+    row, base, n, left_out = place(rows, chunks, chunk)
+    if left_out:
+        return
     start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
     at = scalars + tl.load(row + COL_SCALARS) * SCALARS
     s = (tl.load(at), tl.load(at + 1), f * tl.load(at + SCALAR_GRAD_FACTOR), tl.load(at + 3), tl.load(at + 4),
@@ -213,7 +216,8 @@ def add_squares(
 @triton.jit(do_not_specialize=["chunk"])
 def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """Write the sum of the squares of the gradients of each chunk, float64 [.]."""
-    row, base, n = place(rows, chunks, chunk)
+    row, base, n, left_out = place(rows, chunks, chunk)
+    n = tl.where(left_out, 0, n)
     whole = 0
     if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
         whole = n // BLOCK * BLOCK
@@ -240,8 +244,11 @@ def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
     if tl.load(factor) < 0:
         return
     row = tl.program_id(0).to(tl.int64)
+    address = tl.load(steps + row)
+    if address == 0:
+        return
     h = hyper + row * HYPERS
-    counter = tl.load(steps + row).to(tl.pointer_type(tl.float32))
+    counter = address.to(tl.pointer_type(tl.float32))
     count = tl.load(counter) + 1
     tl.store(counter, count)
     step = count.to(tl.int32)

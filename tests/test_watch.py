@@ -1,0 +1,340 @@
+"""What a living plan follows and keeps: tensors that move, gradients that come and go, nothing kept alive."""
+
+import gc
+import signal
+import weakref
+
+import pytest
+import torch
+
+from fused_adamw import backends, plan
+from tests import cases
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """The optimizer of every plan that is built."""
+    built, true = [], plan.build
+    monkeypatch.setattr(plan, "build", lambda o, *args, **kwargs: built.append(o) or true(o, *args, **kwargs))
+    return built
+
+
+@pytest.fixture(params=["native", "python"])
+def watch(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setattr(backends, "native", lambda: None)
+    return request.param
+
+
+def made(target, shapes=((5,), (4, 3), (7,)), name="AdamW", dtype=torch.float32, **options):
+    """An optimizer of ours, its parameters, and both of a twin that is made anew before each step."""
+    pairs = [cases.parameters(list(shapes), dtype, target.device) for _ in range(2)]
+    return *(cases.make(name, ps, options, backend=target.backend) for ps in pairs), *pairs
+
+
+def remade(optimizer):
+    """A new optimizer with the groups and the state of this one."""
+    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+    ours = {name: getattr(optimizer, name) for name in ("max_grad_norm", "skip_nonfinite")}
+    new = type(optimizer)(groups, backend=optimizer.requested, **ours)
+    new.defaults = optimizer.defaults  # of groups that are added later
+    new.load_state_dict(optimizer.state_dict())
+    return new
+
+
+def step_both(a, b, ps, qs, t, live=None):
+    """Step both with the same gradients, the second remade; returns that."""
+    cases.set_gradients(ps, t)
+    for k, (p, q) in enumerate(zip(ps, qs, strict=True)):
+        if live is not None and k not in live:
+            p.grad = None
+        q.grad = None if p.grad is None else p.grad.clone()
+    b = remade(b)
+    a.step()
+    b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+    return b
+
+
+# ---- gradients that come and go
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"rounding": "stochastic"}], ids=str)
+def test_a_missing_gradient_needs_no_new_plan(options, target, builds):
+    dtype = torch.bfloat16 if "rounding" in options else torch.float32
+    a, b, ps, qs = made(target, dtype=dtype, **options)
+    b = step_both(a, b, ps, qs, 0)
+    builds.clear()
+    for t, live in enumerate([{0}, {1, 2}, set(), {0, 2}, {1}, {0, 1, 2}], 1):
+        b = step_both(a, b, ps, qs, t, live)
+    assert a not in builds
+    assert [own["step"].item() for own in a.state.values()] == [4, 4, 4]
+
+
+def test_alternating_halves_are_planned_twice(target, builds):
+    """The gradients of one half have another dtype, which is remembered while they are missing."""
+    ps = cases.parameters([(5,), (6,), (7,), (8,)], torch.bfloat16, target.device)
+    optimizer = cases.make("AdamW", ps, {"master": "fp32"}, backend=target.backend)
+    for t in range(6):
+        for p in ps:
+            p.grad = None
+        for p in ps[2 * (t % 2) :][:2]:
+            cases.set_gradient(p, torch.ones_like(p, dtype=torch.bfloat16 if t % 2 else torch.float32))
+        optimizer.step()
+    assert len(builds) == 2
+    assert [own["step"].item() for own in optimizer.state.values()] == [3] * 4
+
+
+def test_a_gradient_that_comes_back_in_another_layout(target, watch):
+    if watch == "python" and target.backend == "cpu":
+        pytest.skip("the native backend has a native watch")
+    a, b, ps, qs = made(target)
+    b = step_both(a, b, ps, qs, 0)
+    for t in range(1, 5):
+        cases.set_gradients(ps, t)
+        ps[1].grad = None if t % 2 else torch.empty(3, 4, device=target.device).t().copy_(ps[1].grad)
+        for p, q in zip(ps, qs, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        b = remade(b)
+        a.step()
+        b.step()
+        cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+def test_a_broken_state_without_a_gradient_is_no_error(target):
+    """Nothing is done to it until it has a gradient."""
+    a, _, ps, _ = made(target)
+    cases.set_gradients(ps, 0)
+    a.step()
+    a.state[ps[0]]["exp_avg"] = torch.ones(2, device=target.device)
+    ps[0].grad = None
+    a.step()
+    ps[0].grad = torch.ones_like(ps[0])
+    with pytest.raises(ValueError, match=r"group 0, parameter 0 .*'exp_avg' has shape \[2\]"):
+        a.step()
+    assert a.state[ps[1]]["step"].item() == 2
+
+
+# ---- tensors that move
+
+
+def swap_states(optimizer, ps):
+    for own in optimizer.state.values():
+        own.update({key: t.clone() for key, t in own.items()})
+
+
+def swap_state_dicts(optimizer, ps):
+    for p in ps:
+        optimizer.state[p] = {key: t.clone() for key, t in optimizer.state[p].items()}
+
+
+def move_parameters(optimizer, ps):
+    for p in ps:
+        p.data = p.data.clone()
+
+
+def replace_groups(optimizer, ps):
+    optimizer.param_groups = list(optimizer.param_groups)
+
+
+def load_itself(optimizer, ps):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+MOVES = [swap_states, swap_state_dicts, move_parameters, replace_groups, load_itself]
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "rounding": "stochastic"}], ids=str)
+def test_what_moved_is_followed(options, move, target, builds):
+    a, b, ps, qs = made(target, ((5,), (64, 64), (40, 3)), **options)
+    b = step_both(a, b, ps, qs, 0)
+    builds.clear()
+    for t in range(1, 4):
+        move(a, ps)
+        b = step_both(a, b, ps, qs, t)
+    assert a not in builds
+
+
+def test_parameters_that_come_to_share_memory_are_stepped_one_after_the_other(target):
+    a, _, ps, _ = made(target, ((5,), (5,)), "SGD", lr=1.0)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    a.step()
+    ps[1].data = ps[0].data
+    before = ps[0].detach().clone()
+    a.step()
+    assert torch.equal(ps[0], before - 2)
+
+
+def test_lists_of_groups_that_come_round_keep_their_plans(target, builds):
+    """DeepSpeed's ZeRO steps one group after the other, through a list of its own."""
+    ps = cases.parameters([(4,), (5,), (6,)], device=target.device)
+    optimizer = cases.make("AdamW", [{"params": [p]} for p in ps], {}, backend=target.backend)
+    groups = optimizer.param_groups
+    for t in range(4):
+        cases.set_gradients(ps, t)
+        for group in groups:
+            optimizer.param_groups = [group]
+            optimizer.step()
+        optimizer.param_groups = groups
+    assert len(builds) == 3
+    assert [own["step"].item() for own in optimizer.state.values()] == [4] * 3
+
+
+def test_step_parameter_draws_by_the_place_of_the_parameter(target):
+    """As a resumed run does, after an earlier parameter was taken out by hand."""
+    options = {"rounding": "stochastic", "lr": 0.1}
+    a, b, ps, qs = made(target, ((50,), (60,)), dtype=torch.bfloat16, **options)
+    for t in range(4):
+        cases.set_gradients(ps, t)
+        for p, q in zip(ps, qs, strict=True):
+            q.grad = p.grad.clone()
+        if t == 2:
+            for optimizer in (a, b):
+                del optimizer.state[optimizer.param_groups[0]["params"].pop(0)]
+            ps, qs = ps[1:], qs[1:]
+        for p in ps:
+            a.step_parameter(p)
+        b = remade(b)
+        b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@pytest.mark.parametrize("size", [0, 60], ids=["freed", "cut"])
+@pytest.mark.parametrize("which", ["grad", "exp_avg"])
+def test_a_storage_that_is_too_small_is_refused(which, size, target, watch):
+    if watch == "python" and target.backend == "cpu":
+        pytest.skip("the native backend has a native watch")
+    (p,) = cases.parameters([(50,)], device=target.device)
+    whole = torch.ones(100, device=target.device)
+    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
+    p.grad = whole[50:] if which == "grad" else torch.ones_like(p)
+    optimizer.step()
+    if which == "exp_avg":
+        optimizer.state[p]["exp_avg"] = whole[50:]
+        optimizer.step()
+    whole.untyped_storage().resize_(4 * size)
+    before = p.detach().clone()
+    with pytest.raises((TypeError, ValueError), match=r"group 0, parameter 0 .*(memory|null data)"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+# ---- nothing is kept alive
+
+
+def dead(*refs):
+    gc.collect()
+    return [ref() is None for ref in refs] == [True] * len(refs)
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["step", "step_parameter"])
+def test_what_is_replaced_is_freed_at_once(single, target, watch):
+    if watch == "python" and target.backend == "cpu":
+        pytest.skip("the native backend has a native watch")
+    a, _, ps, _ = made(target)
+
+    def step(optimizer, params, t):
+        cases.set_gradients(params, t)
+        if single:
+            for p in params:
+                optimizer.step_parameter(p)
+        else:
+            optimizer.step()
+
+    step(a, ps, 0)
+    own = a.state[ps[0]]
+    moment = weakref.ref(own["exp_avg"])
+    own["exp_avg"] = own["exp_avg"].clone()
+    assert dead(moment)
+    step(a, ps, 1)
+    gradient = weakref.ref(ps[1].grad)
+    for p in ps:
+        p.grad = None
+    assert dead(gradient)
+    states = [weakref.ref(t) for t in a.state[ps[2]].values()]
+    del own
+    a.state.clear()
+    assert dead(*states)
+    step(a, ps, 2)
+    param = weakref.ref(ps[1])
+    a.state.pop(ps[1])
+    a.param_groups[0]["params"].pop(1)
+    del ps[1], p
+    assert dead(param)
+    step(a, ps, 3)
+    optimizer, last = weakref.ref(a), weakref.ref(ps[0])
+    del a, ps
+    assert dead(optimizer)
+    assert dead(last)
+
+
+def test_a_group_that_is_dropped_is_freed(target):
+    ps = cases.parameters([(4,), (5,)], device=target.device)
+    optimizer = cases.make("AdamW", [{"params": [p]} for p in ps], {}, backend=target.backend)
+    cases.set_gradients(ps, 0)
+    optimizer.step()
+    param = weakref.ref(ps[1])
+    del optimizer.state[ps[1]]
+    optimizer.param_groups.pop()
+    del ps[1]
+    assert dead(param)
+
+
+def test_swapped_tensors(target):
+    """torch.utils.swap_tensors refuses tensors that anything else refers to."""
+    model = torch.nn.Linear(4, 3).to(target.device)
+    optimizer = cases.make("AdamW", list(model.parameters()), {}, backend=target.backend)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for t, change in enumerate(
+            [lambda: model.double(), lambda: model.float(), lambda: model.load_state_dict(model.state_dict())]
+        ):
+            cases.set_gradients(list(model.parameters()), t)
+            optimizer.step()
+            model.zero_grad()
+            change()
+        cases.set_gradients(list(model.parameters()), 4)
+        optimizer.step()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert {own["step"].item() for own in optimizer.state.values()} == {4}
+
+
+def test_entries_of_removed_parameters_do_not_pile_up():
+    optimizer = cases.make("AdamW", cases.parameters([(3,)]), {})
+    for t in range(20):
+        (p,) = optimizer.param_groups[0]["params"] = cases.parameters([(3,)])
+        optimizer.state.clear()
+        cases.set_gradients([p], t)
+        optimizer.step_parameter(p)
+        del p
+    assert len(optimizer._built_single) <= 4
+
+
+# ---- interrupts
+
+
+def test_an_interrupted_step_is_taken_and_counted_or_neither():
+    (p,) = cases.parameters([(2_000_000,)])
+    p.data.zero_()
+    p.grad = torch.ones_like(p)
+    optimizer = cases.make("SGD", [p], {"lr": 1.0, "momentum": 0.0})
+    optimizer.step()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted = 0
+    try:
+        for _ in range(40):
+            signal.setitimer(signal.ITIMER_REAL, 0.0005)
+            try:
+                for _ in range(100):
+                    optimizer.step()
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert p[0].item() == p[-1].item() == -optimizer.state[p]["step"].item()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted
