@@ -128,6 +128,8 @@ PROMISES = {
     },
     "test_step_cpu": {
         "the same bits for any number of threads": "test_same_bits_for_every_number_of_threads",
+        "set_flush_denormal holds for all threads": "test_every_thread_flushes_as_the_caller_does",
+        "a forked process can step": "test_a_forked_process_steps",
     },
 }
 
