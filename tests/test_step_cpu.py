@@ -172,6 +172,27 @@ def test_same_bits_for_every_split(cuts, dtype):
     cases.assert_same_bits({"p": whole.detach(), **{k: a.state[whole][k] for k in joined if k != "p"}}, joined)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name_of)
+def test_a_split_moves_the_norm_by_its_last_bits(dtype):
+    """Sums are rounded in an order that follows the tensors. float32 parameters take the factor as a float32."""
+    n = 100_003
+    (whole,) = cases.parameters([(n,)], dtype)
+    pieces = [torch.nn.Parameter(x.clone()) for x in whole.detach().split(9_973)]
+    a, b = (cases.make("AdamW", ps, {}, max_grad_norm=0.5) for ps in ([whole], pieces))
+    for t in range(3):
+        cases.set_gradients([whole], t)
+        for piece, g in zip(pieces, whole.grad.split(9_973), strict=True):
+            piece.grad = g
+        a.step()
+        b.step()
+        cases.assert_same_bits({"norm": a.grad_norm}, {"norm": b.grad_norm})
+    joined = torch.cat([x.detach() for x in pieces])
+    if dtype == torch.float32:
+        cases.assert_same_bits({"p": whole.detach()}, {"p": joined})
+    else:
+        torch.testing.assert_close(whole.detach(), joined, rtol=1e-14, atol=1e-17)
+
+
 # ---- formats
 
 PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
