@@ -193,6 +193,50 @@ def test_a_split_moves_the_norm_by_its_last_bits(dtype):
         torch.testing.assert_close(whole.detach(), joined, rtol=1e-14, atol=1e-17)
 
 
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        *((dtype, {}) for dtype in DTYPES),
+        (BF16, {"state_dtype": BF16}),
+        (BF16, {"state_dtype": BF16, "rounding": "stochastic"}),
+        (BF16, {"state_dtype": "int8", "rounding": "stochastic"}),
+        *((BF16, {"master": master}) for master in ("kahan", "split16", "fp32")),
+    ],
+    ids=cases.name_of,
+)
+@pytest.mark.parametrize(("name", "more"), [("AdamW", {}), ("SGD", {"momentum": 0.9})])
+def test_same_bits_at_every_address(name, more, dtype, options, isa):
+    """Each tensor begins at another of its elements, and nothing beside it is written."""
+    n, room = 1001, 8
+
+    def shifted(t, offset):
+        buffer = torch.full((t.numel() + room,), 42, dtype=t.dtype)
+        buffers.append((buffer, offset, t.numel()))
+        buffer[offset : offset + t.numel()] = t.detach()
+        return buffer[offset : offset + t.numel()]
+
+    results = []
+    for first in range(4):
+        buffers = []
+        p = torch.nn.Parameter(shifted(torch.linspace(-1, 1, n).to(dtype), first))
+        optimizer = cases.make(name, [p], {"lr": 1e-2, **more, **options}, backend="cpu")
+        cases.set_gradients([p], 0)
+        optimizer.init_state()
+        state = optimizer.state[p]
+        state.update({k: shifted(t, (first * i) % 4) for i, (k, t) in enumerate(state.items(), 2) if k != "step"})
+        for t in range(2):
+            cases.set_gradients([p], t)
+            p.grad = shifted(p.grad, first // 2)
+            optimizer.step()
+        results.append(cases.tensors_of(optimizer))
+        cases.assert_same_bits(results[0], results[-1])
+        for buffer, offset, numel in buffers:
+            assert (buffer[:offset] == 42).all() and (buffer[offset + numel :] == 42).all()
+
+
 # ---- formats
 
 PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
