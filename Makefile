@@ -1,4 +1,5 @@
 # make demo · make test · make quick · make test-integrations · make bench · make lint: each sets up .venv first, once.
+# make sanitize: the tests that run csrc, under gcc's AddressSanitizer and UndefinedBehaviorSanitizer.
 # make resolve · make test-versions · make wheel · make cuda-check: about installing it elsewhere.
 # A torch of your own:  make test VENV=/path/to/env CONSTRAINTS=/dev/null
 # The Python at hand, without an environment and without network (demo, test, quick, bench):  make test VENV= PYTHON=python3
@@ -13,6 +14,11 @@ RUN := $(if $(VENV),$(BIN)/python,$(PYTHON))
 XDIST = $(shell $(RUN) -c 'import xdist' 2> /dev/null && echo '-n auto --dist loadfile --no-loadscope-reorder')
 PYTEST = OMP_WAIT_POLICY=passive $(RUN) -m pytest $(XDIST)
 
+# With make sanitize: the flags, and the tests. Those that start compilers are not among them.
+SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS -g1
+SANITIZED ?= $(addprefix tests/test_,checkpoints.py clipping.py formats.py launch.py plan.py state.py step_cpu.py \
+    step_parameter.py torch_inputs.py)
+
 # With make cuda-check; any CUDA build of torch whose major version of CUDA is that of nvcc.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
@@ -24,7 +30,7 @@ PLATFORMS ?= x86_64-manylinux_2_28 aarch64-manylinux_2_28
 TORCHES ?= 2.8.0@3.10 2.9.1@3.11 2.10.0@3.12 2.11.0@3.12 2.12.1@3.13 2.13.0@3.10 2.14.1@3.13 2.15.0@3.13
 INDEX_ALONE := env -u UV_INDEX -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS -u UV_CONSTRAINT
 
-.PHONY: demo test quick test-integrations bench gpu lint format clean cuda-check resolve test-versions wheel
+.PHONY: demo test quick sanitize test-integrations bench gpu lint format clean cuda-check resolve test-versions wheel
 
 demo: $(READY)
 	$(RUN) -m bench demo
@@ -35,6 +41,14 @@ test: $(READY)
 # Without what takes more than two seconds a test, and without the emulator of PTX, where there is one.
 quick: $(READY)
 	$(PYTEST) -m "not slow and not emulator"
+
+# In a copy of the tree, whose extension is built for it; needs gcc. Python itself is not: the sanitizers are loaded before it,
+# and what it keeps to its end is no leak of ours. They write to the standard error, which pytest leaves alone here.
+sanitize: RUN := $(if $(VENV),$(abspath $(BIN))/python,$(PYTHON))
+sanitize: build/sanitize/.ready
+	git ls-files -co --exclude-standard | tar -cf - -T - | tar -xf - -C build/sanitize
+	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST) --capture=sys $(SANITIZED)
 
 # What the frameworks themselves warn of is not an error of ours.
 test-integrations: $(VENV)/.integrations
@@ -95,6 +109,15 @@ clean:
 build/.ready: fused_adamw/build.py $(wildcard csrc/*)
 	FUSED_ADAMW_CPU=1 $(PYTHON) -m fused_adamw build
 	mkdir -p build
+	touch $@
+
+build/sanitize/.ready: $(READY) fused_adamw/build.py $(wildcard csrc/*)
+	rm -rf build/sanitize
+	mkdir -p build/sanitize
+	git ls-files -co --exclude-standard | tar -cf - -T - | tar -xf - -C build/sanitize
+	cd build/sanitize && CC=gcc CXX=g++ CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_ADAMW_CUDA=0 \
+	    $(RUN) -m fused_adamw build --force
+	grep -q __asan_init build/sanitize/fused_adamw/_C.*.so
 	touch $@
 
 # torch first: the extension is built against the torch it will run beside.

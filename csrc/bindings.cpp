@@ -1,6 +1,7 @@
 // The extension module fused_adamw._C: its classes, and the launches on CUDA.
 #include "launch_cpu.h"
 #include "names.h"
+#include "threads_cpu.h"
 #include "watch.h"
 
 #if defined(FUSED_ADAMW_CUDA)
@@ -100,4 +101,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   m.def("cpu_isas", &isa_names);
   m.def("use_cpu_isa", &use_cpu_isa);
+  m.def("after_fork", [] { forked = true; });
 }

@@ -21,9 +21,11 @@ static_assert(kTile % kQuantBlock == 0, "a tile is a number of whole blocks");
 
 // A word of a stream is one value of the compute type, or a pair of bf16, which is unpacked and packed in
 // place. Through tiles of floats, which widen and narrow across the vector, a step of all-bf16 takes 1.25
-// times as long.
+// times as long. A pair is aligned as its values are, and its bits are copied: it may begin at any of them.
 struct Pair {
-  uint32_t bits;  // the value at the lower address is the lower half
+  BFloat16 values[2];
+  FUSED_HD uint32_t bits() const { return bit_cast<uint32_t>(*this); }  // the lower address is the lower half
+  FUSED_HD void set(uint32_t bits) { *this = bit_cast<Pair>(bits); }
 };
 template <class Word> constexpr int kLanes = 1;
 template <> constexpr int kLanes<Pair> = 2;
@@ -31,8 +33,8 @@ template <> constexpr int kLanes<Pair> = 2;
 template <typename T> FUSED_HD void unpack(T word, T* x) { *x = word; }
 template <typename T> FUSED_HD void pack(const T* x, T& word) { word = *x; }
 FUSED_HD void unpack(Pair word, float* x) {
-  x[0] = bit_cast<float>(word.bits << 16);
-  x[1] = bit_cast<float>(word.bits & 0xffff0000u);
+  x[0] = bit_cast<float>(word.bits() << 16);
+  x[1] = bit_cast<float>(word.bits() & 0xffff0000u);
 }
 
 // Rounds as store() of formats.h does, but a NaN keeps its sign and payload, because looking for one in every
@@ -43,12 +45,11 @@ FUSED_HD uint32_t rounded(float x) {
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 FUSED_HD void pack(const float* x, Pair& word) {
-  word.bits = (rounded(x[1]) & 0xffff0000u) | rounded(x[0]) >> 16;
+  word.set((rounded(x[1]) & 0xffff0000u) | rounded(x[0]) >> 16);
 }
 // Rounds as store_stochastic() does, but for NaN, as above.
 FUSED_HD void pack(const float* x, Pair& word, uint32_t random0, uint32_t random1) {
-  word.bits =
-      ((bit_cast<uint32_t>(x[1]) + random1) & 0xffff0000u) | (bit_cast<uint32_t>(x[0]) + random0) >> 16;
+  word.set(((bit_cast<uint32_t>(x[1]) + random1) & 0xffff0000u) | (bit_cast<uint32_t>(x[0]) + random0) >> 16);
 }
 template <typename T> void fix_nans(T*, int64_t) {}
 inline void fix_nans(Pair* words, int64_t n) {
@@ -58,7 +59,7 @@ inline void fix_nans(Pair* words, int64_t n) {
     unpack(words[i], x);
     store(x[0], low);
     store(x[1], high);
-    words[i].bits = uint32_t(high.bits) << 16 | low.bits;
+    words[i].set(uint32_t(high.bits) << 16 | low.bits);
   }
 }
 
@@ -87,7 +88,7 @@ FUSED_HD bool update_words(const typename R::template Scalars<T>& s, int64_t n, 
       pack(xp, p[i]);
       if constexpr (R::kStates > 1) pack(x1, s1[i]);
     }
-    if constexpr (lanes > 1) nan |= (p[i].bits & 0x7fff7fffu) + 0x007f007fu;
+    if constexpr (lanes > 1) nan |= (p[i].bits() & 0x7fff7fffu) + 0x007f007fu;
     if constexpr (R::kStates > 0) pack(x0, s0[i]);
     if constexpr (R::kStates > 2) pack(x2, s2[i]);
   }

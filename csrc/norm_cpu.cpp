@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "step.h"
+#include "threads_cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__GLIBC__)  // ifunc
 #define FUSED_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
@@ -60,17 +61,20 @@ double sum_squares_cpu(const Row* rows, int64_t n) {
     int64_t begin;
   };
   std::vector<Part> parts;
-  for (const Row* row = rows; row != rows + n; ++row)
+  int64_t blocks = 0;  // as in step_cpu(): however small a tensor is, its overhead is that of a block
+  for (const Row* row = rows; row != rows + n; ++row) {
+    blocks += (row->numel + kQuantBlock - 1) / kQuantBlock;
     for (int64_t begin = 0; begin < row->numel; begin += kUnit) parts.push_back({row, begin});
-  const int64_t count = int64_t(parts.size());
-  std::vector<double> sums(count);
-#pragma omp parallel for if (count > 4)
-  for (int64_t i = 0; i < count; ++i) {
-    const Part& part = parts[i];
-    const int format = int(part.row->g_format);
-    sums[i] = kSums[format](static_cast<const char*>(part.row->g) + part.begin * kItemsize[format],
-                            std::min(kUnit, part.row->numel - part.begin));
   }
+  std::vector<double> sums(parts.size());
+  for_each_part(int64_t(parts.size()), blocks * kQuantBlock, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const Part& part = parts[i];
+      const int format = int(part.row->g_format);
+      sums[i] = kSums[format](static_cast<const char*>(part.row->g) + part.begin * kItemsize[format],
+                              std::min(kUnit, part.row->numel - part.begin));
+    }
+  });
   double total = 0;
   for (const double sum : sums) total += sum;
   return total;

@@ -41,7 +41,8 @@ struct Row {
 };
 
 // Steps every row once, in one parallel region. `scalars` holds rows of SCALARS doubles, `isa` is an index
-// into cpu_isas(). The result has the same bits for any isa and any number of threads.
+// into cpu_isas(). The result has the same bits for any isa and any number of threads. They flush subnormal
+// numbers to 0 where the calling thread does.
 void step_cpu(const Row* rows, int64_t n, const double* scalars, int isa);
 
 // Returns the sum of the squares of all gradients, the same bits for any number of threads.

@@ -7,10 +7,8 @@
 #include "formats_avx2.h"
 #include "loops_cpu.h"
 #include "step.h"
+#include "threads_cpu.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef FUSED_X86
 #include <cpuid.h>
 #endif
@@ -20,8 +18,6 @@ namespace {
 
 // Threads are given whole blocks: no two write to one cache line of an aligned tensor, or share a scale.
 constexpr int64_t kBlock = kQuantBlock;
-// A parallel region costs as much as about this many elements cost one thread.
-constexpr int64_t kSerial = 16384;
 constexpr int64_t kRowsAhead = 2;
 
 // ---- The loops, compiled for each instruction set.
@@ -331,17 +327,7 @@ void step_cpu(const Row* rows, int64_t n, const double* scalars, int isa) {
       }
     }
   };
-#ifdef _OPENMP
-  if (blocks * kBlock > kSerial && !omp_in_parallel()) {
-#pragma omp parallel
-    {
-      const int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();
-      run(blocks * t / threads, blocks * (t + 1) / threads);
-    }
-    return;
-  }
-#endif
-  run(0, blocks);
+  for_each_part(blocks, blocks * kBlock, run);
 }
 
 }  // namespace fused_adamw

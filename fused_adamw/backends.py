@@ -26,6 +26,21 @@ if why := build.too_old(torch.__version__):
     raise ImportError(f"fused_adamw cannot run: {why}")
 
 
+_forked = False
+
+
+def _after_fork() -> None:
+    """Tell the extension, or the one that is loaded later, that the threads of OpenMP are gone."""
+    global _forked
+    _forked = True
+    if module := sys.modules.get("fused_adamw._C"):
+        module.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @functools.cache
 def _load_native() -> tuple[ModuleType | None, str]:
     path, why = build.find(torch.__version__)
@@ -39,6 +54,8 @@ def _load_native() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"{path} does not load ({error}); build it anew with: {build.COMMAND} --force"
     sys.modules["fused_adamw._C"] = module
+    if _forked:
+        module.after_fork()
     return module, ""
 
 

@@ -91,7 +91,8 @@ parameter is their rounded value. See :meth:`refresh_masters`.""",
 ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"``; by default the best that runs on the device of a tensor.""",
     "max_grad_norm": """\
 clip by the global norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the step: gradients
-are read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device.""",
+are read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device. Its last bits in float64
+depend on how the parameters are cut into tensors, and on the backend; not on threads.""",
     "skip_nonfinite": "a step whose gradients' norm is not finite changes nothing and is not counted.",
     "amp_scaling": """\
 let ``torch.amp.GradScaler`` hand its scale and its finding of infinities to the step, which then divides and

@@ -128,6 +128,10 @@ PROMISES = {
     },
     "test_step_cpu": {
         "the same bits for any number of threads": "test_same_bits_for_every_number_of_threads",
+        "set_flush_denormal holds for all threads": "test_every_thread_flushes_as_the_caller_does",
+        "any split into tensors": "test_same_bits_for_every_split",
+        "with max_grad_norm but for the norm's last bits": "test_a_split_moves_the_norm_by_its_last_bits",
+        "a forked process can step": "test_a_forked_process_steps",
     },
 }
 

@@ -1,7 +1,11 @@
 """The native step: its bits, and that neither threads nor instruction sets nor cuts change them."""
 
 import itertools
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import torch
 from fused_adamw import backends, scalars
 from tests import cases, exact
 
+ROOT = Path(__file__).parents[1]
 C = backends.native()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -72,13 +77,79 @@ def test_same_bits_for_every_instruction_set(name, options, dtype, isa):
     cases.assert_same_bits(ours, stepped(name, options, dtype=dtype))
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name_of)
 @pytest.mark.parametrize(("name", "options"), [cases.SHARED[2], cases.SHARED[-2]], ids=cases.name_of)
-def test_same_bits_for_every_number_of_threads(name, options, one_and_two_threads):
+def test_same_bits_for_every_number_of_threads(name, options, dtype, max_grad_norm, one_and_two_threads):
     results = []
     for threads in one_and_two_threads:
         torch.set_num_threads(threads)
-        results.append(stepped(name, options, shapes=[(100_003,), (5,), (64,), (70_001,)]))
+        shapes = [(100_003,), (5,), (64,), (70_001,)]
+        results.append(stepped(name, options, shapes, dtype=dtype, max_grad_norm=max_grad_norm))
     cases.assert_same_bits(*results)
+
+
+def test_every_thread_flushes_as_the_caller_does(isa, one_and_two_threads):
+    """torch.set_flush_denormal sets the thread that calls it alone."""
+
+    def flushed(flush):
+        p = torch.nn.Parameter(torch.full((100_003,), 2e-39))
+        p.grad = torch.full_like(p, 1e-39)
+        optimizer = cases.make("AdamW", [p], {"lr": 1e-39}, max_grad_norm=1.0)
+        optimizer.init_state()
+        try:
+            torch.set_flush_denormal(flush)
+            optimizer.step()
+        finally:
+            torch.set_flush_denormal(False)
+        return cases.tensors_of(optimizer) | {"norm": optimizer.grad_norm}
+
+    results = {}
+    for flush, threads in itertools.product((False, True), one_and_two_threads):
+        torch.set_num_threads(threads)
+        found = flushed(flush)
+        cases.assert_same_bits(results.setdefault(flush, found), found)
+    for name in ("0.p", "0.exp_avg", "norm"):
+        assert results[False][name].count_nonzero() and not results[True][name].count_nonzero(), name
+
+
+FORKED = """
+import itertools, os, signal, sys, torch, fused_adamw
+
+def parameters(count, size):
+    params = [torch.nn.Parameter(torch.ones(size)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params
+
+torch.set_num_threads(2)
+stepped = sys.argv[1] == "stepped"
+lists = [(12, 4), (1200, 4), (100, 1000)] + [(1, 2_000_000)] * stepped  # else torch would hang, making the state
+for (count, size), norm in itertools.product(lists, (None, 1e9)):
+    params = parameters(count, size)
+    optimizer = fused_adamw.AdamW(params, lr=0.5, max_grad_norm=norm)
+    if stepped:
+        optimizer.step()
+    assert ("fused_adamw._C" in sys.modules) == stepped
+    torch.ones(1_000_000).mul_(2)
+    if child := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == 0, f"{count} tensors of {size}, max_grad_norm={norm}: exit code {code}"
+    else:
+        signal.alarm(60)
+        before = [p[-1].item() for p in params]
+        optimizer.step()
+        os._exit(not all(p[-1] < b for p, b in zip(params, before)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("parent", ["stepped", "imported"])
+def test_a_forked_process_steps(parent):
+    """The threads of its parent are gone, and OpenMP would wait for them for ever; the alarm ends a child that does."""
+    done = subprocess.run([sys.executable, "-c", FORKED, parent], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("cuts", [[1], [63, 64, 65], [1000, 30_000], list(range(0, 100_000, 9_973))])
@@ -99,6 +170,71 @@ def test_same_bits_for_every_split(cuts, dtype):
     joined = {"p": torch.cat([x.detach() for x in pieces])}
     joined |= {k: torch.cat([b.state[x][k] for x in pieces]) for k in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
     cases.assert_same_bits({"p": whole.detach(), **{k: a.state[whole][k] for k in joined if k != "p"}}, joined)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name_of)
+def test_a_split_moves_the_norm_by_its_last_bits(dtype):
+    """Sums are rounded in an order that follows the tensors. float32 parameters take the factor as a float32."""
+    n = 100_003
+    (whole,) = cases.parameters([(n,)], dtype)
+    pieces = [torch.nn.Parameter(x.clone()) for x in whole.detach().split(9_973)]
+    a, b = (cases.make("AdamW", ps, {}, max_grad_norm=0.5) for ps in ([whole], pieces))
+    for t in range(3):
+        cases.set_gradients([whole], t)
+        for piece, g in zip(pieces, whole.grad.split(9_973), strict=True):
+            piece.grad = g
+        a.step()
+        b.step()
+        cases.assert_same_bits({"norm": a.grad_norm}, {"norm": b.grad_norm})
+    joined = torch.cat([x.detach() for x in pieces])
+    if dtype == torch.float32:
+        cases.assert_same_bits({"p": whole.detach()}, {"p": joined})
+    else:
+        torch.testing.assert_close(whole.detach(), joined, rtol=1e-14, atol=1e-17)
+
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        *((dtype, {}) for dtype in DTYPES),
+        (BF16, {"state_dtype": BF16}),
+        (BF16, {"state_dtype": BF16, "rounding": "stochastic"}),
+        (BF16, {"state_dtype": "int8", "rounding": "stochastic"}),
+        *((BF16, {"master": master}) for master in ("kahan", "split16", "fp32")),
+    ],
+    ids=cases.name_of,
+)
+@pytest.mark.parametrize(("name", "more"), [("AdamW", {}), ("SGD", {"momentum": 0.9})])
+def test_same_bits_at_every_address(name, more, dtype, options, isa):
+    """Each tensor begins at another of its elements, and nothing beside it is written."""
+    n, room = 1001, 8
+
+    def shifted(t, offset):
+        buffer = torch.full((t.numel() + room,), 42, dtype=t.dtype)
+        buffers.append((buffer, offset, t.numel()))
+        buffer[offset : offset + t.numel()] = t.detach()
+        return buffer[offset : offset + t.numel()]
+
+    results = []
+    for first in range(4):
+        buffers = []
+        p = torch.nn.Parameter(shifted(torch.linspace(-1, 1, n).to(dtype), first))
+        optimizer = cases.make(name, [p], {"lr": 1e-2, **more, **options}, backend="cpu")
+        cases.set_gradients([p], 0)
+        optimizer.init_state()
+        state = optimizer.state[p]
+        state.update({k: shifted(t, (first * i) % 4) for i, (k, t) in enumerate(state.items(), 2) if k != "step"})
+        for t in range(2):
+            cases.set_gradients([p], t)
+            p.grad = shifted(p.grad, first // 2)
+            optimizer.step()
+        results.append(cases.tensors_of(optimizer))
+        cases.assert_same_bits(results[0], results[-1])
+        for buffer, offset, numel in buffers:
+            assert (buffer[:offset] == 42).all() and (buffer[offset + numel :] == 42).all()
 
 
 # ---- formats
