@@ -58,8 +58,10 @@ public:
     if (const char* name = out_of_range<kAdam>(hyper_.data()))
       throw py::value_error(std::string("a group's ") + name +
                             " is out of range: set one that its optimizer takes");
-    if (!(count >= 1))
-      throw py::value_error("a parameter's 'step' is negative: load a checkpoint, or set it to 0");
+    if (!(count >= 1 && count < HUGE_VAL))
+      throw py::value_error(
+          "a parameter's 'step' is negative, infinite or NaN: load a checkpoint, or set it to "
+          "the number of steps taken");
     std::array<double, SCALARS> values;
     const auto power = [](double x, double n) { return std::pow(x, n); };
     scalars_of<kAdam>(hyper_.data(), count, power, values.data());

@@ -3,6 +3,7 @@
 The module is long because a third of it documents methods that users call.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -53,7 +54,6 @@ class FusedOptimizer(Optimizer):
     _single_plans: dict[Tensor, SinglePlan]
     _scaling: tuple[bool, bool] = (False, False)
     _captured: Sequence[plan.Plan] = ()
-    _loading: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -325,23 +325,22 @@ class FusedOptimizer(Optimizer):
         """
         return checkpoints.export(self.state_dict(), self.family)
 
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep the dtypes that were declared here and share no tensor with ``state_dict``.
 
-        Checkpoints of torch.optim's class of the same name (for-loop, foreach or fused) load too.
+        Checkpoints of torch.optim's class of the same name (for-loop, foreach or fused) load too. Where both sides
+        name the parameters, they are matched by name. Raises ValueError or TypeError, before anything is changed, for
+        the checkpoint of another optimizer or another model.
         """
 
-        def before(_: Optimizer, loaded: dict[str, Any]) -> None:
-            self._loading = loaded
-            checkpoints.check(self, loaded)
-
-        # Registered last, so that it sees the dict that the user's own hooks return.
-        hook = self.register_load_state_dict_pre_hook(before)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-            self._loading = None
+        loaded = copy.copy(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            returned = before(self, loaded)
+            loaded = loaded if returned is None else returned
+        self.__setstate__(checkpoints.read(self, loaded))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         groups, old = getattr(self, "param_groups", []), getattr(self, "state", {})
@@ -350,10 +349,8 @@ class FusedOptimizer(Optimizer):
         self._retire([part for single in getattr(self, "_single_plans", {}).values() for part in single.built.plans])
         self._single_plans = {}
         checkpoints.complete_groups(self, groups, self._decoupled)
-        if self._loading is not None:
-            checkpoints.take_state(self, self._loading)
-            rows = list(chain.from_iterable(part.rows for part in self._captured))
-            checkpoints.load_into_captured(self, rows, old)
+        rows = list(chain.from_iterable(part.rows for part in self._captured))
+        checkpoints.load_into_captured(self, rows, old)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("requested", "max_grad_norm", "skip_nonfinite", "amp_scaling")

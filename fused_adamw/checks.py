@@ -1,5 +1,6 @@
 """Refuses tensors that cannot be stepped, with a remedy each, before anything is written."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +37,7 @@ def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Ch
     seen: dict[int, tuple[int, int]] = {}
     for i, group in enumerate(owner.param_groups):
         options.check(group, i)  # they may have been set by hand
+        _check_list(owner, i, group["params"])
         rule, names = owner.rule_of(group)
         for j, p in enumerate(group["params"]):
             slot = len(seen)
@@ -46,8 +48,13 @@ def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Ch
                 )
             if wanted(p):
                 where, param_state = describe(owner, i, j), owner.state.get(p, {})
-                storage = check_storage(where, p, group, names, param_state)
-                _check_tensors(where, p, group, dict(state.shaped(param_state, names)))
+                try:
+                    states = check_state(p, names, param_state)
+                    storage = check_storage(p, group, names, param_state)
+                    check_sharding(p, p.grad, states)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{where}: {error}") from None
+                _check_tensors(where, p, group, states)
                 checked[slot] = Checked(where, i, group, p, rule, names, storage)
     return checked
 
@@ -60,20 +67,57 @@ def describe(owner: Owner, i: int, j: int) -> str:
     return f"{type(owner).__name__}: group {i}, parameter {j} ({name}shape {shape})"
 
 
-def check_storage(
-    where: str, p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], param_state: dict
-) -> Storage:
+def _check_list(owner: Owner, i: int, params: Any) -> None:
+    if isinstance(params, Mapping) or not hasattr(params, "__getitem__"):
+        raise TypeError(
+            f"{type(owner).__name__}: group {i}: its 'params' were set to a {type(params).__name__}, whose entries "
+            "have no index: set group['params'] to a list"
+        )
+
+
+def check_storage(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], param_state: Mapping) -> Storage:
     """Return how p is stored; raise TypeError or ValueError if it cannot be, or if codes lack their scales."""
-    try:
-        storage = storage_of(p, group, names)
-        if storage.stochastic:
-            shard_numbering(p)
-        if storage.int8 and is_dtensor(p):
-            _check_blocks(p)
-        _check_codes(param_state)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from None
+    storage = storage_of(p, group, names)
+    if storage.stochastic:
+        shard_numbering(p)
+    if storage.int8 and is_dtensor(p):
+        _check_blocks(p)
+    _check_codes(param_state)
     return storage
+
+
+def check_state(p: Tensor, names: tuple[str, ...], param_state: Mapping) -> dict[str, Tensor]:
+    """Return the entries of a state that are to have p's shape; raise TypeError or ValueError for one of no use."""
+    if not state.is_missing(param_state.get("step")):
+        check_step(param_state["step"])
+    shaped = state.shaped(param_state, names)
+    for name, value in shaped.items():
+        if not isinstance(value, Tensor):
+            found = f"a {type(value).__name__}"
+        elif name in names and not (value.is_complex() if p.is_complex() else value.is_floating_point()):
+            found = str(value.dtype)
+        else:
+            continue
+        raise TypeError(
+            f"its state {name!r} is {found}, and the parameter {p.dtype}: load the right checkpoint, or del "
+            "optimizer.state[p]"
+        )
+    return shaped
+
+
+def check_step(step: Any) -> None:
+    """Raise TypeError or ValueError for a step that counts nothing. On a device it is not read: that would wait."""
+    remedy = "load the right checkpoint, or set it to the number of steps taken"
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.is_complex():
+            found = f"{step.dtype} of shape {list(step.shape)}"
+            raise ValueError(f"its state 'step' is {found}, and must be a number: {remedy}")
+        if type(step) is not Tensor or not step.is_cpu:
+            return
+    elif not isinstance(step, (int, float)):
+        raise TypeError(f"its state 'step' is a {type(step).__name__}, and must be a number: {remedy}")
+    if not 0 <= (count := float(step)) < math.inf:
+        raise ValueError(f"its state 'step' is {count}, which no number of steps can be: {remedy}")
 
 
 def _check_blocks(p: "DTensor") -> None:
@@ -85,7 +129,7 @@ def _check_blocks(p: "DTensor") -> None:
         )
 
 
-def _check_codes(param_state: dict) -> None:
+def _check_codes(param_state: Mapping) -> None:
     for name in sorted({key.removesuffix(part) for key in param_state for part in state.CODED if key.endswith(part)}):
         codes, scales = (param_state.get(name + part) for part in state.CODED)
         if not _belong_together(codes, scales):
@@ -109,8 +153,6 @@ def _belong_together(codes: Any, scales: Any) -> bool:
 
 
 def _check_tensors(where: str, p: Tensor, group: dict, states: dict[str, Tensor]) -> None:
-    others = {f"its state {name!r}": value for name, value in states.items()}
-    check_sharding(where, p, others if p.grad is None else {"its gradient": p.grad, **others})
     p, g, states = local(p), p.grad, {name: local(value) for name, value in states.items()}
     g = p if g is None else local(g)  # without a gradient, only the state is to be made
     for name, t in (("the parameter", p), ("its gradient", g), *((f"its state {k!r}", t) for k, t in states.items())):
@@ -170,13 +212,14 @@ def _check_gradient(where: str, p: Tensor, g: Tensor) -> None:
         raise TypeError(f"{where}: the parameter is {p.dtype}, its gradient {g.dtype}: both real or both complex")
 
 
-def check_sharding(where: str, p: Tensor, others: Mapping[str, Tensor]) -> None:
-    """Raise TypeError or ValueError if one of ``others`` (by its name in the error) is not sharded as p is."""
-    kinds = {name: "DTensor" if is_dtensor(t) else type(t).__name__ for name, t in others.items()}
+def check_sharding(p: Tensor, grad: Tensor | None, states: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError if p's gradient, or a state, is not sharded as p is."""
+    others = {f"its state {name!r}": t for name, t in states.items()}
+    others = others if grad is None else {"its gradient": grad, **others}
     if is_dtensor(p):
         placed = f"it is placed {p.placements} on {p.device_mesh}"
         if any(placement.is_partial() for placement in p.placements):
-            raise ValueError(f"{where}: {placed}, and a sum cannot be stepped by its terms: use p.redistribute(...)")
+            raise ValueError(f"{placed}, and a sum cannot be stepped by its terms: use p.redistribute(...)")
     for name, t in others.items():
         remedy = (
             "del optimizer.state[p], or load with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, "
@@ -185,11 +228,11 @@ def check_sharding(where: str, p: Tensor, others: Mapping[str, Tensor]) -> None:
         if is_dtensor(p) != is_dtensor(t):
             if name == "its gradient":
                 remedy = "set p.grad = None and run backward again"
-            kind = "DTensor" if is_dtensor(p) else type(p).__name__
-            raise TypeError(f"{where}: the parameter is a {kind}, {name} a {kinds[name]}: {remedy}")
+            kinds = ["DTensor" if is_dtensor(x) else type(x).__name__ for x in (p, t)]
+            raise TypeError(f"the parameter is a {kinds[0]}, {name} a {kinds[1]}: {remedy}")
         if is_dtensor(p) and is_dtensor(t) and (t.device_mesh != p.device_mesh or t.placements != p.placements):
             if name == "its gradient":
                 remedy = "p.grad = p.grad.redistribute(p.device_mesh, p.placements) before the step"
                 if t.device_mesh != p.device_mesh:
                     remedy = "make the gradient on the parameter's mesh"
-            raise ValueError(f"{where}: {placed}, {name} {t.placements} on {t.device_mesh}: {remedy}")
+            raise ValueError(f"{placed}, {name} {t.placements} on {t.device_mesh}: {remedy}")

@@ -46,6 +46,7 @@ class Sgd(NamedTuple):
 
 def adam(group: Mapping[str, Any], step: float) -> Adam:
     """Return the row of Adam and AdamW at their ``step``-th step (1 at the first)."""
+    _check_count(step)
     lr = _float("lr", group["lr"])
     beta1, beta2 = (_float("beta", beta) for beta in group["betas"])
     decay, l2, sign = _decay(group, lr)
@@ -68,6 +69,7 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     torch multiplies the momentum by the learning rate, Algorithm 1 of the paper accumulates it
     (``lr_in_momentum``); the two are the same as long as the learning rate stays the same.
     """
+    _check_count(step)
     lr = _float("lr", group["lr"])
     momentum = _float("momentum", group["momentum"])
     decay, l2, sign = _decay(group, lr)
@@ -134,6 +136,14 @@ def _base_lr(group: Mapping[str, Any]) -> float:
         return group["base_lr"]
     except KeyError:
         raise ValueError("decouple_lr=True, set by hand, needs the group's 'base_lr' too: a positive float") from None
+
+
+def _check_count(step: float) -> None:
+    if not 1 <= step < math.inf:
+        raise ValueError(
+            "a parameter's 'step' is negative, infinite or NaN: load a checkpoint, or set it to the number of steps "
+            "taken"
+        )
 
 
 def _float(name: str, value: Any) -> float:

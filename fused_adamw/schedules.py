@@ -115,8 +115,8 @@ class CosineWarmRestarts(LRScheduler):
             if group.get("decoupled_weight_decay") and not group.get("decouple_lr") and group["weight_decay"] != 0:
                 warnings.warn(
                     f"normalized_decay=True sets decays in the paper's convention, and group {i} multiplies its decay "
-                    "by the learning rate, as torch does, which makes it weaker by that factor: construct the optimizer "
-                    "with decouple_lr=True",
+                    "by the learning rate, as torch does, which makes it weaker by that factor: give the optimizer "
+                    "decouple_lr=True",
                     stacklevel=2,
                 )
                 break

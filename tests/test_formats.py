@@ -662,7 +662,7 @@ def test_a_checkpoint_that_cannot_be_kept_is_refused_and_changes_nothing():
         assert optimizer.param_groups[0]["lr"] == lr
         cases.assert_same_bits(cases.tensors_of(optimizer), before)
     half = cases.make("AdamW", cases.parameters([(3,)], F16), {"rounding": "stochastic"})
-    with pytest.raises(TypeError, match=r"loading parameter 0 \(shape \[3\]\): rounding=.stochastic"):
+    with pytest.raises(TypeError, match=r"loading group 0, parameter 0 \(shape \[3\]\): rounding=.stochastic"):
         half.load_state_dict(trained("AdamW", {}, cases.CPU, shapes=[(3,)]).state_dict())
 
 
