@@ -33,6 +33,11 @@ def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Ch
 
     Raises TypeError, ValueError or RuntimeError for the first that cannot be stepped, naming group, index and shape.
     """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise RuntimeError(
+            f"{type(owner).__name__}: under FakeTensorMode tensors have no memory to step: leave the mode, or use "
+            "torch.optim's class of this name there"
+        )
     checked: dict[int, Checked] = {}
     seen: dict[int, tuple[int, int]] = {}
     for i, group in enumerate(owner.param_groups):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_adamw
 from tests import cases
@@ -58,6 +59,10 @@ def broken(kind, device):
     if kind == "meta":
         p = torch.nn.Parameter(torch.ones(2, 3, device="meta"))
         return with_gradient(p, torch.ones(2, 3, device="meta")), TypeError, "on meta without memory"
+    if kind == "fake":
+        with FakeTensorMode():
+            p = torch.nn.Parameter(torch.ones(2, 3, device=device))
+            return with_gradient(p, torch.ones(2, 3, device=device)), TypeError, "is a FakeTensor, a subclass of Tensor"
     raise AssertionError(kind)
 
 
@@ -78,7 +83,7 @@ class Wrapper(torch.Tensor):
         raise NotImplementedError(func)
 
 
-KINDS = ["sparse", "integer", "float8", "shape", "complex", "expanded", "conjugate", "no memory", "meta"]
+KINDS = ["sparse", "integer", "float8", "shape", "complex", "expanded", "conjugate", "no memory", "meta", "fake"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,6 +101,37 @@ def test_bad_tensor(kind, target):
     bad.grad = None
     optimizer.step()
     assert not any(torch.equal(p, b) for p, b in zip(good, before, strict=True))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_step_under_fake_tensor_mode_is_refused(allowed, target):
+    """Its tensors have shapes alone; real parameters keep what they have, and get no fake state."""
+    params = cases.parameters([(3,)], device=target.device)
+    optimizer = cases.make("AdamW", params, {}, backend=target.backend)
+    cases.set_gradients(params, 1)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=allowed),
+        pytest.raises(RuntimeError, match="AdamW: under FakeTensorMode tensors have no memory to step: leave the mode"),
+    ):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [set, dict.fromkeys, iter, lambda params: dict.fromkeys(params).keys()])
+def test_params_that_have_no_index(kind):
+    """A group's list that was replaced by hand."""
+    params = cases.parameters([(3,), (4,)])
+    optimizer = cases.make("AdamW", [{"params": params[:1]}, {"params": params[1:]}], {})
+    cases.set_gradients(params, 1)
+    for _ in range(2):
+        optimizer.param_groups[1]["params"] = kind(params[1:])
+        before = [p.detach().clone() for p in params]
+        with pytest.raises(TypeError, match=r"^AdamW: group 1: its 'params' were set to a \w+, .* to a list$"):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+        optimizer.param_groups[1]["params"] = tuple(params[1:])
+        optimizer.step()
 
 
 def test_bad_tensor_is_named_when_it_has_a_name(target):

@@ -27,9 +27,12 @@ def test_what_a_step_cannot_use_is_an_error_at_every_step():
                     optimizer.step()
                 finally:
                     group[name] = value
-    own["step"].fill_(-1)
-    with pytest.raises(ValueError, match="'step' is negative"):
-        optimizer.step()
+    for count in (-1, float("inf"), float("nan")):
+        own["step"].fill_(count)
+        with pytest.raises(ValueError, match="'step' is negative, infinite or NaN"):
+            optimizer.step()
+        with pytest.raises(ValueError, match="'step' is negative, infinite or NaN"):
+            scalars.adam(group, count + 1)
     torch.testing.assert_close(p.detach(), before, rtol=0, atol=0)
 
 
