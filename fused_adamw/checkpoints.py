@@ -65,6 +65,7 @@ def _merged(mine: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
             merged[key] = mine[key]
         else:
             merged.pop(key, None)
+    options.name_dtype(merged)
     return merged
 
 
