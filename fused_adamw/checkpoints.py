@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,27 +34,29 @@ def read(optimizer: Owner, loaded: Any) -> dict[str, Any]:
     Nothing is changed. Raises TypeError or ValueError for a checkpoint that does not fit the optimizer.
     """
     saved_groups = _groups_of(optimizer, loaded)
-    saved, states, groups = loaded["state"], defaultdict[Any, Any](dict), []
+    saved, groups = loaded["state"], []
+    states: dict[Any, Any] = defaultdict(dict)
     memo: dict[int, Any] = {}  # a tensor that groups share stays shared
     for i, (mine, theirs) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
-        group = {key: _copy(value, memo) for key, value in theirs.items() if key != "params"}
+        group = {k: v if type(v) in _IMMUTABLE else _copy(v, memo) for k, v in theirs.items() if k != "params"}
         merged = _merged(mine, group)
         _check_group(optimizer, i, mine, theirs, merged)
         names = optimizer.rule_of(merged)[1]
-        # apex, TransformerEngine and Megatron count in the group.
-        counted = "step" in group and any(key in saved and "step" not in saved[key] for key in theirs["params"])
-        count = group.pop("step") if counted else None
+        # apex, TransformerEngine and Megatron count in the group; their SGD, as torch's, not at all.
+        counts = "step" in group and optimizer.family == "adam"
+        counts = counts and any(key in saved and "step" not in saved[key] for key in theirs["params"])
+        count = group.pop("step") if counts else None
         for j, key in enumerate(theirs["params"]):
             if key in saved:
                 states[mine["params"][j]] = _read_state(optimizer, (i, j), merged, names, saved[key], count)
         groups.append(group | {key: mine[key] for key in ("params", "param_names") if key in mine})
-    keys = {key for group in saved_groups for key in group["params"]}
-    states.update((key, value) for key, value in saved.items() if key not in keys)
+    keys = set(chain.from_iterable(group["params"] for group in saved_groups))
+    states.update({key: value for key, value in saved.items() if key not in keys})
     return {"state": states, "param_groups": groups}
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    plain = type(value) in _IMMUTABLE or (type(value) is tuple and all(type(x) in _IMMUTABLE for x in value))
+    plain = type(value) is tuple and all(type(x) in _IMMUTABLE for x in value)
     return value if plain else deepcopy(value, memo)  # which takes longer
 
 

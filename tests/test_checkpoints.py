@@ -419,13 +419,14 @@ def test_steps_that_are_counted_in_the_group(step, target):
 
 
 def test_a_users_own_count_in_the_group_stays():
-    p, q = cases.parameters([(9,), (9,)])
-    a, b = (cases.make("AdamW", [x], {}) for x in (p, q))
-    steps(a, range(3))
-    a.param_groups[0]["step"] = 70
-    b.load_state_dict(a.state_dict())
-    assert b.param_groups[0]["step"] == 70
-    assert b.state[q]["step"].item() == 3
+    for name, options in (("AdamW", {}), ("SGD", {"momentum": 0.9})):
+        (p,), (q,) = cases.parameters([(9,)]), cases.parameters([(9,)])
+        a, b = getattr(torch.optim, name)([p], **options), cases.make(name, [q], options)
+        steps(a, range(3))
+        a.param_groups[0]["step"] = 70
+        b.load_state_dict(a.state_dict())
+        assert b.param_groups[0]["step"] == 70
+        assert b.state[q]["step"].item() == (3 if name == "AdamW" else 1)
 
 
 def loaded_with(where, key, value):
