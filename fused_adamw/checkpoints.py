@@ -27,7 +27,7 @@ def check(optimizer: Owner, loaded: dict[str, Any]) -> None:
         for mine, theirs in zip(optimizer.param_groups, loaded["param_groups"], strict=False)
     ]
     for i, group in enumerate(merged):
-        options.check(group, i)
+        options.check(group, i, at="loading")
     group_of = {p: group for group in merged for p in group["params"]}
     name_of_class = type(optimizer).__name__
     for key, _, p in _loaded_params(optimizer, loaded):
@@ -64,12 +64,12 @@ def complete_groups(optimizer: Any, before: list[dict[str, Any]], decoupled: boo
             if key != "base_lr":
                 group.setdefault(key, value)
         if group.get("decouple_lr"):
-            group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
+            group.setdefault("base_lr", options.as_float("lr", group.get("initial_lr", group["lr"])))
         if decoupled is not None:
             put(group, "decoupled_weight_decay", decoupled)
         if i < len(before):
             for key in options.KEPT:
-                put(group, key, before[i].get(key))
+                put(group, key, before[i].get(key, options.OPTIONS[key].default))
         options.name_dtype(group)
 
 
