@@ -131,9 +131,9 @@ def _check_group(
         raise ValueError(f"{type(optimizer).__name__}: group {i} of the checkpoint {_lacks(missing, theirs)}")
     try:
         if _differ(merged, mine):
-            options.check(merged)
+            options.check(merged, i, at="loading")
     except (ValueError, TypeError) as error:
-        where = f"{type(optimizer).__name__}: group {i} of the checkpoint"
+        where = f"{type(optimizer).__name__}: loading"
         raise type(error)(f"{where}: {error}: put it right in state_dict['param_groups'][{i}]") from None
 
 
@@ -234,12 +234,12 @@ def complete_groups(optimizer: Any, before: list[dict[str, Any]], decoupled: boo
         full = before[i] if i < len(before) else optimizer.defaults
         group.update((key, full[key]) for key in full if key not in group and key != "base_lr")
         if group.get("decouple_lr"):
-            group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
+            group.setdefault("base_lr", options.as_float("lr", group.get("initial_lr", group["lr"])))
         if decoupled is not None:
             put(group, "decoupled_weight_decay", decoupled)
         if i < len(before):
             for key in options.KEPT:
-                put(group, key, before[i].get(key))
+                put(group, key, before[i].get(key, options.OPTIONS[key].default))
         options.name_dtype(group)
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_adamw import codecs, options, state
+from fused_adamw import codecs, formats, options, state
 from fused_adamw.contract import Owner, Storage
 from fused_adamw.formats import storage_of
-from fused_adamw.tensors import has_memory, is_dtensor, local, shard_groups, shard_numbering
+from fused_adamw.tensors import dense_like, has_memory, is_dtensor, local, same_layout, shard_groups, shard_numbering
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -29,7 +29,7 @@ class Checked(NamedTuple):
 
 
 def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Checked]:
-    """Check all options, and the tensors of every wanted parameter; return these by slot.
+    """Check the tensors of every wanted parameter, and the options of its group; return these by slot.
 
     Raises TypeError, ValueError or RuntimeError for the first that cannot be stepped, naming group, index and shape.
     """
@@ -41,17 +41,23 @@ def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Ch
     checked: dict[int, Checked] = {}
     seen: dict[int, tuple[int, int]] = {}
     for i, group in enumerate(owner.param_groups):
-        options.check(group, i)  # they may have been set by hand
         _check_list(owner, i, group["params"])
-        rule, names = owner.rule_of(group)
+        rule = ""
         for j, p in enumerate(group["params"]):
             slot = len(seen)
+            if not isinstance(p, Tensor):
+                raise TypeError(
+                    f"{type(owner).__name__}: group {i}, parameter {j} is {p!r}, and no tensor: take it out"
+                )
             if seen.setdefault(id(p), (i, j)) != (i, j):
                 raise ValueError(
                     f"{describe(owner, i, j)} is {describe(owner, *seen[id(p)])} as well, and would be stepped "
                     "twice: give every parameter once"
                 )
             if wanted(p):
+                if not rule:
+                    check_group(owner, i)
+                    rule, names = owner.rule_of(group)
                 where, param_state = describe(owner, i, j), owner.state.get(p, {})
                 try:
                     states = check_state(p, names, param_state)
@@ -62,6 +68,41 @@ def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Ch
                 _check_tensors(where, p, group, states)
                 checked[slot] = Checked(where, i, group, p, rule, names, storage)
     return checked
+
+
+def check_group(owner: Owner, i: int) -> None:
+    """Raise ValueError or TypeError for an option of a group that no step can use; they may have been set by hand."""
+    group, name_of_class = owner.param_groups[i], type(owner).__name__
+    for name in options.NEEDED[owner.family]:
+        if name not in group:
+            raise ValueError(f"{name_of_class}: group {i} has no {name!r}: set it, as the constructor did")
+    options.check(group, i, at="step")
+    warn_of_ascent(owner, i)
+
+
+def warn_of_ascent(owner: Owner, i: int) -> None:
+    """Warn, once, of a group whose learning rate is negative."""
+    if options.ascends(owner.param_groups[i]):
+        formats.warn_once(
+            f"{type(owner).__name__}: the learning rate of group {i} is negative, so its steps ascend, as torch's do: "
+            "maximize=True ascends without this warning, and a lr of 0 stays where it is"
+        )
+
+
+def explain(owner: Owner) -> None:
+    """Raise for what a step found that it cannot use, with its group or parameter; return if it was nothing of these.
+
+    Of groups alone whose parameters have gradients: nobody else reads the options of the others.
+    """
+    for i, group in enumerate(owner.param_groups):
+        stepped = [(j, p) for j, p in enumerate(group["params"]) if p.grad is not None]
+        if stepped:
+            check_group(owner, i)
+        for j, p in stepped:
+            try:
+                check_step(owner.state.get(p, {}).get("step"))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{describe(owner, i, j)}: {error}") from None
 
 
 def describe(owner: Owner, i: int, j: int) -> str:
@@ -93,8 +134,7 @@ def check_storage(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], p
 
 def check_state(p: Tensor, names: tuple[str, ...], param_state: Mapping) -> dict[str, Tensor]:
     """Return the entries of a state that are to have p's shape; raise TypeError or ValueError for one of no use."""
-    if not state.is_missing(param_state.get("step")):
-        check_step(param_state["step"])
+    check_step(param_state.get("step"))
     shaped = state.shaped(param_state, names)
     for name, value in shaped.items():
         if not isinstance(value, Tensor):
@@ -113,6 +153,8 @@ def check_state(p: Tensor, names: tuple[str, ...], param_state: Mapping) -> dict
 def check_step(step: Any) -> None:
     """Raise TypeError or ValueError for a step that counts nothing. On a device it is not read: that would wait."""
     remedy = "load the right checkpoint, or set it to the number of steps taken"
+    if state.is_missing(step):
+        return
     if isinstance(step, Tensor):
         if step.numel() != 1 or step.is_complex():
             found = f"{step.dtype} of shape {list(step.shape)}"
@@ -169,8 +211,10 @@ def _check_tensors(where: str, p: Tensor, group: dict, states: dict[str, Tensor]
     _check_gradient(where, p, g)
     if p.is_conj() or p.is_neg():
         raise ValueError(f"{where}: it is a conjugate or negative view: use p.resolve_conj().resolve_neg()")
-    if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
-        raise ValueError(f"{where}: its elements share memory (an expanded tensor): use p.clone()")
+    if _overlaps_itself(p):
+        raise ValueError(f"{where}: its elements share memory (an expanded or strided view): use p.clone()")
+    if _is_shifted(p, g):
+        raise ValueError(f"{where}: its gradient overlaps it, shifted: use p.grad = p.grad.clone()")
     for name, value in states.items():
         if value.numel() and not has_memory(value):
             raise ValueError(
@@ -188,6 +232,31 @@ def _check_tensors(where: str, p: Tensor, group: dict, states: dict[str, Tensor]
         )
 
 
+def _overlaps_itself(p: Tensor) -> bool:
+    """Return whether two elements of p lie at one address."""
+    if p.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(p.shape, p.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False  # each dimension steps over all that the smaller ones reach
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
+    for size, stride in zip(p.shape, p.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
+    return offsets.unique().numel() < p.numel()
+
+
+def _is_shifted(p: Tensor, g: Tensor) -> bool:
+    """Return whether g lies across the memory of p, and is not p's own; g of another layout than p is copied anyway."""
+    first, other = p.data_ptr(), g.data_ptr()
+    if first == other or other >= first + p.nbytes or first >= other + g.nbytes:
+        return False
+    return same_layout(p, dense_like(p)) and same_layout(g, p) and not g.is_conj() and not g.is_neg()
+
+
 def _check_gradient(where: str, p: Tensor, g: Tensor) -> None:
     if g is not p and g.layout is not torch.strided:
         raise RuntimeError(
@@ -197,6 +266,11 @@ def _check_gradient(where: str, p: Tensor, g: Tensor) -> None:
     if p.layout is not torch.strided:
         raise TypeError(
             f"{where}: its layout is {p.layout}, and only dense parameters can be stepped: use p.to_dense()"
+        )
+    if p.is_inference():
+        raise TypeError(
+            f"{where}: it was made under torch.inference_mode(), and autograd cannot be told that it changes: make it "
+            "outside, or use p.clone() there"
         )
     for name, t in (("the parameter", p), ("its gradient", g)):
         if t.dtype.to_real() not in options.DTYPES:

@@ -211,11 +211,12 @@ class CapturableLaunch(Launch):
         self._refresh()
         for i, lr in self.captured_lr:
             if groups[i]["lr"] is not lr:
-                lr.fill_(groups[i]["lr"])
+                lr.detach().fill_(groups[i]["lr"])
         self._copy_lr()
 
     def _refresh(self) -> None:
-        new = [self.hyper(group) for group in self.groups]
+        used = (first < last for first, last in self.spans)
+        new = [self.hyper(group) if here else (0.0,) * HYPERS for group, here in zip(self.groups, used, strict=False)]
         if new != self.current:
             values = torch.tensor(new, dtype=torch.float64, device="cpu")[self.group_of]
             self.table.copy_(values.pin_memory() if self.stream else values, non_blocking=True)
@@ -233,7 +234,7 @@ class CapturableLaunch(Launch):
     def _copy_lr(self) -> None:
         for (first, last), group in zip(self.spans, self.groups, strict=False):  # groups may have been added since
             if first < last and is_on_device(group["lr"]):
-                self.table[first:last, HYPER_LR].copy_(group["lr"], non_blocking=True)
+                self.table[first:last, HYPER_LR].copy_(group["lr"].detach(), non_blocking=True)
 
     def _launch(self, factor: Tensor) -> None:
         self._copy_lr()

@@ -458,9 +458,9 @@ def loaded_with(where, key, value):
             "eps",
             (1e-30, 1e-3),
             TypeError,
-            "group 0 of the checkpoint: eps must be a number, and is .*: put it",
+            r"loading: eps must be a number, and is .* \(group 0\): put it",
         ),
-        ("group", "lr", torch.ones(2), ValueError, "group 0 of the checkpoint: Tensor lr must be 1-element: put it"),
+        ("group", "lr", torch.ones(2), ValueError, r"loading: Tensor lr must be 1-element \(group 0\): put it"),
     ],
 )
 def test_what_a_checkpoint_cannot_say_is_refused_and_changes_nothing(where, key, value, error, text):

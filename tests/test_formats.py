@@ -324,7 +324,7 @@ def test_second_moments_decay_where_they_are_rounded_stochastically(target):
     ids=cases.name_of,
 )
 def test_what_is_lost_is_told_once(dtype, options, lost, recwarn):
-    formats._warn_once.cache_clear()
+    formats.warn_once.cache_clear()
     optimizer = trained("AdamW", options, cases.CPU, dtype=dtype)
     trained("AdamW", options, cases.CPU, dtype=dtype)
     assert len(recwarn) == (lost is not None)
