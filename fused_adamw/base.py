@@ -315,10 +315,10 @@ class FusedOptimizer(Optimizer):
         it loads where the graph reads it; needs ``capturable=True``. A learning rate that is a tensor on the device is
         read by the graph itself. State that was replaced by hand needs a new capture.
         """
-        for i in range(len(self.param_groups)):
-            checks.warn_of_ascent(self, i)
         singles = chain.from_iterable(single.built.plans for single in self._single_plans.values())
         try:
+            for i in range(len(self.param_groups)):
+                checks.warn_of_ascent(self, i)
             for part in (*self._captured, *self._plans, *singles):
                 if refresh := getattr(part.launch, "refresh", None):
                     refresh(self.param_groups)

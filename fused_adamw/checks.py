@@ -81,8 +81,9 @@ def check_group(owner: Owner, i: int) -> None:
 
 
 def warn_of_ascent(owner: Owner, i: int) -> None:
-    """Warn, once, of a group whose learning rate is negative."""
-    if options.ascends(owner.param_groups[i]):
+    """Warn, once, of a group that is stepped with a negative learning rate."""
+    group = owner.param_groups[i]
+    if any(p.grad is not None for p in group["params"]) and options.ascends(group):
         formats.warn_once(
             f"{type(owner).__name__}: the learning rate of group {i} is negative, so its steps ascend, as torch's do: "
             "maximize=True ascends without this warning, and a lr of 0 stays where it is"
