@@ -55,11 +55,8 @@ public:
   // names.
   template <bool kAdam> py::tuple scalar_row(PyObject* group, const py::object& hyper, double count) {
     if (!hyper_is_read_) read_hyper(group, hyper);
-    if (const char* name = out_of_range<kAdam>(hyper_.data()))
-      throw py::value_error(std::string("a group's ") + name +
-                            " is out of range: set one that its optimizer takes");
-    if (!(count >= 1))
-      throw py::value_error("a parameter's 'step' is negative: load a checkpoint, or set it to 0");
+    if (!(count >= 1 && count < HUGE_VAL))
+      throw py::value_error("a parameter's 'step' is negative or no finite number");
     std::array<double, SCALARS> values;
     const auto power = [](double x, double n) { return std::pow(x, n); };
     scalars_of<kAdam>(hyper_.data(), count, power, values.data());
@@ -98,7 +95,12 @@ private:
     plan_key_ = plan_key(py::handle(group));
   }
 
-  // Takes another lr at once, because a schedule sets one at every step.
+  static bool is_rate(PyObject* value) {
+    return PyFloat_CheckExact(value) && PyFloat_AS_DOUBLE(value) >= 0 && PyFloat_AS_DOUBLE(value) < HUGE_VAL;
+  }
+
+  // Takes another lr at once, because a schedule sets one at every step; but leaves it to Python to see
+  // whether a negative one counts as 0 or ascends, and to refuse what is no finite number.
   bool unchanged(PyObject* group) {
     if (size_t(PyDict_Size(group)) != options_.size()) return false;
     PyObject *key, *value;
@@ -106,7 +108,7 @@ private:
     for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value); ++k) {
       if (key != options_[k].key.ptr()) return false;
       if (value == options_[k].value || !options_[k].value) continue;
-      if (ptrdiff_t(k) != lr_ || !PyFloat_CheckExact(value)) return false;
+      if (ptrdiff_t(k) != lr_ || !is_rate(value) || !is_rate(options_[k].held.ptr())) return false;
       options_[k].value = value;
       options_[k].held = py::reinterpret_borrow<py::object>(value);
       hyper_[HYPER_LR] = PyFloat_AS_DOUBLE(value);
@@ -115,10 +117,15 @@ private:
   }
 
   void read_hyper(PyObject* group, const py::object& hyper) {
-    const auto numbers = py::tuple(hyper(py::handle(group)));
-    for (int i = 0; i < HYPERS; ++i) hyper_[i] = py::float_(py::object(numbers[i]));
+    auto options = py::reinterpret_borrow<py::dict>(group);
     // hyper() returns 0 for a tensor that lies on a device; here its value is needed.
-    hyper_[HYPER_LR] = py::float_(py::object(py::handle(group)["lr"]));
+    const at::Tensor* lr = tensor_of(py::object(options["lr"]).ptr());
+    if (lr && !lr->is_cpu()) {
+      options = options.attr("copy")();
+      options["lr"] = py::float_(py::object(options["lr"].attr("detach")()));
+    }
+    const auto numbers = py::tuple(hyper(options));
+    for (int i = 0; i < HYPERS; ++i) hyper_[i] = py::float_(py::object(numbers[i]));
     hyper_is_read_ = true;
   }
 

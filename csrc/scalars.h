@@ -8,8 +8,8 @@
 
 namespace fused_adamw {
 
-// The columns of a row of hyperparameters, float64 each. scalars.py fills it; the decay is lr / base_lr *
-// decay, so a base_lr of 1 makes it torch's.
+// The columns of a row of hyperparameters, float64 each. scalars.py fills it, and checks the ranges; the
+// decay is lr / base_lr * decay, so a base_lr of 1 makes it torch's.
 enum Hyper {
   HYPER_LR,
   HYPER_BASE_LR,
@@ -25,19 +25,6 @@ enum Hyper {
   HYPER_FLAGS,  // NESTEROV, LR_IN_MOMENTUM
 };
 enum SgdFlag { NESTEROV = 1, LR_IN_MOMENTUM = 2 };
-
-// Returns the name of a hyperparameter that no step can use, or nullptr: the one check of their ranges in
-// C++. A dampening may be any number, and so may the sign.
-template <bool kAdam> inline const char* out_of_range(const double* hyper) {
-  const auto in = [hyper](Hyper column, double end) { return 0 <= hyper[column] && hyper[column] < end; };
-  if (!in(HYPER_LR, HUGE_VAL)) return "learning rate";
-  if (!(hyper[HYPER_BASE_LR] > 0)) return "base_lr";
-  if (!in(HYPER_DECAY, HUGE_VAL) || !in(HYPER_L2, HUGE_VAL)) return "weight_decay value";
-  if (kAdam && !(in(HYPER_BETA1, 1) && in(HYPER_BETA2, 1))) return "beta parameter";
-  if (kAdam && !in(HYPER_EPS, HUGE_VAL)) return "epsilon value";
-  if (!kAdam && !in(HYPER_MOMENTUM, HUGE_VAL)) return "momentum value";
-  return nullptr;
-}
 
 // Computes the row of the `count`-th step, 1 at the first; `power(x, n)` is x to the n-th.
 template <bool kAdam, typename T, typename Power>

@@ -19,7 +19,7 @@ import torch
 from fused_adamw import build, gpu, reference
 from fused_adamw._version import __version__
 from fused_adamw.contract import Launch, Owner, Row, Variant, Watch
-from fused_adamw.formats import _warn_once
+from fused_adamw.formats import warn_once
 from fused_adamw.scalars import HYPER
 
 if why := build.too_old(torch.__version__):
@@ -225,9 +225,9 @@ def pick(
         why = "; ".join(reasons)
         if backend.name == "reference":
             why = why or f"there are no kernels for {device.type}"
-            _warn_once(f"fused_adamw steps {device.type} tensors with plain PyTorch operators, right but slow: {why}")
+            warn_once(f"fused_adamw steps {device.type} tensors with plain PyTorch operators, right but slow: {why}")
         elif why:
-            _warn_once(
+            warn_once(
                 f"fused_adamw steps {device.type} tensors on its {backend.name!r} backend: {why} "
                 f"(backend={backend.name!r} asks for it without this warning)"
             )

@@ -3,6 +3,7 @@
 The module is long because a third of it documents methods that users call.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -15,12 +16,6 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fused_adamw import backends, checkpoints, checks, clipping, formats, options, plan, state
 from fused_adamw.contract import Variant
 from fused_adamw.options import Backend, Params
-
-_REFUSED = {
-    ("foreach", True): "the step is one fused launch on every backend; drop the argument",
-    ("fused", False): 'the step is fused on every backend; for plain operators use backend="reference"',
-    ("differentiable", True): "a fused step has no derivative; use torch.optim's class of this name",
-}
 
 # Attributes that other modules read and users need not: dir() and tab completion leave them out.
 _INTERNAL = {"family", "plan_key", "requested", "rule_of", "scales_gradients", "skips_steps"}
@@ -42,16 +37,18 @@ class FusedOptimizer(Optimizer):
 
     # Unpickling leaves these unset.
     requested: Backend | None = None
-    max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     amp_scaling: bool = False
-    #: Norm of all gradients at the last step, float32, 0-dim, on the device of the first; with max_grad_norm or
-    #: skip_nonfinite. Each step makes a new tensor, except the replays of a graph.
+    grad_scale, found_inf = clipping.SetByScaler(), clipping.SetByScaler()
+    _max_grad_norm: float | None = None
+    _grad_scale: Tensor | None = None
+    _found_inf: Tensor | None = None
+    #: Norm of all gradients at the last step, divided by a GradScaler's scale, float32, 0-dim, on the device of the
+    #: first; with max_grad_norm or skip_nonfinite. Each step makes a new tensor, except the replays of a graph.
     grad_norm: Tensor | None = None
     _built: Sequence[plan.Built] = ()  # the first is of the last step
     _built_single: dict[int, plan.Built] = {}  # noqa: RUF012, for step_parameter, by the id of the parameter; never written
     _captured: Sequence[plan.Plan] = ()
-    _loading: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -64,12 +61,9 @@ class FusedOptimizer(Optimizer):
         amp_scaling: bool,
         **asked: bool | None,
     ) -> None:
-        for (name, value), remedy in _REFUSED.items():
-            if asked.get(name) is value:
-                raise RuntimeError(f"{type(self).__name__}({name}={value}) is not supported: {remedy}")
-        if max_grad_norm is not None and not max_grad_norm >= 0:
-            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        options.check_support(f"{type(self).__name__}({{}})", asked)
         self.requested = backend
+        self.grad_scale = self.found_inf = None  # of the instance too, where Python finds them 30 ns faster
         self.max_grad_norm, self.skip_nonfinite, self.amp_scaling = max_grad_norm, skip_nonfinite, amp_scaling
         if backend is not None:
             backends.named(backend)
@@ -86,16 +80,26 @@ class FusedOptimizer(Optimizer):
         return {device: backends.pick(device, requested=self.requested).name for device in devices}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does; raise ValueError for a hyperparameter out of range, naming the group."""
+        """Add a group, as torch does; raise as the constructor does for what it refuses, naming the group."""
+        index, name_of_class = len(self.param_groups), type(self).__name__
         if isinstance(param_group, dict):
+            options.check_support(f"{name_of_class}: {{}} of group {index}", param_group)
+            for name in filter(param_group.__contains__, options.OF_ALL_GROUPS):
+                raise ValueError(
+                    f"{name_of_class}: {name!r} holds for all groups, and cannot be an option of group {index}: give "
+                    f"it to the constructor, {name_of_class}(groups, {name}=...)"
+                )
             options.name_dtype(param_group)
             full = {**self.defaults, **param_group}
-            options.check(full, len(self.param_groups))
+            options.check(full, index)
             if full.get("decouple_lr"):
-                param_group.setdefault("base_lr", float(full["lr"]))
+                param_group.setdefault("base_lr", options.as_float("lr", full["lr"]))
             if full.get("rounding") == "stochastic":
                 param_group.setdefault("seed", full.get("seed", 0))  # a checkpoint has to have it
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (group {index})") from None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -148,10 +152,12 @@ class FusedOptimizer(Optimizer):
                 return built
         with torch.no_grad():
             built = plan.build(self, self._built[0] if self._built else None)
-        # Plans with copies are dropped: their memory may be the size of the model.
-        kept = [old for old in self._built if not any(part.copied for part in old.plans)][: _KEPT_PLANS - 1]
-        self._retire([old for old in self._built if old not in kept])
-        self._built = [built, *kept]
+        kept, dropped = [built], []
+        for old in self._built:  # those with copies are dropped, whose memory may be the size of the model
+            drop = len(kept) == _KEPT_PLANS or any(part.copied for part in old.plans)
+            (dropped if drop else kept).append(old)
+        self._retire(dropped)
+        self._built = kept
         return built
 
     @property
@@ -169,17 +175,33 @@ class FusedOptimizer(Optimizer):
 
     def plan_key(self, group: dict[str, Any]) -> tuple:
         """Return the options that force a new plan when they change; called where an option of the group changed."""
-        return self.rule_of(group), *map(group.get, options.REPLANS)
+        try:
+            lr = group["lr"]
+            # A new plan warns of a negative rate. Of a tensor's it takes 0.6 us to know: it is left as it is.
+            ascends = (type(lr) is not float or lr < 0) and not isinstance(lr, Tensor) and options.ascends(group)
+            return self.rule_of(group), ascends, *map(group.get, options.REPLANS, options.REPLAN_DEFAULTS)
+        except (KeyError, TypeError, ValueError):  # where the group is stepped, the new plan's checks tell why
+            return ()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm that all gradients are clipped to; None where they are not. To set a bad one raises."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        options.check_max_grad_norm(value)
+        self._max_grad_norm = value
 
     @property
     def skips_steps(self) -> bool:
         """Whether a step may turn out to change nothing."""
-        return self.skip_nonfinite or self.amp_scaling
+        return self.skip_nonfinite or self.amp_scaling or self._found_inf is not None
 
     @property
     def scales_gradients(self) -> bool:
         """Whether gradients are multiplied by a factor, which takes their norm or a GradScaler to know."""
-        return self.max_grad_norm is not None or self.skips_steps
+        return self._max_grad_norm is not None or self._grad_scale is not None or self.skips_steps
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # torch.amp.GradScaler asks
@@ -189,25 +211,21 @@ class FusedOptimizer(Optimizer):
         watch, plans = built.watch, built.plans
         try:
             scalar_rows = watch.scalar_rows(self.param_groups)
-        except (TypeError, ValueError, ArithmeticError):
-            for i, group in enumerate(self.param_groups):
-                options.check(group, i)
+            for part in plans:
+                part.prepare_step(self, scalar_rows)
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            checks.explain(self)
             raise
-        for part in plans:
-            part.prepare_step(self, scalar_rows)
         factor: float | Tensor = 1.0
         skipped = False
         if plans and self.scales_gradients:
-            scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            if not self.amp_scaling:
-                scale = found = None
             factor, self.grad_norm = clipping.factor_of(
                 self,
                 plans,
                 max_grad_norm=self.max_grad_norm,
                 skip_nonfinite=self.skip_nonfinite,
-                grad_scale=scale,
-                found_inf=found,
+                grad_scale=self._grad_scale,
+                found_inf=self._found_inf,
             )
             # If steps may be skipped, the host counts those of CPU tensors alone, and reads only their factor.
             skipped = self.skips_steps and any(part.device.type == "cpu" for part in plans) and factor.item() < 0
@@ -293,9 +311,15 @@ class FusedOptimizer(Optimizer):
         it loads where the graph reads it; needs ``capturable=True``. A learning rate that is a tensor on the device is
         read by the graph itself. State that was replaced by hand needs a new capture.
         """
-        for part in self._all_plans():
-            if refresh := getattr(part.launch, "refresh", None):
-                refresh(self.param_groups)
+        try:
+            for i in range(len(self.param_groups)):
+                checks.warn_of_ascent(self, i)
+            for part in self._all_plans():
+                if refresh := getattr(part.launch, "refresh", None):
+                    refresh(self.param_groups)
+        except (KeyError, TypeError, ValueError):
+            checks.explain(self)
+            raise
 
     def _all_plans(self) -> Iterator[plan.Plan]:
         built = chain(self._built, self._built_single.values())
@@ -322,35 +346,32 @@ class FusedOptimizer(Optimizer):
         """
         return checkpoints.export(self.state_dict(), self.family)
 
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep the dtypes that were declared here and share no tensor with ``state_dict``.
 
-        Checkpoints of torch.optim's class of the same name (for-loop, foreach or fused) load too.
+        Checkpoints of torch.optim's class of the same name (for-loop, foreach or fused) load too. Where both sides
+        name the parameters, they are matched by name. Raises ValueError or TypeError, before anything is changed, for
+        the checkpoint of another optimizer or another model.
         """
 
-        def before(_: Optimizer, loaded: dict[str, Any]) -> None:
-            self._loading = loaded
-            checkpoints.check(self, loaded)
-
-        # Registered last, so that it sees the dict that the user's own hooks return.
-        hook = self.register_load_state_dict_pre_hook(before)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-            self._loading = None
+        loaded = copy.copy(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            returned = before(self, loaded)
+            loaded = loaded if returned is None else returned
+        self.__setstate__(checkpoints.read(self, loaded))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         groups, old = getattr(self, "param_groups", []), getattr(self, "state", {})
         super().__setstate__(kept)
         checkpoints.complete_groups(self, groups, self._decoupled)
-        if self._loading is not None:
-            checkpoints.take_state(self, self._loading)
-            if any(map(_is_captured, self._all_plans())):
-                checkpoints.load_into_captured(self, old)
+        if any(map(_is_captured, self._all_plans())):
+            checkpoints.load_into_captured(self, old)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("requested", "max_grad_norm", "skip_nonfinite", "amp_scaling")
+        kept = ("requested", "_max_grad_norm", "skip_nonfinite", "amp_scaling")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __dir__(self) -> list[str]:

@@ -6,12 +6,34 @@ Nothing is written to the gradients, and nothing waits for a device.
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_adamw.contract import Owner
 from fused_adamw.plan import Plan
+
+
+class SetByScaler:
+    """Lets a GradScaler, or a user, set and delete a tensor for the coming steps; unset, it is no attribute."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.kept = name, f"_{name}"
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        if optimizer is None:
+            return self
+        value = getattr(optimizer, self.kept)
+        if value is None:
+            raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
+        return value
+
+    def __set__(self, optimizer: Any, value: Tensor | None) -> None:
+        setattr(optimizer, self.kept, value)
+
+    def __delete__(self, optimizer: Any) -> None:
+        setattr(optimizer, self.kept, None)
 
 
 def factor_of(

@@ -47,26 +47,27 @@ def state_dtype_of(p: Tensor, declared: Any) -> torch.dtype:
 def warn_of_losses(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], storage: Storage) -> None:
     """Warn, once each, of updates that rounding to nearest loses."""
     if p.dtype in NARROW and storage.master == "none" and not storage.stochastic:
-        _warn_once(
+        warn_once(
             "Parameters in bfloat16 or float16 are trained with rounding to nearest and no master: an update of less "
             "than half an ulp (1/512 of a bfloat16, 1/4096 of a float16) is lost, and weight decay is the first to go. "
             'Cures, as arguments of the optimizer: rounding="stochastic" (bfloat16, no more memory), master="kahan" or '
             '"split16" (bfloat16, 2 bytes more a parameter), master="fp32" (4 bytes).'
         )
     if storage.int8 and not storage.stochastic:
-        _warn_once(
+        warn_once(
             "Moments in int8 are rounded to nearest: a second one hardly ever decays, and a small first one beside "
             'large ones never comes to 0. Use rounding="stochastic", with which both do on average.'
         )
     if SECOND not in names or storage.stochastic or group.get("state_dtype") not in NARROW:
         return
     if 1 - float(group["betas"][1]) < torch.finfo(group["state_dtype"]).eps / 2:
-        _warn_once(
+        warn_once(
             f"Second moments in {group['state_dtype']} with beta2 = {float(group['betas'][1])} never decay under "
             'rounding to nearest: use rounding="stochastic" (bfloat16), or float32 moments, which are the default.'
         )
 
 
 @cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Warn of this once in a process."""
     warnings.warn(text, RuntimeWarning, stacklevel=2)

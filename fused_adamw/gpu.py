@@ -207,11 +207,12 @@ class CapturableLaunch(Launch):
         self._refresh(groups)
         for i, lr in self.captured_lr:
             if groups[i]["lr"] is not lr:
-                lr.fill_(groups[i]["lr"])
+                lr.detach().fill_(groups[i]["lr"])
         self._copy_lr(groups)
 
     def _refresh(self, groups: list[dict]) -> None:
-        new = [self.hyper(group) for group in groups[: len(self.spans)]]
+        used = (first < last for first, last in self.spans)
+        new = [self.hyper(group) if here else (0.0,) * HYPERS for group, here in zip(groups, used, strict=False)]
         if new != self.current:
             values = torch.tensor(new, dtype=torch.float64, device="cpu")[self.group_of]
             self.table.copy_(values.pin_memory() if self.stream else values, non_blocking=True)
@@ -231,7 +232,7 @@ class CapturableLaunch(Launch):
     def _copy_lr(self, groups: list[dict]) -> None:
         for (first, last), group in zip(self.spans, groups, strict=False):  # groups may have been added since
             if first < last and is_on_device(group["lr"]):
-                self.table[first:last, HYPER_LR].copy_(group["lr"], non_blocking=True)
+                self.table[first:last, HYPER_LR].copy_(group["lr"].detach(), non_blocking=True)
 
     def _launch(self, owner: Owner, factor: Tensor) -> None:
         self._copy_lr(owner.param_groups)

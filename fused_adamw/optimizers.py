@@ -84,13 +84,13 @@ class Adam(FusedOptimizer):
 
 
 def _floats(betas: Sequence[float | Tensor]) -> tuple[float, ...]:
+    if not hasattr(betas, "__len__"):
+        raise TypeError(f"betas must be two numbers, and is {betas!r}")
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
-    for i, beta in enumerate(betas):
-        options.check_number("beta", beta)
-        if isinstance(beta, Tensor) and beta.numel() != 1:
-            raise ValueError(f"Tensor betas[{i}] must be 1-element")
-    return tuple(float(beta) for beta in betas)
+    return tuple(
+        options.as_float(f"betas[{i}]" if isinstance(beta, Tensor) else "beta", beta) for i, beta in enumerate(betas)
+    )
 
 
 @documented

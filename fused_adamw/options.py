@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT8 = ("int8", torch.int8)
 ROUNDINGS = get_args(Rounding)
 MASTERS = get_args(Master)
+When = Literal["construction", "loading", "step"]
 
 
 class Option(NamedTuple):
@@ -42,6 +43,14 @@ OPTIONS = {
 }
 KEPT = tuple(name for name, option in OPTIONS.items() if option.kept)
 REPLANS = tuple(name for name, option in OPTIONS.items() if option.replans)
+REPLAN_DEFAULTS = tuple(OPTIONS[name].default for name in REPLANS)
+#: What a step reads from the groups of a family.
+NEEDED = {
+    "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
+    "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
+}
+#: Arguments of the constructor that hold for all groups.
+OF_ALL_GROUPS = ("backend", "max_grad_norm", "skip_nonfinite", "amp_scaling")
 
 
 def ours(family: str) -> dict[str, Any]:
@@ -55,7 +64,10 @@ def ours(family: str) -> dict[str, Any]:
 
 _TEXTS = {
     "params": "parameters, named parameters, or dicts of parameter groups.",
-    "lr": "learning rate γ, a float or a tensor of one element.",
+    "lr": """\
+learning rate γ, a float or a tensor of one element. It may not be negative; if one is set by hand later, steps
+ascend as in torch, with a warning, but for one of rounding size, with which a schedule may end, and which counts as 0:
+down to -1e-12, or to -1e-6 times the group's ``initial_lr``. A tensor on a GPU is used as it is.""",
     "betas": "coefficients β1, β2 of the running averages.",
     "eps": "ε, added to the denominator.",
     "momentum": "μ.",
@@ -65,7 +77,7 @@ _TEXTS = {
     "amsgrad": "use the maximum of all v_t so far (arXiv 1904.09237).",
     "foreach": "torch's choice of an implementation. There is one here, and it is fused: True is refused.",
     "differentiable": "as foreach: True is refused.",
-    "fused": "as foreach: True and None are accepted, and are the same.",
+    "fused": "torch's choice of an implementation: whatever it is, the step is fused.",
     "maximize": "ascend.",
     "capturable": """\
 keep steps and scalars on the device, so that a CUDA graph of the step replays correctly; see
@@ -91,13 +103,17 @@ parameter is their rounded value. See :meth:`refresh_masters`.""",
 ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"``; by default the best that runs on the device of a tensor.""",
     "max_grad_norm": """\
 clip by the global norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the step: gradients
-are read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device. Its last bits in float64
-depend on how the parameters are cut into tensors, and on the backend; not on threads.""",
+are read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device, of gradients divided by a
+GradScaler's scale; ``float("inf")`` clips nothing. Its last bits in float64 depend on how the parameters are cut into
+tensors, and on the backend; not on threads. Optimizers of one parameter each, stepped within the backward pass, clip
+each by its own norm.""",
     "skip_nonfinite": "a step whose gradients' norm is not finite changes nothing and is not counted.",
     "amp_scaling": """\
 let ``torch.amp.GradScaler`` hand its scale and its finding of infinities to the step, which then divides and
 skips by itself, without a synchronisation. By default the scaler does both before the step, so that the gradients
-can be clipped in between, and that Accelerate sees which steps were skipped.""",
+can be clipped in between, and that Accelerate sees which steps were skipped. Gradients stay scaled after the step,
+where torch's fused step unscales them in memory. Tensors set by hand as ``optimizer.grad_scale`` and
+``optimizer.found_inf`` are honoured with or without this, as by torch's fused step.""",
 }
 
 _REST = """
@@ -125,6 +141,19 @@ def documented(cls: Class) -> Class:
     return cls
 
 
+_REFUSED = {
+    ("foreach", True): "the step is one fused launch on every backend; drop the argument",
+    ("differentiable", True): "a fused step has no derivative; use torch.optim's class of this name",
+}
+
+
+def check_support(where: str, given: Mapping[str, Any]) -> None:
+    """Raise RuntimeError for an argument of torch's that cannot be had; ``where`` has ``{}`` in its place."""
+    for (name, value), remedy in _REFUSED.items():
+        if given.get(name) is value:
+            raise RuntimeError(f"{where.format(f'{name}={value}')} is not supported: {remedy}")
+
+
 def name_dtype(group: dict[str, Any]) -> None:
     """Replace the name of a dtype under ``"state_dtype"`` by the dtype; leave all else, "int8" too, as it is."""
     name = group.get("state_dtype")
@@ -140,48 +169,89 @@ def record_seed(group: dict[str, Any]) -> None:
         group.setdefault("seed", 0)
 
 
-def check(group: dict[str, Any], index: int | None = None) -> None:
-    """Raise ValueError or TypeError for an option that no step could use; name a dtype by the dtype."""
+def check(group: dict[str, Any], index: int | None = None, *, at: When = "construction") -> None:
+    """Raise ValueError or TypeError for an option that is wrong ``at`` this moment; name a dtype by the dtype."""
     name_dtype(group)
     try:
-        check_hyperparameters(group)
+        check_hyperparameters(group, at)
         _check_storage(group)
     except (ValueError, TypeError) as error:
         raise error if index is None else type(error)(f"{error} (group {index})") from None
 
 
-def check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Raise ValueError, in torch's words, for one that no step could use; TypeError for one that is not a number."""
-    lr = group["lr"]
-    given = {name: group[name] for name in (*_NOT_NEGATIVE, "dampening") if name in group}
-    for name, value in (*given.items(), *(("beta", beta) for beta in group.get("betas", ()))):
-        check_number(name, value)
-    if getattr(lr, "numel", int)() > 1:
-        raise ValueError("Tensor lr must be 1-element")
+def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -> None:
+    """Raise ValueError, in torch's words, for one out of range; TypeError for one that is not a number.
+
+    A step takes what torch's takes: a negative number, and Nesterov's momentum without one. Loading takes a negative
+    number of rounding size, with which a run may have ended.
+    """
+    read = (*_NOT_NEGATIVE, "dampening", *(("base_lr",) if group.get("decouple_lr") else ()))
+    numbers = {name: as_float(name, group[name]) for name in read if name in group}
     for name, text in _NOT_NEGATIVE.items():
-        if name in group and not 0.0 <= group[name] < math.inf:
+        value = numbers.get(name, 0.0)
+        if 0.0 <= value < math.inf or (at == "step" and math.isfinite(value)):
+            continue
+        if at != "loading" or number(group, name) != 0.0:
             raise ValueError(f"Invalid {text}: {group[name]}")
-    if "betas" in group and len(group["betas"]) != 2:
-        raise ValueError(f"Invalid betas: {group['betas']}, there must be two")
-    for i, beta in enumerate(group.get("betas", ())):
-        if not 0.0 <= beta < 1.0:
+    betas = group.get("betas", (0.0, 0.0))
+    if not hasattr(betas, "__len__"):
+        raise TypeError(f"betas must be two numbers, and is {betas!r}")
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas}, there must be two")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= as_float("beta", beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+    if at != "step" and group.get("nesterov") and (numbers["momentum"] <= 0 or numbers["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if group.get("decouple_lr") and not group.get("decoupled_weight_decay"):
+    if not group.get("decouple_lr"):
+        return
+    if not group.get("decoupled_weight_decay"):
         raise ValueError("decouple_lr=True needs decoupled weight decay: use AdamW or SGDW, or drop it")
-    if group.get("decouple_lr") and not group.get("base_lr", group["lr"]) > 0:
+    if at == "step" and "base_lr" not in group:
+        raise ValueError("decouple_lr=True, set by hand, needs the group's 'base_lr' too: a positive float")
+    if not numbers.get("base_lr", numbers["lr"]) > 0:
         raise ValueError(
             "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
             f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"
         )
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise TypeError for anything that is not a number."""
-    if not hasattr(value, "__float__"):
-        yaml = ": in YAML, 1e-3 is a string, 1.0e-3 a number" if isinstance(value, str) else ""
-        raise TypeError(f"{name} must be a number, and is {value!r}{yaml}")
+def number(group: Mapping[str, Any], name: str) -> float:
+    """Return a hyperparameter as a float: 0.0 for a negative one of rounding size, with which a schedule may end.
+
+    That size is 1e-12 or, for a learning rate that torch's schedulers drive, 1e-6 of the group's ``initial_lr`` if that
+    is more: rates may be tensors in float32.
+    """
+    value = as_float(name, group[name])
+    if value >= 0:
+        return value
+    initial = as_float("initial_lr", group.get("initial_lr") or 0.0) if name == "lr" else 0.0
+    return 0.0 if 0 < -value <= max(1e-12, 1e-6 * initial) else value
+
+
+def ascends(group: Mapping[str, Any]) -> bool:
+    """Return whether the learning rate is negative by more than rounding; never of one that only a device can read."""
+    return getattr(group["lr"], "is_cpu", True) and number(group, "lr") < 0
+
+
+def as_float(name: str, value: Any) -> float:
+    """Return a number or a tensor of one element as a float; raise TypeError or ValueError for anything else."""
+    if type(value) is float:
+        return value
+    if not isinstance(value, (str, bytes)):  # which float() would read
+        try:
+            return float(value.detach() if getattr(value, "requires_grad", False) else value)
+        except (TypeError, ValueError, RuntimeError):
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"Tensor {name} must be 1-element") from None
+    yaml = ": in YAML, 1e-3 is a string, 1.0e-3 a number" if isinstance(value, str) else ""
+    raise TypeError(f"{name} must be a number, and is {value!r}{yaml}")
+
+
+def check_max_grad_norm(value: Any) -> None:
+    """Raise ValueError or TypeError for a norm that nothing can be clipped by; None stands for no clipping."""
+    if value is not None and not as_float("max_grad_norm", value) >= 0:
+        raise ValueError(f"Invalid max_grad_norm value: {value}, it must be at least 0, or None")
 
 
 _NOT_NEGATIVE = {

@@ -46,18 +46,17 @@ class Sgd(NamedTuple):
 
 def adam(group: Mapping[str, Any], step: float) -> Adam:
     """Return the row of Adam and AdamW at their ``step``-th step (1 at the first)."""
-    lr = _float("lr", group["lr"])
-    beta1, beta2 = (_float("beta", beta) for beta in group["betas"])
-    decay, l2, sign = _decay(group, lr)
+    _check_count(step)
+    lr, base_lr, decay, l2, sign, beta1, beta2, eps = adam_hyper(_on_host(group))
     return Adam(
-        decay=decay,
+        decay=lr / base_lr * decay,
         l2=l2,
         grad_factor=sign,
         w1=1 - beta1,
         w2=1 - beta2,
         step_size=lr / (1 - beta1**step),
         inv_sqrt_bc2=1 / math.sqrt(1 - beta2**step),
-        eps=_float("eps", group["eps"]),
+        eps=eps,
         step=step,
     )
 
@@ -68,9 +67,8 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     torch multiplies the momentum by the learning rate, Algorithm 1 of the paper accumulates it
     (``lr_in_momentum``); the two are the same as long as the learning rate stays the same.
     """
-    lr = _float("lr", group["lr"])
-    momentum = _float("momentum", group["momentum"])
-    decay, l2, sign = _decay(group, lr)
+    _check_count(step)
+    lr, base_lr, decay, l2, sign, momentum, dampening, _ = sgd_hyper(_on_host(group))
     into, out = (lr, 1.0) if group.get("lr_in_momentum") else (1.0, lr)
     if not momentum:
         take_g, take_b = into, 0.0
@@ -79,11 +77,11 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     else:
         take_g, take_b = 0.0, 1.0
     return Sgd(
-        decay=decay,
+        decay=lr / base_lr * decay,
         l2=l2,
         grad_factor=sign,
         momentum=momentum,
-        c1=into * (1 - _float("dampening", group["dampening"]) if step > 1 else 1.0),
+        c1=into * (1 - dampening if step > 1 else 1.0),
         c2=out,
         take_g=take_g,
         take_b=take_b,
@@ -92,16 +90,26 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
 
 
 def adam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """Return what ``adam`` depends on, in the order of ``layout.HYPER_LR`` and on."""
-    beta1, beta2 = (_float("beta", beta) for beta in group["betas"])
-    return (*_decay_hyper(group), beta1, beta2, _float("eps", group["eps"]))
+    """Return what ``adam`` depends on, in the order of ``layout.HYPER_LR`` and on.
+
+    Raises as ``options.check_hyperparameters`` for what no step can use: the one check of their ranges at a step.
+    """
+    beta1, beta2 = (options.as_float("beta", beta) for beta in group["betas"])
+    numbers = (*_decay_hyper(group, group["decoupled_weight_decay"]), beta1, beta2, options.number(group, "eps"))
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and math.isfinite(sum(numbers))):
+        options.check_hyperparameters(group, at="step")
+    return numbers
 
 
 def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """Return what ``sgd`` depends on, in the order of ``layout.HYPER_LR`` and on."""
+    """Return what ``sgd`` depends on, in the order of ``layout.HYPER_LR`` and on; raise as ``adam_hyper`` does."""
     flags = NESTEROV * bool(group["nesterov"]) + LR_IN_MOMENTUM * bool(group.get("lr_in_momentum"))
-    momentum, dampening = (_float(name, group[name]) for name in ("momentum", "dampening"))
-    return (*_decay_hyper(group), momentum, dampening, flags)
+    dampening = options.as_float("dampening", group["dampening"])
+    decoupled = group.get("decoupled_weight_decay", False)
+    numbers = (*_decay_hyper(group, decoupled), options.number(group, "momentum"), dampening, flags)
+    if not math.isfinite(sum(numbers)):
+        options.check_hyperparameters(group, at="step")
+    return numbers
 
 
 def is_on_device(lr: float | Tensor) -> bool:
@@ -109,36 +117,26 @@ def is_on_device(lr: float | Tensor) -> bool:
     return isinstance(lr, Tensor) and not lr.is_cpu
 
 
-def _decay_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
+def _on_host(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**group, "lr": options.as_float("lr", group["lr"])} if is_on_device(group["lr"]) else group
+
+
+def _decay_hyper(group: Mapping[str, Any], decoupled: bool) -> tuple[float, ...]:
     """Return the columns HYPER_LR to HYPER_SIGN of ``layout.py``."""
-    lr = 0.0 if is_on_device(group["lr"]) else _float("lr", group["lr"])
-    base_lr = _base_lr(group) if group.get("decouple_lr") else 1.0
-    weight_decay = _float("weight_decay", group["weight_decay"])
-    parts = (weight_decay, 0.0) if group.get("decoupled_weight_decay") else (0.0, weight_decay)
+    lr = 0.0 if is_on_device(group["lr"]) else options.number(group, "lr")
+    base_lr = 1.0
+    if group.get("decouple_lr"):
+        base_lr = options.as_float("base_lr", group.get("base_lr", 0.0))
+        if not base_lr > 0:
+            options.check_hyperparameters(group, at="step")
+    weight_decay = options.number(group, "weight_decay")
+    parts = (weight_decay, 0.0) if decoupled else (0.0, weight_decay)
     return (lr, base_lr, *parts, -1.0 if group["maximize"] else 1.0)
 
 
-def _decay(group: Mapping[str, Any], lr: float) -> tuple[float, float, float]:
-    """Return (decay, l2, grad_factor): torch's decay is lr * weight_decay, the paper's lr / base_lr * weight_decay."""
-    sign = -1.0 if group["maximize"] else 1.0
-    weight_decay = _float("weight_decay", group["weight_decay"])
-    if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf):
-        options.check_hyperparameters(group)
-    if not group.get("decoupled_weight_decay"):
-        return 0.0, weight_decay, sign
-    return (lr / _base_lr(group) if group.get("decouple_lr") else lr) * weight_decay, 0.0, sign
-
-
-def _base_lr(group: Mapping[str, Any]) -> float:
-    try:
-        return group["base_lr"]
-    except KeyError:
-        raise ValueError("decouple_lr=True, set by hand, needs the group's 'base_lr' too: a positive float") from None
-
-
-def _float(name: str, value: Any) -> float:
-    options.check_number(name, value)
-    return float(value)
+def _check_count(step: float) -> None:
+    if not 1 <= step < math.inf:
+        raise ValueError("a parameter's 'step' is negative or no finite number")
 
 
 # By family.

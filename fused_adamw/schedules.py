@@ -6,6 +6,7 @@ works with torch's optimizers too. Source: Loshchilov & Hutter, *Decoupled Weigh
 """
 
 import math
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class CosineWarmRestarts(LRScheduler):
         normalized_decay: whether each group's ``weight_decay`` is λ_norm and, at the start and at each restart, becomes
             λ. A decay of 0 stays 0. The group keeps λ_norm as ``initial_weight_decay``. Needs ``steps_per_epoch``, as
             the decay depends on the number of optimizer steps; with it, ``step(epoch)`` can still be called once an
-            epoch.
+            epoch. Warns of a group whose decay is decoupled as in torch, without ``decouple_lr``.
 
     Attributes:
         cycle: index of the cycle, i; it grows at a restart.
@@ -110,6 +111,15 @@ class CosineWarmRestarts(LRScheduler):
         self.steps_per_epoch, self.normalized_decay = steps_per_epoch, normalized_decay
         self.base_decays: list[float | Tensor] = []
         super().__init__(optimizer, last_epoch)
+        for i, group in enumerate(optimizer.param_groups if normalized_decay else ()):
+            if group.get("decoupled_weight_decay") and not group.get("decouple_lr") and group["weight_decay"] != 0:
+                warnings.warn(
+                    f"normalized_decay=True sets decays in the paper's convention, and group {i} multiplies its decay "
+                    "by the learning rate, as torch does, which makes it weaker by that factor: give the optimizer "
+                    "decouple_lr=True",
+                    stacklevel=2,
+                )
+                break
 
     def step(self, epoch: float | None = None) -> None:
         """Move on by one step, or to ``epoch``, which may be a fraction (``epoch + i / len(loader)``)."""

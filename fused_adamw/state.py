@@ -1,6 +1,6 @@
 """Makes the state of a parameter, brings it to the form that its group asks for, and back to torch's."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,14 +27,15 @@ def init(
 
     ``declared`` is the group's state_dtype; the steps are counted on ``step_device``.
     """
-    # Anything that is not a tensor counts as missing. torch's SGD stores momentum_buffer=None and no step; a checkpoint
-    # turns that into {}.
-    buffer = any(isinstance(param_state.get(name), Tensor) for name in ("momentum_buffer", "momentum_buffer_codes"))
-    step = param_state["step"] if isinstance(param_state.get("step"), (Tensor, int, float)) else float(buffer)
-    if "momentum_buffer" in names and not buffer:
-        step = 0.0  # SGD counts the steps of the momentum, whose first is not dampened
-    if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.device != step_device or step.dim():
+    step: Any = param_state.get("step")
+    if is_missing(step) or names == ("momentum_buffer",):
+        buffer = any(not is_missing(param_state.get(name)) for name in ("momentum_buffer", "momentum_buffer_codes"))
+        if is_missing(step) or not buffer:  # SGD counts the steps of the momentum, whose first is not dampened
+            step = float(buffer)
+    if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.device != step_device:
         param_state["step"] = torch.tensor(float(step), dtype=torch.float32, device=step_device)
+    elif step.dim():
+        param_state["step"] = step.view(())  # of the same memory, which processes may share
     for name in names:
         _init_moment(param_state, name, p, storage.int8, declared)
     _init_master(param_state, p, storage)
@@ -116,7 +117,9 @@ def _empty_like(p: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _fits(t: Tensor, p: Tensor, dtype: torch.dtype) -> bool:
     t, p = local(t), local(p)
-    return t.dtype is dtype and t.device == p.device and same_layout(t, dense_like(p))
+    if t.dtype is not dtype or t.device != p.device:
+        return False
+    return (t.is_contiguous() and p.is_contiguous()) or same_layout(t, dense_like(p))
 
 
 def _as_float(param_state: ParamState, name: str) -> Tensor | None:
@@ -149,14 +152,18 @@ def refresh_master(param_state: ParamState, p: Tensor, storage: Storage) -> None
     """Reset what the master holds, so that the value of the parameter is what the parameter itself says."""
     if storage.master_key is not None:
         data = local(param_state[storage.master_key])
-        data.copy_(local(p)) if storage.master == "fp32" else data.zero_()
+        data.copy_(local(p).detach()) if storage.master == "fp32" else data.zero_()
 
 
-def shaped(param_state: ParamState, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Yield those entries of a state that have the shape of the parameter, and their names."""
-    for name in (*names, *(f"{name}_codes" for name in names), *MASTER_KEYS.values()):
-        if isinstance(param_state.get(name), Tensor):
-            yield name, param_state[name]
+def shaped(param_state: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return those entries of a state that are to have the shape of the parameter, without those that are missing."""
+    keys = (*names, *(f"{name}_codes" for name in names), *MASTER_KEYS.values())
+    return {key: param_state[key] for key in keys if not is_missing(param_state.get(key))}
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value in a state stands for none: torch's SGD keeps None, which a checkpoint may make {}."""
+    return value is None or (isinstance(value, dict) and not value)
 
 
 def plain(param_state: ParamState) -> ParamState:

@@ -134,7 +134,7 @@ class Watch:
             if not isinstance(t, Tensor) or kind(t) != entry.kinds[key] or (t.numel() and not has_memory(local(t))):
                 return False
             entry.addresses[column] = local(t).data_ptr()
-        if not entry.live or row.g_copy is None or not row.numel:
+        if p.grad is None or row.g_copy is None or not row.numel:
             return True
         return is_pending(p.grad) or has_memory(local(p.grad))
 

@@ -62,6 +62,33 @@ def test_grad_scaler_with_clipping_unscales_once(target):
     assert a.state[params_of(a)[0]]["step"].item() == 2
 
 
+@pytest.mark.parametrize("amp_scaling", [False, True])
+def test_an_infinity_in_one_of_two_optimizers(amp_scaling, target):
+    """Under one GradScaler: that one is skipped, the other steps, and the scale is halved for both."""
+    pairs = [pair("AdamW", target, lr=1e-2), pair("SGD", target, lr=1e-2, momentum=0.9)]
+    ours, torchs = zip(*pairs, strict=True)
+    for optimizer in ours:
+        optimizer.amp_scaling = amp_scaling
+    scalers = [torch.amp.GradScaler(target.device, init_scale=2.0**10, growth_interval=100) for _ in range(2)]
+    for t, bad in enumerate([None, 0, 1, None]):
+        for optimizers, scaler in zip((ours, torchs), scalers, strict=True):
+            before = [cases.tensors_of(o) for o in optimizers]
+            before = [{k: v.clone() for k, v in tensors.items()} for tensors in before]
+            for i, optimizer in enumerate(optimizers):
+                scaled(optimizer, scaler, t, bad=i == bad)
+            for i, optimizer in enumerate(optimizers):
+                scaler.step(optimizer)
+                if i == bad:
+                    cases.assert_same_bits(cases.tensors_of(optimizer), before[i])
+                else:
+                    assert not torch.equal(params_of(optimizer)[0], before[i]["0.p"])
+            scaler.update()
+    for a, b in pairs:
+        assert_close(a, b)
+        assert a.state[params_of(a)[0]]["step"].item() == 3
+    assert scalers[0].get_scale() == scalers[1].get_scale() == 2.0**8
+
+
 def test_autocast_in_bf16(target):
     """float32 parameters under autocast: bf16 products, float32 gradients; judged by torch's in float64 without it."""
     losses = []

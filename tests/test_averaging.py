@@ -1,5 +1,6 @@
-"""Averaged models, and sharpness-aware minimization around an optimizer of ours."""
+"""Averaged models, and sharpness-aware minimization and Lookahead around an optimizer of ours."""
 
+import copy
 import functools
 
 import pytest
@@ -70,3 +71,45 @@ def test_sam_around_ours(target):
         assert optimizer.param_groups[0]["rho"] == 0.05
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
     assert runs[0][-1] < runs[0][0]
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Lookahead (arXiv 1907.08610): slow weights, in the base optimizer's state, pull the fast ones every k steps."""
+
+    def __init__(self, base, k=3, alpha=0.5):
+        self.base, self.k, self.alpha, self.steps = base, k, alpha, 0
+        super().__init__(base.param_groups, base.defaults)
+        self.param_groups, self.state = base.param_groups, base.state
+
+    @torch.no_grad()
+    def step(self):
+        slow = {p: self.state[p].get("slow", p.clone()) for p in params_of(self)}
+        self.base.step()
+        for p, weights in slow.items():
+            self.state[p]["slow"] = weights
+        self.steps += 1
+        if self.steps % self.k == 0:
+            for p in params_of(self):
+                self.state[p]["slow"].lerp_(p, self.alpha)
+                p.copy_(self.state[p]["slow"])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_lookahead_around_ours(resumed, target):
+    """It keeps tensors of its own in our state, which a checkpoint holds, and overwrites the parameters."""
+    runs = []
+    for module, options in ((cases.fused_adamw, {"backend": target.backend}), (torch.optim, {})):
+        params = cases.parameters([(9,), (2, 3)], device=target.device)
+        optimizer = Lookahead(module.AdamW(params, lr=0.1, **options))
+        for t in range(8):
+            if resumed and t == 5:
+                saved = copy.deepcopy(optimizer.base.state_dict())
+                optimizer.base.load_state_dict(saved)
+                optimizer.param_groups, optimizer.state = optimizer.base.param_groups, optimizer.base.state
+            cases.set_gradients(params, t)
+            optimizer.step()
+        assert all(optimizer.base.state[p]["step"].item() == 8 for p in params)
+        runs.append(cases.tensors_of(optimizer.base))
+    assert runs[0].keys() == runs[1].keys()
+    for key, value in runs[0].items():
+        torch.testing.assert_close(value, runs[1][key])

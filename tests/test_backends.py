@@ -34,10 +34,10 @@ def place(monkeypatch, tmp_path):
 def not_built(place):
     """As if the package had been installed without its extension."""
     backends._load_native.cache_clear()
-    backends._warn_once.cache_clear()
+    backends.warn_once.cache_clear()
     yield
     backends._load_native.cache_clear()
-    backends._warn_once.cache_clear()
+    backends.warn_once.cache_clear()
 
 
 def test_the_native_backend_is_the_choice_for_cpu_tensors():
@@ -78,7 +78,7 @@ def test_without_the_extension_asking_for_it_raises(not_built):
 
 
 def test_asking_for_the_reference_does_not_warn():
-    backends._warn_once.cache_clear()
+    backends.warn_once.cache_clear()
     (p,) = cases.parameters([(3,)])
     p.grad = torch.ones(3)
     with warnings.catch_warnings():

@@ -310,11 +310,290 @@ def test_loading_a_state_of_another_shape_is_refused_and_changes_nothing(target)
     b.step()
     before = a.state[p]["exp_avg"]
     with pytest.raises(
-        ValueError, match=r"'exp_avg' to be loaded for parameter 0 has shape \[1\], the parameter \[3\]"
+        ValueError, match=r"AdamW: loading group 0, parameter 0 \(shape \[3\]\): its state 'exp_avg' has shape \[1\]"
     ):
         a.load_state_dict(b.state_dict())
     assert a.state[p]["exp_avg"] is before
     a.step()
+
+
+# ---- another optimizer's, apex's, another model's
+
+
+def foreign(name, p):
+    """The state_dict of another optimizer over p after 1000 steps: torch's, or what others keep."""
+    if hasattr(torch.optim, name):
+        optimizer = getattr(torch.optim, name)([p], **({"momentum": 0.9} if name in ("SGD", "RMSprop") else {}))
+        steps(optimizer, [0])
+        return optimizer.state_dict()
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0, "params": [0]}
+    if name == "Lion":
+        state = {"exp_avg": torch.ones_like(p)}
+    elif name == "Adafactor":
+        group |= {"eps": (1e-30, 1e-3)}
+        del group["betas"]
+        state = {"step": 1000, "exp_avg_sq_row": torch.ones(9), "exp_avg_sq_col": torch.ones(1)}
+    else:
+        group |= {"eps": 1e-8}
+        state = {"step": 1000, "state1": torch.ones_like(p).byte(), "state2": torch.ones_like(p).byte()}
+    return {"state": {0: state}, "param_groups": [group]}
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "lacks", "has"),
+    [
+        ("AdamW", "Adamax", "'exp_avg_sq'", "'exp_inf'"),
+        ("AdamW", "RMSprop", "'betas'", "'alpha'"),
+        ("AdamW", "Adagrad", "'betas'", "'lr_decay'"),
+        ("AdamW", "SGD", "'betas', 'eps'", "'momentum'"),
+        ("AdamW", "Lion", "'eps'", "'betas'"),
+        ("AdamW", "Adafactor", "'betas'", "'eps'"),
+        ("Adam", "8-bit", "'exp_avg', 'exp_avg_sq'", "'step', 'state1', 'state2'"),
+        ("SGD", "AdamW", "'momentum', 'dampening'", "'betas'"),
+        ("SGDW", "RMSprop", "'dampening'", "'momentum'"),
+    ],
+)
+def test_another_optimizers_checkpoint_is_refused_and_changes_nothing(name, other, lacks, has, target):
+    """With zero moments at step 1000, the first update would be that of a first step many times over."""
+    p, q = cases.parameters([(9,), (9,)], device=target.device)
+    optimizer = cases.make(name, [p], {"momentum": 0.9} if "SGD" in name else {}, backend=target.backend)
+    steps(optimizer, range(2))
+    before = {key: t.clone() for key, t in cases.tensors_of(optimizer).items()}
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=rf"^{name}: .*group 0.* lacks {lacks} and has .*{has}.*another optimizer's"):
+        optimizer.load_state_dict(foreign(other, q))
+    cases.assert_same_bits(cases.tensors_of(optimizer), before)
+    assert optimizer.state_dict()["param_groups"] == groups
+
+
+def test_our_own_checkpoints_of_the_other_family_are_refused():
+    a, b = (cases.make(name, cases.parameters([(9,)]), {}) for name in ("AdamW", "SGD"))
+    for optimizer in (a, b):
+        steps(optimizer, range(2))
+    for one, other in ((a, b), (b, a)):
+        with pytest.raises(ValueError, match="it is another optimizer's; load one of this class"):
+            one.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "SGDW"])
+@pytest.mark.parametrize("state", [{}, {0: {}}, {0: {"momentum_buffer": None}}, {0: {"exp_avg": {}, "step": {}}}])
+def test_a_checkpoint_without_state_loads(name, state):
+    """Nothing, or the None and {} that stand for it in checkpoints of torch: the next step is a first one."""
+    (p,), (q,) = cases.parameters([(9,)]), cases.parameters([(9,)])
+    options = {"momentum": 0.9, "dampening": 0.5} if "SGD" in name else {}
+    a, b = cases.make(name, [p], options), cases.make(name, [q], options)
+    a.load_state_dict({**a.state_dict(), "state": state})
+    steps(a, range(2))
+    steps(b, range(2))
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("step", [1000, torch.tensor([1000], dtype=torch.int32), torch.tensor(1000.0)])
+def test_steps_that_are_counted_in_the_group(step, target):
+    """As apex, TransformerEngine and Megatron do; parameters that were never stepped start at 0."""
+    shapes = [(9,), (2, 3), (5,)]
+    ps, qs = (cases.parameters(shapes, device=target.device) for _ in range(2))
+    theirs, ours = torch.optim.AdamW(qs), cases.make("AdamW", ps, {}, backend=target.backend)
+    steps(theirs, range(1000, 1003))
+    for own in theirs.state.values():
+        own["step"].fill_(1000)
+    with torch.no_grad():
+        for p, q in zip(ps, qs, strict=True):
+            p.copy_(q)
+    del theirs.state[qs[2]]
+    saved = copy.deepcopy(theirs.state_dict())
+    for own in saved["state"].values():
+        del own["step"]
+    group = saved["param_groups"][0]
+    group["step"] = step
+    for key in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+        del group[key]
+    ours.load_state_dict(saved)
+    steps(ours, range(3, 6))
+    steps(theirs, range(3, 6))
+    for p, q in zip(ps, qs, strict=True):
+        torch.testing.assert_close(p, q)
+    assert [ours.state[p]["step"].item() for p in ps] == [1003, 1003, 3]
+    assert "step" not in ours.param_groups[0]  # it would not be counted there
+    assert saved["param_groups"][0]["step"] is step
+
+
+def test_a_users_own_count_in_the_group_stays():
+    for name, options in (("AdamW", {}), ("SGD", {"momentum": 0.9})):
+        (p,), (q,) = cases.parameters([(9,)]), cases.parameters([(9,)])
+        a, b = getattr(torch.optim, name)([p], **options), cases.make(name, [q], options)
+        steps(a, range(3))
+        a.param_groups[0]["step"] = 70
+        b.load_state_dict(a.state_dict())
+        assert b.param_groups[0]["step"] == 70
+        assert b.state[q]["step"].item() == (3 if name == "AdamW" else 1)
+
+
+def loaded_with(where, key, value):
+    """AdamW, and its checkpoint with one thing changed: in the state, or in the group."""
+    optimizer = cases.make("AdamW", cases.parameters([(9,), (2, 3)]), {})
+    steps(optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    (saved["state"][1] if where == "state" else saved["param_groups"][0])[key] = value
+    return optimizer, saved
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value", "error", "text"),
+    [
+        ("state", "exp_avg", "running", TypeError, "its state 'exp_avg' is a str"),
+        ("state", "exp_avg_sq", torch.ones(2, 3, dtype=torch.complex64), TypeError, "'exp_avg_sq' is torch.complex64"),
+        ("state", "exp_avg", torch.ones(2, 3, dtype=torch.int64), TypeError, "its state 'exp_avg' is torch.int64"),
+        ("state", "exp_avg", None, ValueError, "its state lacks 'exp_avg' and has 'step', 'exp_avg_sq'"),
+        ("state", "master", "copy", TypeError, "its state 'master' is a str"),
+        ("state", "step", "3", TypeError, "its state 'step' is a str, and must be a number"),
+        ("state", "step", None, ValueError, "its state lacks 'step'"),
+        ("state", "step", torch.ones(3), ValueError, r"its state 'step' is torch.float32 of shape \[3\], .* a number"),
+        ("state", "step", torch.tensor(1j), ValueError, "its state 'step' is torch.complex64 of shape"),
+        ("state", "step", float("inf"), ValueError, "its state 'step' is inf"),
+        ("state", "step", torch.tensor(float("nan")), ValueError, "its state 'step' is nan"),
+        ("state", "step", torch.tensor(-1.0), ValueError, "its state 'step' is -1.0"),
+        (
+            "group",
+            "eps",
+            (1e-30, 1e-3),
+            TypeError,
+            r"loading: eps must be a number, and is .* \(group 0\): put it",
+        ),
+        ("group", "lr", torch.ones(2), ValueError, r"loading: Tensor lr must be 1-element \(group 0\): put it"),
+    ],
+)
+def test_what_a_checkpoint_cannot_say_is_refused_and_changes_nothing(where, key, value, error, text):
+    optimizer, saved = loaded_with(where, key, value)
+    before = {name: t.clone() for name, t in cases.tensors_of(optimizer).items()}
+    place = r"AdamW: loading group 0, parameter 1 \(shape \[2, 3\]\): " if where == "state" else "AdamW: "
+    with pytest.raises(error, match=f"^{place}.*{text}"):
+        optimizer.load_state_dict(saved)
+    cases.assert_same_bits(cases.tensors_of(optimizer), before)
+    steps(optimizer, [2])
+
+
+@pytest.mark.parametrize(
+    ("saved", "text"),
+    [
+        (None, "this one is a NoneType"),
+        ({"model": {}, "optimizer": {}}, "this one has 'model', 'optimizer': give what the state_dict"),
+        ({"state": {0: [1]}}, "loading group 0, parameter 0 .*: its state is a list, and must be a dict"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(saved, text):
+    optimizer = cases.make("AdamW", cases.parameters([(9,)]), {})
+    saved = {**optimizer.state_dict(), **saved} if saved and "state" in saved else saved
+    with pytest.raises((ValueError, TypeError), match=f"^AdamW: .*{text}"):
+        optimizer.load_state_dict(saved)
+
+
+def test_another_number_of_groups_or_parameters_is_refused_in_torchs_words():
+    params = cases.parameters([(9,), (2, 3), (4,)])
+    one, two, uneven = (
+        cases.make("AdamW", [{"params": ps} for ps in groups], {})
+        for groups in ([params[:2]], [params[:1], params[1:2]], [params])
+    )
+    for optimizer in (one, two, uneven):
+        steps(optimizer, [0])
+    for a, b in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match="loaded state dict has a different number of parameter groups: [12], and"):
+            a.load_state_dict(b.state_dict())
+    with pytest.raises(ValueError, match="a parameter group that doesn't match the size of optimizer's group: group 0"):
+        one.load_state_dict(uneven.state_dict())
+
+
+# ---- by name
+
+
+def named(names, value=0.0, name="AdamW"):
+    """An optimizer over parameters of one shape with these names, and these by name."""
+    params = {n: torch.nn.Parameter(torch.full((3,), value + ord(n[-1]))) for n in names}
+    return cases.make(name, list(params.items()), {}), params
+
+
+@pytest.mark.parametrize("way", ["state_dict", "dcp"])
+def test_parameters_in_another_order_are_matched_by_name(way):
+    """torch.distributed.checkpoint does so itself, and leaves the names in the order that was saved."""
+    a, first = named("abc")
+    b, second = named("cab")
+    for n, p in first.items():
+        p.grad = torch.full_like(p, float(ord(n)))
+    a.step()
+    if way == "state_dict":
+        b.load_state_dict(through_a_file(a.state_dict()))
+    else:
+        models = [torch.nn.ParameterDict(ps) for ps in (first, second)]
+        saved = copy.deepcopy(get_optimizer_state_dict(models[0], a))
+        unnamed = cases.make("AdamW", second.values(), {})
+        for optimizer in (unnamed, b):
+            set_optimizer_state_dict(models[1], optimizer, copy.deepcopy(saved))
+        assert unnamed.param_groups[0]["param_names"] == list("cab")
+        b.load_state_dict(unnamed.state_dict())
+    assert b.param_groups[0]["param_names"] == list("cab")
+    for n, p in second.items():
+        assert torch.equal(b.state[p]["exp_avg"], a.state[first[n]]["exp_avg"])
+
+
+def test_names_of_groups_follow_their_parameters():
+    """A state goes with its parameter to another group, the options of a group stay with the group."""
+    made = []
+    for order in (("ab", "cd"), ("ca", "bd")):
+        params = {n: torch.nn.Parameter(torch.full((3,), float(ord(n)))) for n in "abcd"}
+        groups = [{"params": [(n, params[n]) for n in ns], "lr": 0.1 * (i + 1)} for i, ns in enumerate(order)]
+        made.append((cases.make("AdamW", groups, {}), params))
+    (a, first), (b, second) = made
+    for n, p in first.items():
+        p.grad = torch.full_like(p, float(ord(n)))
+    a.step()
+    b.load_state_dict(a.state_dict())
+    assert [group["lr"] for group in b.param_groups] == [0.1, 0.2]
+    for n, p in second.items():
+        assert torch.equal(b.state[p]["exp_avg"], a.state[first[n]]["exp_avg"])
+
+
+def test_names_that_match_in_part_are_refused_and_new_ones_go_by_position():
+    a, _ = named("abc")
+    steps(a, [0])
+    for names in ("bcd", "adb"):
+        b, _ = named(names)
+        with pytest.raises(
+            ValueError, match="AdamW: the checkpoint has 'b' at another position, .*'[ac]', 'd' are .* alone"
+        ):
+            b.load_state_dict(a.state_dict())
+        assert not b.state
+    for names in (["module.a", "module.b", "module.c"], ["a", "b", "z"], ["a", "x", "c"]):
+        b, second = named(names)
+        b.load_state_dict(a.state_dict())
+        assert b.param_groups[0]["param_names"] == names
+        for p, q in zip(a.state, second.values(), strict=True):
+            assert torch.equal(a.state[p]["exp_avg"], b.state[q]["exp_avg"])
+
+
+def test_loading_makes_nothing_with_a_history():
+    """Not of a master that the checkpoint lacks, nor of saved tensors that require grad."""
+    p, q = cases.parameters([(9,)])[0], cases.parameters([(9,)], torch.bfloat16)[0]
+    theirs = torch.optim.AdamW([p])
+    steps(theirs, range(2))
+    for master in ("fp32", "kahan", "split16"):
+        ours = cases.make("AdamW", [q], {"master": master})
+        saved = copy.deepcopy(theirs.state_dict())
+        saved["state"][0]["exp_avg"].requires_grad_()
+        ours.load_state_dict(saved)
+        assert not any(t.requires_grad for t in ours.state[q].values())
+        copy.deepcopy(ours.state[q])
+    plain = cases.make("AdamW", [p], {})
+    plain.load_state_dict(saved)
+    assert not any(t.requires_grad for t in plain.state[p].values())
+
+
+def test_a_learning_rate_that_groups_share_stays_shared():
+    lr = torch.tensor(0.1)
+    p, q = cases.parameters([(9,), (9,)])
+    optimizer = cases.make("AdamW", [{"params": [p], "lr": lr}, {"params": [q], "lr": lr}], {})
+    optimizer.load_state_dict(optimizer.state_dict())
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert first is second is not lr
 
 
 @pytest.mark.float64

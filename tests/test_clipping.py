@@ -155,6 +155,55 @@ def test_any_found_inf_but_zero_skips(found, target):
     assert optimizer.state[p]["step"].item() == 1
 
 
+@pytest.mark.parametrize("fused", [None, True])
+def test_what_is_set_by_hand_is_honoured(fused, target):
+    """grad_scale and found_inf, one or both, without amp_scaling: the steps of torch's fused implementation."""
+    ours, theirs = (cases.parameters(SHAPES, device=target.device) for _ in range(2))
+    a = cases.make("AdamW", ours, {"fused": fused}, backend=target.backend)
+    b = torch.optim.AdamW(theirs, fused=True)
+    for t, (scale, found) in enumerate(
+        [(None, None), (1024, None), (None, 0), (None, 1), (512, 0), (512, 1), (2, None)]
+    ):
+        for params, optimizer in ((ours, a), (theirs, b)):
+            cases.set_gradients(params, t)
+            for name, value in (("grad_scale", scale), ("found_inf", found)):
+                if value is not None:
+                    setattr(optimizer, name, torch.tensor(float(value), device=target.device))
+            if scale is not None:
+                for p in params:
+                    p.grad.mul_(scale)
+        before, scaled = state_of(a), [p.grad.clone() for p in ours]
+        a.step()
+        b.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(ours, scaled, strict=True))  # which torch's has unscaled
+        if found:
+            cases.assert_same_bits({k: v for k, v in state_of(a).items() if k in before}, before)
+        for optimizer in (a, b):
+            for name, value in (("grad_scale", scale), ("found_inf", found)):
+                if value is not None:
+                    delattr(optimizer, name)
+        assert not hasattr(a, "grad_scale") and not hasattr(a, "found_inf")
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q)
+    assert a.state[ours[0]]["step"].item() == b.state[theirs[0]]["step"].item() == 5
+
+
+def test_the_norm_alone(target):
+    """An infinite max_grad_norm clips nothing and tells the norm of unscaled gradients, which stay scaled."""
+    ours, theirs = (cases.parameters(SHAPES, device=target.device) for _ in range(2))
+    a = cases.make("AdamW", ours, {}, backend=target.backend, amp_scaling=True, max_grad_norm=math.inf)
+    b = cases.make("AdamW", theirs, {}, backend=target.backend)
+    cases.set_gradients(theirs, 0)
+    for p, q in zip(ours, theirs, strict=True):
+        p.grad = q.grad * 1024
+    a.grad_scale = torch.tensor([1024.0], device=target.device)
+    a.step()
+    b.step()
+    torch.testing.assert_close(a.grad_norm, torch.nn.utils.get_total_norm([q.grad for q in theirs]))
+    assert all(torch.equal(p.grad, q.grad * 1024) for p, q in zip(ours, theirs, strict=True))
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
 def test_clipping_and_scaling_together(target):
     """The norm is that of the unscaled gradients."""
     ours, theirs = (cases.parameters(SHAPES, device=target.device) for _ in range(2))
@@ -243,10 +292,17 @@ def test_the_same_norm_for_any_number_of_threads():
 
 
 def test_what_cannot_be_is_refused(target):
+    """In the constructor and set by hand, which leaves the norm as it was."""
     (p,) = cases.parameters([(9,)], device=target.device)
-    for bad in (-1.0, math.nan):
-        with pytest.raises(ValueError, match="Invalid max_grad_norm value"):
+    optimizer = cases.make("AdamW", [p], {}, max_grad_norm=0.5)
+    for bad, kind in ((-1.0, ValueError), (math.nan, ValueError), ("1", TypeError), ([1.0], TypeError)):
+        with pytest.raises(kind, match="(Invalid max_grad_norm value|max_grad_norm must be a number)"):
             cases.make("AdamW", [p], {}, max_grad_norm=bad)
+        with pytest.raises(kind, match="(Invalid max_grad_norm value|max_grad_norm must be a number)"):
+            optimizer.max_grad_norm = bad
+        assert optimizer.max_grad_norm == 0.5
+    optimizer.max_grad_norm = None
+    assert not optimizer.scales_gradients
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="step_parameter: one gradient does not tell the norm of all"):
         cases.make("AdamW", [p], {}, backend=target.backend, max_grad_norm=1.0).step_parameter(p)

@@ -403,7 +403,7 @@ def check_refused():
     whole = copy.deepcopy(optimizer.state_dict())
     for name in ("exp_avg", "exp_avg_sq"):
         whole["state"][1][name] = own[name].full_tensor()
-    with pytest.raises(TypeError, match=r"loading parameter 1 \(shape \[5, 2\]\): .*set_optimizer_state_dict"):
+    with pytest.raises(TypeError, match=r"loading group 0, parameter 1 \(shape \[5, 2\]\): .*set_optimizer_state_dict"):
         optimizer.load_state_dict(whole)
     assert own["exp_avg"] is mean
 

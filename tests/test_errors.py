@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_adamw
+from fused_adamw import backends, options
 from tests import cases
 
 
@@ -58,6 +60,22 @@ def broken(kind, device):
     if kind == "meta":
         p = torch.nn.Parameter(torch.ones(2, 3, device="meta"))
         return with_gradient(p, torch.ones(2, 3, device="meta")), TypeError, "on meta without memory"
+    if kind == "fake":
+        with FakeTensorMode():
+            p = torch.nn.Parameter(torch.ones(2, 3, device=device))
+            return with_gradient(p, torch.ones(2, 3, device=device)), TypeError, "is a FakeTensor, a subclass of Tensor"
+    if kind == "overlapping":
+        p = torch.nn.Parameter(torch.ones(8, device=device).as_strided((2, 3), (2, 1)))
+        return with_gradient(p, g), ValueError, "share memory.*clone"
+    if kind == "shifted":
+        memory = torch.ones(7, device=device)
+        p = torch.nn.Parameter(memory[:6].view(2, 3))
+        return with_gradient(p, memory[1:].view(2, 3)), ValueError, "its gradient overlaps it.*clone"
+    if kind == "inference":
+        with torch.inference_mode():
+            p = torch.nn.Parameter(torch.ones(2, 3, device=device))
+            p.grad = g
+        return p, TypeError, "made under torch.inference_mode.*outside"
     raise AssertionError(kind)
 
 
@@ -79,6 +97,7 @@ class Wrapper(torch.Tensor):
 
 
 KINDS = ["sparse", "integer", "float8", "shape", "complex", "expanded", "conjugate", "no memory", "meta"]
+KINDS += ["fake", "overlapping", "shifted", "inference"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,6 +115,37 @@ def test_bad_tensor(kind, target):
     bad.grad = None
     optimizer.step()
     assert not any(torch.equal(p, b) for p, b in zip(good, before, strict=True))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_step_under_fake_tensor_mode_is_refused(allowed, target):
+    """Its tensors have shapes alone; real parameters keep what they have, and get no fake state."""
+    params = cases.parameters([(3,)], device=target.device)
+    optimizer = cases.make("AdamW", params, {}, backend=target.backend)
+    cases.set_gradients(params, 1)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=allowed),
+        pytest.raises(RuntimeError, match="AdamW: under FakeTensorMode tensors have no memory to step: leave the mode"),
+    ):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [set, dict.fromkeys, iter, lambda params: dict.fromkeys(params).keys()])
+def test_params_that_have_no_index(kind):
+    """A group's list that was replaced by hand."""
+    params = cases.parameters([(3,), (4,)])
+    optimizer = cases.make("AdamW", [{"params": params[:1]}, {"params": params[1:]}], {})
+    cases.set_gradients(params, 1)
+    for _ in range(2):
+        optimizer.param_groups[1]["params"] = kind(params[1:])
+        before = [p.detach().clone() for p in params]
+        with pytest.raises(TypeError, match=r"^AdamW: group 1: its 'params' were set to a \w+, .* to a list$"):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+        optimizer.param_groups[1]["params"] = tuple(params[1:])
+        optimizer.step()
 
 
 def test_bad_tensor_is_named_when_it_has_a_name(target):
@@ -184,34 +234,127 @@ def test_capturable_on_the_cpu(backend):
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("option", [{"foreach": True}, {"fused": False}, {"differentiable": True}])
+@pytest.mark.parametrize("option", [{"foreach": True}, {"differentiable": True}])
 def test_refused_with_a_remedy(option):
+    a, b = cases.parameters([(3,), (3,)])
     with pytest.raises(RuntimeError, match=r"Adam\(.*\) is not supported: .*(use|drop)"):
-        fused_adamw.Adam(cases.parameters([(3,)]), **option)
+        fused_adamw.Adam([a], **option)
+    with pytest.raises(RuntimeError, match=r"Adam: .*=True of group 1 is not supported: .*(use|drop)"):
+        fused_adamw.Adam([{"params": [a]}, {"params": [b], **option}])
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_fused_may_be_anything(fused):
+    """As in torch; the step is fused."""
+    a, b = cases.parameters([(3,), (3,)])
+    optimizer = fused_adamw.AdamW([{"params": [a]}, {"params": [b], "fused": fused}], fused=fused)
+    assert [group["fused"] for group in optimizer.param_groups] == [fused, fused]
+    assert optimizer.backend == {torch.device("cpu"): "cpu"}
 
 
 @pytest.mark.parametrize(
-    ("name", "option", "text"),
-    [
-        ("AdamW", {"betas": (1.0, 0.9)}, r"Invalid beta parameter at index 0: 1.0 \(group 1\)"),
-        ("AdamW", {"betas": (0.9,)}, r"there must be two \(group 1\)"),
-        ("AdamW", {"lr": float("nan")}, r"Invalid learning rate: nan \(group 1\)"),
-        ("SGD", {"lr": -1.0}, r"Invalid learning rate: -1.0 \(group 1\)"),
-        ("AdamW", {"decouple_lr": True}, "set by hand, needs the group's 'base_lr' too"),
-    ],
+    "option", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}, {"amp_scaling": True}, {"backend": "reference"}]
 )
-def test_bad_option_set_by_hand(name, option, text):
-    """Found at the step, before anything is written or counted."""
+def test_options_of_all_groups_are_no_options_of_one(option):
     a, b = cases.parameters([(3,), (3,)])
-    optimizer = cases.make(name, [{"params": [a]}, {"params": [b]}], {})
-    cases.set_gradients([a, b], 1)
-    optimizer.step()
-    before = a.detach().clone()
-    optimizer.param_groups[1].update(option)
+    (name,) = option
+    text = rf"SGD: '{name}' holds for all groups.* of group 1: .*constructor, SGD\(groups, {name}="
     with pytest.raises(ValueError, match=text):
+        fused_adamw.SGD([{"params": [a]}, {"params": [b], **option}])
+    optimizer = fused_adamw.SGD([a])
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group({"params": [b], **option})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_what_torch_refuses_of_a_group_names_it():
+    a, b = cases.parameters([(3,), (3,)])
+    for bad, kind in ((None, TypeError), (b * 2, ValueError)):
+        with pytest.raises(kind, match=r"can.*optimize.*\(group 1\)"):
+            fused_adamw.AdamW([{"params": [a]}, {"params": [bad]}])
+
+
+MISSING = object()
+BY_HAND = [
+    ("AdamW", {"betas": (1.0, 0.9)}, ValueError, r"Invalid beta parameter at index 0: 1.0 \(group 1\)"),
+    ("AdamW", {"betas": (0.9, float("nan"))}, ValueError, r"Invalid beta parameter at index 1: nan \(group 1\)"),
+    ("AdamW", {"betas": (0.9,)}, ValueError, r"there must be two \(group 1\)"),
+    ("AdamW", {"betas": None}, TypeError, r"betas must be two numbers, and is None \(group 1\)"),
+    ("AdamW", {"betas": 0.9}, TypeError, r"betas must be two numbers, and is 0.9 \(group 1\)"),
+    ("AdamW", {"lr": float("nan")}, ValueError, r"Invalid learning rate: nan \(group 1\)"),
+    ("SGD", {"lr": float("-inf")}, ValueError, r"Invalid learning rate: -inf \(group 1\)"),
+    ("SGD", {"lr": torch.ones(2)}, ValueError, r"Tensor lr must be 1-element \(group 1\)"),
+    ("SGD", {"lr": torch.ones(0)}, ValueError, r"Tensor lr must be 1-element \(group 1\)"),
+    ("SGD", {"lr": 1j}, TypeError, r"lr must be a number, and is 1j \(group 1\)"),
+    ("SGD", {"momentum": float("inf")}, ValueError, r"Invalid momentum value: inf \(group 1\)"),
+    ("AdamW", {"decouple_lr": True}, ValueError, r"set by hand, needs the group's 'base_lr' too.*\(group 1\)"),
+    ("AdamW", {"decouple_lr": True, "base_lr": "1"}, TypeError, r"base_lr must be a number.*\(group 1\)"),
+    ("AdamW", {"decouple_lr": True, "base_lr": None}, TypeError, r"base_lr must be a number.*\(group 1\)"),
+    ("AdamW", {"decouple_lr": True, "base_lr": 0.0}, ValueError, r"base_lr.* is 0.0: .*\(group 1\)"),
+    ("AdamW", {"seed": None}, ValueError, r"seed=None: must be a whole number.*\(group 1\)"),
+    ("SGD", {"rounding": None}, ValueError, r"rounding=None: must be one of.*\(group 1\)"),
+    *(("Adam", {name: MISSING}, ValueError, f"Adam: group 1 has no '{name}'") for name in options.NEEDED["adam"]),
+    *(("SGD", {name: MISSING}, ValueError, f"SGD: group 1 has no '{name}'") for name in options.NEEDED["sgd"]),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "kind", "text"), BY_HAND, ids=cases.name_of)
+@pytest.mark.parametrize("native", [True, False])
+def test_bad_option_set_by_hand(name, option, kind, text, native, monkeypatch):
+    """Found at the step, at the first and while a plan holds, before anything is written or counted."""
+    if not native:
+        monkeypatch.setattr(backends, "native", lambda: None)
+    for steps in (0, 1):
+        a, b = cases.parameters([(3,), (3,)])
+        optimizer = cases.make(name, [{"params": [a]}, {"params": [b]}], {}, backend="cpu" if native else "reference")
+        cases.set_gradients([a, b], 1)
+        for _ in range(steps):
+            optimizer.step()
+        before = a.detach().clone()
+        group = optimizer.param_groups[1]
+        was = dict(group)
+        group.update(option)
+        if MISSING in option.values():
+            del group[next(iter(option))]
+        for _ in range(2):
+            with pytest.raises(kind, match=text):
+                optimizer.step()
+        assert torch.equal(a, before)
+        assert [own["step"].item() for own in optimizer.state.values()] == [1, 1] * steps
+        b.grad = None  # as in torch, nobody reads the options of a group without gradients
+        optimizer.step()
+        assert not torch.equal(a, before)
+        group.clear()
+        group.update(was)
+        cases.set_gradients([b], 1)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_no_tensor_among_the_parameters(steps):
+    a, b = cases.parameters([(3,), (3,)])
+    optimizer = fused_adamw.AdamW([{"params": [a]}, {"params": [b]}])
+    cases.set_gradients([a, b], 1)
+    for _ in range(steps):
+        optimizer.step()
+    before = a.detach().clone()
+    optimizer.param_groups[1]["params"].append(None)
+    with pytest.raises(TypeError, match="AdamW: group 1, parameter 1 is None, and no tensor"):
         optimizer.step()
     assert torch.equal(a, before)
-    assert optimizer.state[a]["step"].item() == 1
+
+
+def test_views_that_only_look_as_if_they_overlapped(target):
+    """Strides that interleave without meeting, and a gradient in the gaps of its parameter."""
+    memory = torch.zeros(4, 10, device=target.device)
+    p, q = memory[:, :5], torch.zeros(8, device=target.device).as_strided((3, 2), (2, 3))
+    ours = [torch.nn.Parameter(p), torch.nn.Parameter(q)]
+    ours[0].grad, ours[1].grad = memory[:, 5:], torch.ones_like(q)
+    memory[:, 5:] = torch.arange(20, device=target.device).view(4, 5)
+    optimizer = cases.make("SGD", ours, {"lr": 1.0}, backend=target.backend)
+    optimizer.step()
+    assert torch.equal(p, -memory[:, 5:])
+    assert torch.equal(q, -torch.ones_like(q))
 
 
 def test_names_that_no_longer_fit_are_left_out():
@@ -229,6 +372,8 @@ def test_names_that_no_longer_fit_are_left_out():
         ("AdamW", {"lr": "1e-3"}, "lr must be a number, and is '1e-3': in YAML, 1e-3 is a string"),
         ("AdamW", {"weight_decay": None}, "weight_decay must be a number, and is None"),
         ("Adam", {"betas": ("0.9", 0.999)}, "beta must be a number, and is '0.9'"),
+        ("Adam", {"betas": None}, "betas must be two numbers, and is None"),
+        ("AdamW", {"eps": None}, "eps must be a number, and is None"),
         ("SGD", {"dampening": [0.5]}, r"dampening must be a number, and is \[0.5\]"),
     ],
 )

@@ -200,6 +200,34 @@ def test_split16_and_fp32_go_the_same_way(target):
     cases.assert_same_bits(*found)
 
 
+MAGNITUDES = [1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e25]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGDW"])
+@pytest.mark.parametrize("master", MASTER_KEYS)
+def test_masters_of_every_magnitude(master, name, target):
+    """A float32 and a split one train to the bits of float32 parameters, a compensated one follows them."""
+    starts = [p.detach() * m for p, m in zip(cases.parameters([(50, 3)] * 7, BF16), MAGNITUDES, strict=True)]
+    found = []
+    for dtype, options in ((BF16, {"master": master}), (F32, {})):
+        params = [torch.nn.Parameter(x.to(target.device, dtype, copy=True)) for x in starts]
+        groups = [{"params": [p], "lr": 1e-3 * m} for p, m in zip(params, MAGNITUDES, strict=True)]
+        options |= {"weight_decay": 1e-3, "decouple_lr": True, **({"momentum": 0.9} if name == "SGDW" else {})}
+        optimizer = cases.make(name, groups, options, backend=target.backend)
+        for t in range(20):
+            cases.set_gradients(params, t, F32)
+            optimizer.step()
+        found.append(optimizer)
+    for m, start, (p, own), q in zip(MAGNITUDES, starts, found[0].state.items(), found[1].state, strict=True):
+        value = codecs.read_master(master, p.detach(), own[MASTER_KEYS[master]])
+        way = ((q.detach().cpu().double() - start.double()) / m).norm()
+        assert 0.01 < way < 1
+        if master == "kahan":
+            assert ((value.double() - q.detach().double()) / m).norm().item() <= 0.005 * way
+        else:
+            assert cases.equal_bits(value, q.detach()).all()
+
+
 @pytest.mark.parametrize("options", CURES[1:], ids=cases.name_of)
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=cases.name_of)
 def test_a_parameter_that_is_overwritten_is_what_counts(options, dtype, target):
@@ -296,7 +324,7 @@ def test_second_moments_decay_where_they_are_rounded_stochastically(target):
     ids=cases.name_of,
 )
 def test_what_is_lost_is_told_once(dtype, options, lost, recwarn):
-    formats._warn_once.cache_clear()
+    formats.warn_once.cache_clear()
     optimizer = trained("AdamW", options, cases.CPU, dtype=dtype)
     trained("AdamW", options, cases.CPU, dtype=dtype)
     assert len(recwarn) == (lost is not None)
@@ -391,6 +419,37 @@ def test_int8_moments_follow_float32_ones(options, name, target):
             assert own[f"{n}_codes"].dtype is (torch.uint8 if n == "exp_avg_sq" else torch.int8)
             assert own[f"{n}_codes"].shape == p.shape
             assert own[f"{n}_scales"].numel() == -(-p.numel() // 128)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_each_step_of_int8_moments_is_within_the_bounds_of_their_codes(name, target):
+    """Rounded to nearest: from what was stored before to what is stored after, as docs/formats.md says."""
+    options = {"state_dtype": "int8", **({"momentum": 0.9} if name == "SGD" else {})}
+    p = cases.parameters([LONG], F32, target.device)[0]
+    optimizer = cases.make(name, [p], options, backend=target.backend)
+    keys = ["momentum_buffer"] if name == "SGD" else ["exp_avg", "exp_avg_sq"]
+    before = dict.fromkeys(keys, torch.zeros(LONG))
+    for t in range(30):
+        go_on(optimizer, [t])
+        g = p.grad.cpu()
+        exact = {
+            "momentum_buffer": 0.9 * before[keys[0]] + g,
+            "exp_avg": 0.9 * before[keys[0]] + 0.1 * g,
+            "exp_avg_sq": 0.999 * before[keys[-1]] + 0.001 * g * g,
+        }
+        for key in keys:
+            codes, scales = (optimizer.state[p][f"{key}_{part}"].cpu() for part in ("codes", "scales"))
+            before[key], scales = (
+                codecs.decode(codes, scales, key == "exp_avg_sq"),
+                scales.repeat_interleave(128)[: LONG[0]],
+            )
+            error = (before[key] - exact[key]).abs()
+            if key == "exp_avg_sq":
+                assert (error <= exact[key] / 16 * (1 + 1e-5) + scales * 2.0**-31.5).all()
+            else:
+                assert (error <= scales * 0.008).all()
+                small = exact[key].abs() < scales * 15e-6
+                assert (before[key][small] == 0).all()
 
 
 @pytest.mark.slow
@@ -662,7 +721,7 @@ def test_a_checkpoint_that_cannot_be_kept_is_refused_and_changes_nothing():
         assert optimizer.param_groups[0]["lr"] == lr
         cases.assert_same_bits(cases.tensors_of(optimizer), before)
     half = cases.make("AdamW", cases.parameters([(3,)], F16), {"rounding": "stochastic"})
-    with pytest.raises(TypeError, match=r"loading parameter 0 \(shape \[3\]\): rounding=.stochastic"):
+    with pytest.raises(TypeError, match=r"loading group 0, parameter 0 \(shape \[3\]\): rounding=.stochastic"):
         half.load_state_dict(trained("AdamW", {}, cases.CPU, shapes=[(3,)]).state_dict())
 
 

@@ -1,12 +1,14 @@
 """The optimizer on a GPU: launches, streams, devices, synchronisation, graphs. Ordinary GPU tests, marked gpu."""
 
+import contextlib
 import gc
 import importlib.util
+import math
 
 import pytest
 import torch
 
-from fused_adamw import backends
+from fused_adamw import backends, formats
 from fused_adamw.gpu import Launch
 from tests import cases
 
@@ -312,6 +314,46 @@ def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr, backen
 
 
 @gpu
+def test_options_on_the_device_are_those_of_the_host(backend):
+    """Set by hand while a plan holds: what the host counts as 0, takes or refuses, a capturable step does too."""
+    ours, theirs = twins([(100,), (7, 9)])
+    optimizers = []
+    for params, options in ((ours, {"backend": backend, "capturable": True}), (theirs, {})):
+        optimizers.append(cases.fused_adamw.AdamW([{"params": [p]} for p in params], lr=1e-2, **options))
+    a, b = optimizers
+
+    def step(t):
+        cases.set_gradients(theirs, t)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = q.grad.cuda()
+        for o in optimizers:
+            o.step()
+
+    step(0)
+    formats.warn_once.cache_clear()
+    for t, change in enumerate([{"lr": -5e-21}, {"weight_decay": -1e-18}, {"lr": -0.1}, {"lr": -0.2}, {"lr": 0.1}]):
+        for o in optimizers:
+            o.param_groups[1].update(change)
+        with contextlib.nullcontext() if change.get("lr") != -0.1 else pytest.warns(RuntimeWarning, match="group 1 is"):
+            a.refresh_captured()
+            step(t + 1)
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+    before = ours[0].detach().clone()
+    for change in ({"betas": (1.0, 0.9)}, {"lr": math.nan}, {"eps": None}):
+        was = {key: a.param_groups[1][key] for key in change}
+        a.param_groups[1].update(change)
+        for call in (a.step, a.refresh_captured, a.step):
+            with pytest.raises((ValueError, TypeError), match=r"\(group 1\)"):
+                call()
+        ours[1].grad = None  # nobody reads the options of a group without gradients
+        a.step()
+        ours[1].grad = torch.zeros_like(ours[1])
+        a.param_groups[1].update(was)
+        a.step()
+    assert not torch.equal(ours[0], before)
+
+
+@gpu
 def test_eager_steps_between_replays(backend):
     """A replay puts the gradients of its capture into the tables; the eager step after it takes its own."""
     ours, theirs = twins([(100,), (7, 9)])
@@ -463,7 +505,7 @@ def test_float64_goes_to_the_reference_or_is_refused(backend):
     wide, narrow = (torch.nn.Parameter(torch.ones(3, device="cuda", dtype=d)) for d in (torch.float64, torch.float32))
     for p in (wide, narrow):
         p.grad = torch.ones_like(p)
-    backends._warn_once.cache_clear()
+    backends.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=rf"{backend}: it does not step torch.float64"):
         cases.make("AdamW", [wide, narrow], {}).step()
     assert torch.equal(wide.float(), narrow)
@@ -484,7 +526,7 @@ def test_a_backend_that_fails_is_left_with_a_warning(broken, left, monkeypatch):
         where = {"triton": (kernels, "TritonKernels"), "cuda": (backends.native(), "CudaKernels")}[backend]
         monkeypatch.setattr(*where, fail)
     monkeypatch.setattr(backends, "_broken", {})
-    backends._warn_once.cache_clear()
+    backends.warn_once.cache_clear()
     p = torch.nn.Parameter(torch.ones(3, device="cuda"))
     p.grad = torch.ones_like(p)
     optimizer = cases.make("AdamW", [p], {})

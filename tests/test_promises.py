@@ -29,6 +29,7 @@ PROMISES = {
         "zero_grad": "test_zero_grad",
         "the profiler names the step": "test_profiler_names_the_step",
         "named parameters": "test_named_parameters",
+        "gradients with a graph of their own": "test_gradients_with_a_graph_of_their_own",
     },
     "test_lr_schedulers": {
         "every learning rate scheduler of torch": "test_scheduler",
@@ -37,15 +38,18 @@ PROMISES = {
     "test_averaging": {
         "averaged models": "test_averaged_model",
         "optimizers around ours": "test_sam_around_ours",
+        "and such that keep tensors in our state": "test_lookahead_around_ours",
     },
     "test_amp": {
         "a GradScaler's skip changes nothing and does not count": "test_grad_scaler",
         "unscale_ and clipping before the step": "test_grad_scaler_with_clipping_unscales_once",
+        "several optimizers under one GradScaler": "test_an_infinity_in_one_of_two_optimizers",
         "autocast": "test_autocast_in_bf16",
     },
     "test_step_parameter": {
         "gradient release has the bits of a step": "test_step_parameter_has_the_bits_of_step",
         "from the hooks of autograd": "test_gradient_release",
+        "tied weights": "test_gradient_release_of_tied_weights",
     },
     "test_compile": {
         "torch.compile of a training step": "test_torch_compile_of_a_training_step",
@@ -64,11 +68,18 @@ PROMISES = {
         "loading keeps what is not ours, integers too": "test_loading_keeps_state_that_is_not_ours",
         "lr=0 changes no weight": "test_the_dummy_step_of_distributed_checkpoint_changes_no_weight",
         "hooks of loading": "test_loading_runs_the_users_hooks",
+        "another optimizer's checkpoint is refused": (
+            "test_another_optimizers_checkpoint_is_refused_and_changes_nothing"
+        ),
+        "steps counted in the group, as by apex and Megatron": "test_steps_that_are_counted_in_the_group",
+        "parameters are matched by name": "test_parameters_in_another_order_are_matched_by_name",
     },
     "test_state": {
         "state can be made before the first step": "test_init_state_makes_what_the_first_step_would",
         "state that was cleared is forgotten": "test_state_that_was_cleared_is_forgotten",
         "moments are float32 unless declared otherwise": "test_moments_keep_the_dtype_they_were_declared_with",
+        "the default dtype changes nothing": "test_the_default_dtype_changes_nothing",
+        "a step in shared memory stays there": "test_a_step_of_one_element_keeps_its_memory",
     },
     "test_clipping": {
         "max_grad_norm is clip_grad_norm_ before a step": "test_equals_clip_grad_norm_and_a_step",

@@ -1,5 +1,7 @@
 """The rows of scalars: whatever is set by hand is in the next one, or is an error at every step."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,25 +12,30 @@ from tests import cases
 
 
 def test_what_a_step_cannot_use_is_an_error_at_every_step():
-    """Not only at the first, which has seen it."""
+    """Not only at the first, which has seen it; the learning rate and an option that the rows alone read."""
     p = cases.parameters([(3,)])[0]
     optimizer = cases.make("AdamW", [p], {"lr": np.float64(0.5)})
     cases.set_gradients([p], 0)
     optimizer.step()
     (group,), own, before = optimizer.param_groups, optimizer.state[p], p.detach().clone()
     assert scalars.adam_hyper(group)[0] == 0.5
-    for name, error in (("amsgrad", KeyError), ("eps", TypeError), ("lr", TypeError)):
-        for _ in range(2):
-            with pytest.raises(error):
-                value = group.pop(name)
-                group.update({name: None} if error is TypeError else {})
-                try:
+    for name, values in (("amsgrad", ()), ("eps", (None, math.inf)), ("lr", (None, math.nan, -math.inf, "1"))):
+        was = group.pop(name)
+        for value in values:
+            group[name] = value
+            for _ in range(2):
+                with pytest.raises((ValueError, TypeError), match=r"\(group 0\)"):
                     optimizer.step()
-                finally:
-                    group[name] = value
-    own["step"].fill_(-1)
-    with pytest.raises(ValueError, match="'step' is negative"):
-        optimizer.step()
+            del group[name]
+        with pytest.raises(ValueError, match=f"group 0 has no '{name}'"):
+            optimizer.step()
+        group[name] = was
+    for count in (-1, math.inf, math.nan):
+        own["step"].fill_(count)
+        with pytest.raises(ValueError, match=f"parameter 0 .*'step' is {float(count)}"):
+            optimizer.step()
+        with pytest.raises(ValueError, match="'step' is negative or no finite number"):
+            scalars.adam(group, count + 1)
     torch.testing.assert_close(p.detach(), before, rtol=0, atol=0)
 
 
@@ -37,7 +44,13 @@ CHANGES = [
     {"lr": 0.25},
     {"lr": 1},
     {"lr": torch.tensor(0.125)},
+    {"lr": -5e-21},
+    {"lr": -0.25},
+    {"lr": torch.tensor(-0.25, requires_grad=True)},
+    {"lr": -1e-9, "initial_lr": 1e-2},
     {"lr": 0.5, "base_lr": 2.0},
+    {"weight_decay": -1e-18},
+    {"weight_decay": -0.3},
     {"weight_decay": 0.3},
     {"decouple_lr": False},
     {"decoupled_weight_decay": False},
@@ -91,3 +104,29 @@ def test_what_is_set_by_hand_is_in_the_next_row(cls, native, monkeypatch):
     with pytest.raises(KeyError, match="lr"):
         seen.poll(groups, optimizer.state, kind)
         rows()
+
+
+def test_negative_numbers_of_rounding_size():
+    """They count as 0: down to -1e-12, for a learning rate under a scheduler down to -1e-6 of where it began."""
+    group = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "maximize": False, "decoupled_weight_decay": True}
+
+    def row(**changes):
+        return scalars.adam({"weight_decay": 0.5, **group, **changes}, 1)
+
+    for lr, initial, counts in (
+        (-1e-12, None, 0.0),
+        (-1.1e-12, None, -1.1e-12),
+        (-1e-6, None, -1e-6),
+        (-1e-8, 1e-2, 0.0),
+        (-1e-6, torch.tensor(1.0), 0.0),
+        (-1.1e-8, 1e-2, -1.1e-8),
+        (-1e-12, 1e-9, 0.0),
+        (torch.tensor(-4e-12), 1e-3, 0.0),
+    ):
+        under_a_scheduler = {} if initial is None else {"initial_lr": initial}
+        step_size = row(lr=lr, **under_a_scheduler).step_size
+        assert step_size == counts / (1 - 0.9)
+        assert math.copysign(1, step_size) == (-1 if counts else 1)  # no -0.0
+    assert row(lr=1.0, weight_decay=-1e-12).decay == 0.0
+    assert row(lr=1.0, weight_decay=-1e-11, initial_lr=1e9).decay == -1e-11
+    assert row(eps=-1e-13).eps == 0.0

@@ -3,6 +3,7 @@
 import doctest
 import io
 import math
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -31,6 +32,7 @@ def transcription(step, T_0, T_mult, steps_per_epoch, lr, norm, eta_min=0.0):
 
 
 def optimizer_of(lr=0.3, weight_decay=0.05, kind=fused_adamw.AdamW, **options):
+    options = {"decouple_lr": True} | options
     return kind([nn.Parameter(torch.zeros(2))], lr=lr, weight_decay=weight_decay, **options)
 
 
@@ -167,7 +169,7 @@ def test_after_a_warmup():
 def test_groups_have_their_own_values_and_zero_stays_zero():
     params = [nn.Parameter(torch.zeros(2)) for _ in range(4)]
     groups = [{"params": params[0]}, {"params": params[1], "lr": 0.1, "weight_decay": 0.0}]
-    optimizer = fused_adamw.SGDW(groups, lr=0.3, weight_decay=0.05, momentum=0.9)
+    optimizer = fused_adamw.SGDW(groups, lr=0.3, weight_decay=0.05, momentum=0.9, decouple_lr=True)
     scheduler = CosineWarmRestarts(optimizer, 2, 2, steps_per_epoch=5, normalized_decay=True)
     for t in range(40):
         assert now(optimizer, 0) == pytest.approx(transcription(t, 2, 2, 5, 0.3, 0.05))
@@ -219,6 +221,25 @@ def test_an_optimizer_without_decay_is_refused():
         CosineWarmRestarts(nn.Linear(1, 1), 3)
 
 
+def test_a_normalized_decay_that_the_learning_rate_scales_is_told():
+    """It is in the paper's convention. Not where there is no decay, or it is L2, or the decay is left alone."""
+
+    def made(name, **options):
+        p, q = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+        return cases.make(name, [{"params": p, "weight_decay": 0.0}, {"params": q}], {"weight_decay": 0.1, **options})
+
+    driven = {"steps_per_epoch": 5, "normalized_decay": True}
+    for name in ("AdamW", "SGDW"):
+        with pytest.warns(UserWarning, match="group 1 multiplies its decay .* decouple_lr=True") as told:
+            CosineWarmRestarts(made(name), 3, **driven)
+        assert [warning.filename for warning in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CosineWarmRestarts(made("AdamW", decouple_lr=True), 3, **driven)
+        CosineWarmRestarts(made("Adam"), 3, **driven)
+        CosineWarmRestarts(made("AdamW"), 3)
+
+
 TORCHS = {
     "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20, eta_min=1e-4),
     "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 7, gamma=0.3),
@@ -229,6 +250,7 @@ TORCHS = {
 
 
 @pytest.mark.float64
+@pytest.mark.filterwarnings("ignore:normalized_decay=True sets decays in the paper's convention")
 @pytest.mark.parametrize("scheduler", TORCHS)
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
 def test_a_scheduled_optimizer_follows_torchs(name, scheduler, target):

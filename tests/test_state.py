@@ -5,6 +5,7 @@ import torch
 
 from tests import cases
 from tests.test_checkpoints import steps
+from tests.test_formats import ALL
 
 
 @pytest.mark.parametrize(("name", "options"), [*cases.SHARED, *cases.OURS], ids=cases.name_of)
@@ -61,3 +62,72 @@ def test_moments_keep_the_dtype_they_were_declared_with(target):
             "exp_avg": expected,
             "exp_avg_sq": expected,
         }
+
+
+def test_a_step_of_one_element_keeps_its_memory(target):
+    """Processes may share it, as in A3C: it becomes a view of shape () of the same memory."""
+    p = cases.parameters([(9,)], device=target.device)[0]
+    optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
+    shared = torch.zeros(1).share_memory_()
+    optimizer.state[p]["step"] = shared
+    for t in range(3):
+        steps(optimizer, [t])
+        assert shared.tolist() == [t + 1]
+    assert optimizer.state[p]["step"].shape == ()
+    assert optimizer.state[p]["step"].is_shared()
+    optimizer.load_state_dict(optimizer.state_dict())
+    steps(optimizer, [3])
+    assert optimizer.state[p]["step"].item() == 4
+    assert shared.item() == 3  # a loaded one is a copy, as all that is loaded
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "text"),
+    [
+        ("exp_avg", "running", TypeError, "its state 'exp_avg' is a str, and the parameter torch.float32: load"),
+        ("exp_avg_sq", torch.ones(2, 3, dtype=torch.complex64), TypeError, "its state 'exp_avg_sq' is torch.complex64"),
+        ("exp_avg", torch.ones(2, 3, dtype=torch.int32), TypeError, "its state 'exp_avg' is torch.int32"),
+        ("step", "3", TypeError, "its state 'step' is a str, and must be a number: load"),
+        ("step", torch.ones(3), ValueError, r"its state 'step' is torch.float32 of shape \[3\], and must be a number"),
+        ("step", torch.tensor(1j), ValueError, r"its state 'step' is torch.complex64 of shape \[\]"),
+        ("step", torch.tensor(float("inf")), ValueError, "its state 'step' is inf, which no number of steps can be"),
+        ("step", float("nan"), ValueError, "its state 'step' is nan"),
+        ("step", -2, ValueError, "its state 'step' is -2.0"),
+    ],
+)
+def test_a_state_that_no_step_can_use_is_refused(key, value, error, text, target):
+    """With its parameter, before anything is written, and by init_state() too."""
+    good, p = cases.parameters([(9,), (2, 3)], device=target.device)
+    optimizer = cases.make("AdamW", [{"params": [good]}, {"params": [p]}], {}, backend=target.backend)
+    steps(optimizer, range(2))
+    before = {k: t.clone() for k, t in cases.tensors_of(optimizer).items() if k != f"1.{key}"}
+    optimizer.state[p][key] = value
+    for act in (lambda: steps(optimizer, [2]), optimizer.init_state):
+        with pytest.raises(error, match=rf"^AdamW: group 1, parameter 0 \(shape \[2, 3\]\): {text}"):
+            act()
+    optimizer.state[p].pop(key)
+    cases.assert_same_bits(cases.tensors_of(optimizer), before)
+    steps(optimizer, [2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=cases.name_of)
+@pytest.mark.parametrize(("name", "options"), [("AdamW", {}), ("SGD", {"momentum": 0.9}), *(("AdamW", o) for o in ALL)])
+def test_the_default_dtype_changes_nothing(name, options, dtype, target):
+    """Neither the state's dtypes nor a bit: where it is made, stepped, saved, loaded and exported."""
+    found = []
+    for default in (torch.float32, dtype):
+        params = cases.parameters([(5003,), (7, 9), ()], torch.bfloat16, target.device)
+        torch.set_default_dtype(default)
+        try:
+            optimizer = cases.make(name, params, {**options, "max_grad_norm": 0.5}, backend=target.backend)
+            for t in range(4):
+                gradients = torch.Generator().manual_seed(t)
+                for p in params:
+                    p.grad = torch.randn(p.shape, dtype=torch.float32, generator=gradients).to(p)
+                optimizer.step()
+                if t == 1:
+                    optimizer.load_state_dict(optimizer.export())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append({**cases.tensors_of(optimizer), "norm": optimizer.grad_norm})
+    cases.assert_same_bits(*found)

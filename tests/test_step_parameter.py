@@ -54,6 +54,33 @@ def test_gradient_release(target):
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
 
+def test_gradient_release_of_tied_weights(target):
+    """autograd sums the gradients of both uses before its hook runs: one step each, with the bits of the usual loop."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 7, bias=False))
+        model[2].weight = model[0].weight
+        models.append(model.to(target.device))
+    a, b = (cases.make("AdamW", m.parameters(), {"lr": 1e-2}, backend=target.backend) for m in models)
+    assert len(params_of(a)) == 3
+
+    def release(p):
+        a.step_parameter(p)
+        p.grad = None
+
+    for p in params_of(a):
+        p.register_post_accumulate_grad_hook(release)
+    tokens = torch.arange(7, device=target.device)
+    for _ in range(4):
+        for model in models:
+            torch.nn.functional.cross_entropy(model(tokens), tokens.flip(0)).backward()
+        b.step()
+        b.zero_grad()
+    assert all(own["step"].item() == 4 for own in a.state.values())
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
 def test_step_parameter_and_step_can_be_mixed(monkeypatch, target):
     a, b = ours_twice(target)
     built, true = [], plan.build

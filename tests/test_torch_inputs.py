@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import cases
 
@@ -161,3 +162,25 @@ def test_sparse_gradients_which_torchs_sgd_takes_are_refused():
     p.grad = torch.ones(4, 3).to_sparse()
     with pytest.raises(RuntimeError, match=re.escape(table("Refused tensors")["sparse gradients"]["message"])):
         cases.make("SGD", [p], {}).step()
+
+
+def test_parameters_without_memory_which_torch_takes_are_refused():
+    refused = table("Refused tensors")
+    p = torch.nn.Parameter(torch.ones(3, device="meta"))
+    p.grad = torch.ones(3, device="meta")
+    with pytest.raises(TypeError, match=re.escape(refused["parameters on the meta device"]["message"])):
+        cases.make("AdamW", [p], {}).step()
+    with FakeTensorMode():
+        optimizer = cases.make("AdamW", [torch.nn.Parameter(torch.ones(3))], {})
+        with pytest.raises(RuntimeError, match=re.escape(refused["any under FakeTensorMode"]["message"])):
+            optimizer.init_state()
+
+
+def test_a_weight_of_minus_zero_without_a_gradient_becomes_plus_zero(target):
+    """As the document says; every backend alike, with a decay and without."""
+    for name, options in (("AdamW", {}), ("SGD", {"momentum": 0.9}), ("SGD", {"weight_decay": 0.1})):
+        p = torch.nn.Parameter(torch.tensor([-0.0, 0.0], device=target.device))
+        p.grad = torch.zeros_like(p)
+        cases.make(name, [p], options, backend=target.backend).step()
+        assert p.tolist() == [0.0, 0.0]
+        assert not p.signbit().any()

@@ -1,6 +1,7 @@
 """What a training loop asks of an optimizer: groups, zero_grad, closures, hooks, the profiler, names, repr."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -114,6 +115,41 @@ def test_named_parameters(target):
     other = cases.make("AdamW", twin.named_parameters(), {}, backend=target.backend)
     other.load_state_dict(saved)
     cases.assert_same_bits(cases.tensors_of(other), cases.tensors_of(optimizer))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=cases.name_of)
+def test_gradients_with_a_graph_of_their_own(options, target):
+    """create_graph=True, as for a penalty on the gradient's norm: a step reads the values, and adds to no graph."""
+    optimizers = []
+    for create_graph in (True, False):
+        model = network(target.device)
+        optimizer = cases.make("AdamW", model.parameters(), options, backend=target.backend)
+        for t in range(3):
+            optimizer.zero_grad()
+            loss_of(model, t).backward(create_graph=create_graph)
+            gradients = [p.grad for p in model.parameters()]
+            assert all(g.requires_grad is create_graph for g in gradients)
+            versions = [g._version for g in gradients]
+            optimizer.step()
+            assert [g._version for g in gradients] == versions
+            assert not any(t.requires_grad for own in optimizer.state.values() for t in own.values())
+            assert all(p.is_leaf for p in model.parameters())
+        optimizers.append(optimizer)
+    cases.assert_same_bits(*map(cases.tensors_of, optimizers))
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_what_belongs_to_the_optimizer_outlives_a_copy(way):
+    """It stands in no group, so a class made anew of the groups has to be given it again."""
+    optimizer = cases.fused_adamw.AdamW(
+        cases.parameters([(9,)]), max_grad_norm=0.5, skip_nonfinite=True, amp_scaling=True, backend="reference"
+    )
+    made = way(optimizer)
+    for name, value in {"max_grad_norm": 0.5, "skip_nonfinite": True, "amp_scaling": True}.items():
+        assert getattr(made, name) == value
+    assert made.requested == "reference"
+    made.load_state_dict(cases.fused_adamw.AdamW(cases.parameters([(9,)])).state_dict())
+    assert made.max_grad_norm == 0.5
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
