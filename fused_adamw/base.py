@@ -152,7 +152,8 @@ class FusedOptimizer(Optimizer):
                 return built
         with torch.no_grad():
             built = plan.build(self, self._built[0] if self._built else None)
-        kept, dropped = [built], []
+        kept: list[plan.Built] = [built]
+        dropped: list[plan.Built] = []
         for old in self._built:  # those with copies are dropped, whose memory may be the size of the model
             drop = len(kept) == _KEPT_PLANS or any(part.copied for part in old.plans)
             (dropped if drop else kept).append(old)

@@ -274,7 +274,7 @@ def test_what_torch_refuses_of_a_group_names_it():
             fused_adamw.AdamW([{"params": [a]}, {"params": [bad]}])
 
 
-MISSING = object()
+MISSING = "missing"
 BY_HAND = [
     ("AdamW", {"betas": (1.0, 0.9)}, ValueError, r"Invalid beta parameter at index 0: 1.0 \(group 1\)"),
     ("AdamW", {"betas": (0.9, float("nan"))}, ValueError, r"Invalid beta parameter at index 1: nan \(group 1\)"),
