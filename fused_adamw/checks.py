@@ -85,12 +85,18 @@ def check_idle(owner: Owner, checked: Container[int]) -> dict[int, Checked]:
     idle: dict[int, Checked] = {}
     slot = -1
     for i, group in enumerate(owner.param_groups):
+        fine = None  # not known yet
         for j, p in enumerate(group["params"]):
             slot += 1
-            if slot not in checked and p.grad is None and owner.state.get(p):
-                # Whatever is wrong is raised once there is a gradient.
-                with contextlib.suppress(KeyError, TypeError, ValueError, RuntimeError):
-                    idle[slot] = _check_param(owner, i, j, *owner.rule_of(group))
+            if fine is False or slot in checked or p.grad is not None or not owner.state.get(p):
+                continue
+            # Whatever is wrong is raised once there is a gradient.
+            with contextlib.suppress(KeyError, TypeError, ValueError, RuntimeError):
+                if fine is None:
+                    fine = False
+                    check_group(owner, i)
+                    fine = True
+                idle[slot] = _check_param(owner, i, j, *owner.rule_of(group))
     return idle
 
 

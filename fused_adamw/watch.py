@@ -131,9 +131,12 @@ class Watch:
         if kind(p) != entry.kinds["param"] or (p.grad is not None and kind(p.grad) != entry.kinds["grad"]):
             return False
         for key, column, t in tensors:
-            if not isinstance(t, Tensor) or kind(t) != entry.kinds[key] or (t.numel() and not has_memory(local(t))):
+            if not isinstance(t, Tensor) or kind(t) != entry.kinds[key]:
                 return False
-            entry.addresses[column] = local(t).data_ptr()
+            t = local(t)
+            if t.numel() and not has_memory(t):
+                return False
+            entry.addresses[column] = t.data_ptr()
         if p.grad is None or row.g_copy is None or not row.numel:
             return True
         return is_pending(p.grad) or has_memory(local(p.grad))
