@@ -254,6 +254,7 @@ __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R:
                 const float* __restrict__ scalars, const float* __restrict__ factor, int chunk) {
   if (*factor < 0) return;
   const Chunk c(rows, chunks, chunk);
+  if (c.n == 0) return;  // of a row that the step leaves out
   using Scalars = typename R::template Scalars<float>;
   const float* numbers = scalars + c.row[COL_SCALARS] * SCALARS;
   Scalars s = *reinterpret_cast<const Scalars*>(numbers);

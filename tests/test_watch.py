@@ -292,7 +292,7 @@ def test_swapped_tensors(target):
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         for t, change in enumerate(
-            [lambda: model.double(), lambda: model.float(), lambda: model.load_state_dict(model.state_dict())]
+            [lambda: model.bfloat16(), lambda: model.float(), lambda: model.load_state_dict(model.state_dict())]
         ):
             cases.set_gradients(list(model.parameters()), t)
             optimizer.step()
