@@ -91,7 +91,8 @@ class FusedOptimizer(Optimizer):
                 )
             options.name_dtype(param_group)
             full = {**self.defaults, **param_group}
-            options.check(full, index)
+            if not param_group.keys() <= {"params", "param_names"}:  # the defaults are checked already
+                options.check(full, index)
             if full.get("decouple_lr"):
                 param_group.setdefault("base_lr", options.as_float("lr", full["lr"]))
             if full.get("rounding") == "stochastic":

@@ -1,5 +1,6 @@
 """Defines the arguments of the four classes: types, texts for docstrings, a table of those that are ours, one check."""
 
+import functools
 import inspect
 import math
 import textwrap
@@ -53,6 +54,7 @@ NEEDED = {
 OF_ALL_GROUPS = ("backend", "max_grad_norm", "skip_nonfinite", "amp_scaling")
 
 
+@functools.cache
 def ours(family: str) -> dict[str, Any]:
     """Return the options that torch's classes of a family lack, and their defaults.
 

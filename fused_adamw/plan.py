@@ -237,6 +237,8 @@ def _like(p: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def _overlaps(params: dict[int, Tensor]) -> dict[int, int]:
     """Return the turns, 0, 1 and on, in which parameters with overlapping memory are launched; the rest have none."""
+    if len(params) < 2:
+        return {}
     spans = []
     for slot, p in params.items():
         reach = sum(stride * (size - 1) for size, stride in zip(p.shape, p.stride(), strict=True))

@@ -33,7 +33,7 @@ def init(
         if is_missing(step) or not buffer:  # SGD counts the steps of the momentum, whose first is not dampened
             step = float(buffer)
     if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.device != step_device:
-        param_state["step"] = torch.tensor(float(step), dtype=torch.float32, device=step_device)
+        param_state["step"] = torch.full((), float(step), dtype=torch.float32, device=step_device)
     elif step.dim():
         param_state["step"] = step.view(())  # of the same memory, which processes may share
     for name in names:

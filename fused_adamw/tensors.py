@@ -19,6 +19,7 @@ class Numbering(NamedTuple):
     skip: int
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 NOT_SHARDED = Numbering(offset=0, run=1 << 62, skip=0)
 
 
@@ -30,6 +31,8 @@ def gradient(p: Tensor) -> Tensor:
 
 def is_dtensor(t: Tensor) -> TypeGuard["DTensor"]:
     """Return whether t is a DTensor, without importing what that takes."""
+    if type(t) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
