@@ -1,8 +1,10 @@
 """What a living plan follows and keeps: tensors that move, gradients that come and go, nothing kept alive."""
 
 import gc
+import os
 import signal
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +272,43 @@ def test_what_is_replaced_is_freed_at_once(single, target, watch):
     del a, ps
     assert dead(optimizer)
     assert dead(last)
+
+
+STATM = Path("/proc/self/statm")
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="only Linux tells how much memory a process has")
+def test_cleared_states_give_their_memory_back():
+    def resident():
+        gc.collect()
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    (p,) = cases.parameters([(8_000_000,)])
+    p.grad = torch.ones_like(p)
+    optimizer = cases.make("AdamW", [p], {})
+    optimizer.step()
+    before = resident()
+    optimizer.state.clear()
+    assert before - resident() > 0.9 * 2 * p.nbytes
+
+
+@pytest.mark.gpu
+def test_states_moved_to_the_host_give_the_memory_of_the_gpu_back(backend):
+    ps = cases.parameters([(100_000,), (300_000,)], device="cuda")
+    optimizer = cases.make("AdamW", ps, {}, backend=backend)
+    cases.set_gradients(ps, 0)
+    optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    moments = [(own, key) for own in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    for own, key in moments:
+        own[key] = own[key].cpu()
+    assert before - torch.cuda.memory_allocated() >= 2 * sum(p.nbytes for p in ps)
+    for own, key in moments:
+        own[key] = own[key].cuda()
+    cases.set_gradients(ps, 1)
+    optimizer.step()
+    assert {own["step"].item() for own in optimizer.state.values()} == {2}
 
 
 def test_a_group_that_is_dropped_is_freed(target):
