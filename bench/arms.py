@@ -72,6 +72,7 @@ class Arm(NamedTuple):
     compiled: bool = False  # step() goes through torch.compile
     same_rule: bool = True  # else what it computes is not compared with the oracle
     foreign: bool = False  # another project's: its state may mean something else, and it may fail as it likes
+    steady: bool = False  # of a list that changes between steps: on one that does not
 
 
 class Missing(Exception):
@@ -203,6 +204,13 @@ def arms_of(algorithm: str, storage: Storage, device: torch.device, against: lis
         else:
             found += peer(name, algorithm, storage.state_dtype, device)
     return found
+
+
+def with_steady(arms: list[Arm]) -> list[Arm]:
+    """List the arms of a list that changes between steps, which graphs cannot follow, and ours on a steady one."""
+    arms = [arm for arm in arms if not (arm.graph or arm.compiled)]
+    own = [arm for arm in arms if arm.name.startswith("fused_adamw")]
+    return [*own, *(arm._replace(name=f"{arm.name}, steady", steady=True) for arm in own), *arms[len(own) :]]
 
 
 def step_of(arm: Arm, optimizers: list[torch.optim.Optimizer]) -> Callable[[], object]:

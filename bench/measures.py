@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_adamw
 from bench.arms import Algorithm, Groups
 from bench.output import console
-from bench.timing import Call, cpu_clock
+from bench.timing import Call, cpu_clock, untimed
 from tests import cases
 
 CHECKED_STEPS = 3
@@ -138,13 +138,15 @@ def launches(optimizer: torch.optim.Optimizer, call: Call, device: torch.device)
     return kernels.count + ours or None
 
 
-def host_microseconds(call: Call, device: torch.device) -> float:
+def host_microseconds(call: Call, device: torch.device, change: Call | None = None) -> float:
     """Time a call until it returns: on a GPU with an idle queue, on the CPU with tensors too small to matter."""
     if device.type == "cpu":
         call()
-        return 1e6 * min(cpu_clock(call, 3) for _ in range(5))
+        return 1e6 * min(untimed(change, cpu_clock)(call, 3) for _ in range(5))
     seconds = []
     for _ in range(20):
+        if change:
+            change()
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()

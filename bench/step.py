@@ -15,9 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import measures, stream
-from bench.arms import ALGORITHMS, DTYPES, FUSED, NAMES, SHORT, Arm, Missing, arms_of, step_of
+from bench.arms import ALGORITHMS, DTYPES, FUSED, NAMES, SHORT, Arm, Missing, arms_of, step_of, with_steady
 from bench.output import Report, begin, console, finish, new_table, number, progress, until_interrupted
 from bench.timing import (
+    Call,
     available_memory,
     bytes_of_step,
     cpu_clock,
@@ -29,6 +30,7 @@ from bench.timing import (
 from tests import cases
 
 DEFAULT = ["gpt2", "1000x1k", "148x64", "10000x64", "465-groups", "1x131k"]
+DEFAULT += ["layerdrop", "alternating", "offloaded-states"]
 OBJECTS = 3 << 10  # bytes of Python and C++ objects of a parameter, its gradient, its state and their dicts
 MOST_SETS = 8  # on a GPU: a list that would need more to leave the cache is timed in it
 NOTES = f"""\
@@ -37,6 +39,7 @@ stream, which reads and writes arrays of the same dtypes once, in the same round
 ratio = ms of torch fused / ms of the arm: above 1, the arm is faster. Both are medians of what each round gave.
 cold: the calls go round so many sets of buffers that the caches would have to be twice as large to hold them.
 warm: the caches may hold the one set that there is; on a GPU so is a list that would need more than {MOST_SETS} sets.
+steady: ours on the same list without what changes before each step of the others, which is not timed.
 first ms: the first step, with what it compiles and allocates. host µs: {{host}}.
 launches: {{launches}}.
 extra MB: the most that torch's allocator handed out during a step.
@@ -97,6 +100,8 @@ def measure(
 
     An arm of ours that fails is an error, unless ``tolerant``.
     """
+    if cases.WORKLOADS[case.workload].change:
+        arms = with_steady(arms)
     with progress() as bar:
         task = bar.add_task(str(case), total=2 * len(arms) + rounds)
 
@@ -133,6 +138,8 @@ def measure(
     if done:
         console.print(bench.title())
         console.print(table(done))
+        for r in (r for r in done if r["of_steady"]):
+            console.print(f"{r['arm']}: {r['of_steady']:.2f} times what it takes steady, the median of the rounds")
 
 
 def progress_range(rounds: int, advance: Callable[[str], None]) -> Any:
@@ -152,25 +159,35 @@ def probe(arm: Arm, case: Case, device: torch.device) -> tuple[float | None]:
     optimizer = arm.make(measures.grouped(params, like))
     if arm.compiled:
         return (None,)
+    change = change_of(arm, case, [(p, p.grad) for p in params], optimizer)
     optimizer.step()
-    return (measures.host_microseconds(optimizer.step, device) if device.type == "cpu" else None,)
+    return (measures.host_microseconds(optimizer.step, device, change) if device.type == "cpu" else None,)
+
+
+def change_of(arm: Arm, case: Case, given: cases.Given, optimizer: torch.optim.Optimizer) -> Call | None:
+    """Return what a list that changes does before each step: its next turn, or for a steady arm turn 0 again."""
+    change, turns = cases.WORKLOADS[case.workload].change, itertools.repeat(0) if arm.steady else itertools.count(1)
+    return (lambda: change(given, optimizer.state, next(turns))) if change else None
 
 
 class Bench:
     """Hold the buffers of a case and the optimizers on them. Arms share parameters and gradients, not state."""
 
     def __init__(self, case: Case, arms: list[Arm], device: torch.device, warm: bool) -> None:
-        self.case, self.device, self.warm = case, device, warm
+        self.case, self.device = case, device
+        self.warm = warm or cases.WORKLOADS[case.workload].change is not None
         self.algorithm = ALGORITHMS[case.algorithm]
         self.dtype, self.state_dtype, _ = DTYPES[case.dtypes]
         self.results: list[Result] = []
-        self.calls: dict[str, Callable[[], object]] = {}
+        self.calls: dict[str, Call] = {}
+        self.changes: dict[str, Call | None] = {}
         self.refusal = self._fit(arms)
         if self.refusal:
             return
         shapes = [shape for shapes, _ in self.groups for shape in shapes]
         self.sets = [measures.random_parameters(shapes, self.dtype, device) for _ in range(self.count)]
         self.start = [p.detach().clone() for p in self.sets[0]]
+        self.given = [(p, p.grad) for p in self.sets[0]]
         self.oracle = measures.Oracle(self.sets[0], self.groups, self.algorithm)
 
     def _fit(self, arms: list[Arm]) -> str:
@@ -218,6 +235,8 @@ class Bench:
         params = self.sets[0]
         with torch.no_grad():  # the arms before have stepped them
             torch._foreach_copy_(params, self.start)
+        for p, g in self.given:
+            p.grad = g
         first = arm.make(measures.grouped(params, self.groups))
         call = step_of(arm._replace(graph=False), [first])
         for i in measures.checked_steps(params):
@@ -237,26 +256,32 @@ class Bench:
             optimizers[-1].step()
         if not arm.compiled or arm.graph:
             call = step_of(arm, optimizers)
+        storage, shape = self._storage(first), stream.shape_of(first)
+        change = self.changes[arm.name] = change_of(arm, self.case, self.given, first)
+        advance = change or (lambda: None)
+        advance()
         call()
         if self.device.type == "cuda":
-            host = measures.host_microseconds(call, self.device)
+            host = measures.host_microseconds(call, self.device, change)
         # Counting on the CPU keeps torch.compile from compiling, for good where another project calls it.
         countable = self.device.type == "cuda" or not (arm.compiled or arm.foreign)
+        advance()
         launches = measures.quietly(lambda: measures.launches(first, call, self.device)) if countable else None
-        shape = stream.shape_of(first)
+        advance()
+        extra = measures.quietly(lambda: measures.extra_bytes(call, self.device))
         self.calls[arm.name] = call
         self.results.append(
             self._result(
                 arm.name,
                 bytes_of_step(first),
-                storage=self._storage(first),
+                storage=storage,
                 formula=str(shape) if shape else "",
                 shape=shape,
                 sets=len(optimizers),
                 first_ms=first_ms,
                 host_us=host,
                 launches=launches,
-                extra_bytes=measures.quietly(lambda: measures.extra_bytes(call, self.device)),
+                extra_bytes=extra,
                 match=match,
                 max_ulp=worst,
             )
@@ -310,7 +335,7 @@ class Bench:
         """Time every arm in each of the rounds."""
         clock = cpu_clock if self.device.type == "cpu" else cuda_clock
         times = {r["arm"]: r["seconds"] for r in self.results}
-        interleave(self.calls, rounds, clock, times, {r["arm"]: r["sets"] for r in self.results})
+        interleave(self.calls, rounds, clock, times, {r["arm"]: r["sets"] for r in self.results}, self.changes)
 
     def finish(self) -> list[Result]:
         """Return the results of the arms that were timed, and let the buffers go."""
@@ -318,7 +343,8 @@ class Bench:
         for r in self.results:
             r.pop("shape")
         self.calls.clear()
-        self.sets = self.start = self.oracle = None
+        self.changes.clear()
+        self.sets = self.start = self.given = self.oracle = None
         gc.collect()
         if self.device.type == "cuda":  # what a case leaves in torch's cache is not free for the next one
             torch.cuda.empty_cache()
@@ -338,6 +364,7 @@ def summarized(results: list[Result]) -> list[Result]:
         seconds, ceiling = np.array(r["seconds"]), streams.get(r.get("shape"), first)
         median, low, high = np.quantile(seconds, [0.5, 0.2, 0.8])
         ratio = None if fused is None or r["arm"].startswith("ceiling") else fused / seconds
+        steady = next((np.array(x["seconds"]) for x in results if x["arm"] == f"{r['arm']}, steady"), None)
         r |= {
             "ms_median": median * 1e3,
             "ms_p20": low * 1e3,
@@ -346,6 +373,7 @@ def summarized(results: list[Result]) -> list[Result]:
             "of_ceiling": None if ceiling is None else float(np.median(rates[r["arm"]] / ceiling)),
             "ratio_median": None if ratio is None else float(np.median(ratio)),
             "ratio_min": None if ratio is None else float(ratio.min()),
+            "of_steady": None if steady is None else float(np.median(seconds / steady)),
         }
     return results
 

@@ -106,7 +106,7 @@ def device_of(name: str | None) -> torch.device:
 def bytes_of_step(optimizer: torch.optim.Optimizer) -> int:
     """Count the bytes that a step must move: it reads parameter, gradient and state, and writes parameter and state."""
     total = 0
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
         states = [t for name, t in optimizer.state[p].items() if isinstance(t, torch.Tensor) and name != "step"]
         total += 2 * sum(t.nbytes for t in (p, *states)) + p.grad.nbytes
     return total
@@ -156,35 +156,51 @@ def cuda_clock(call: Call, repeats: int) -> float:
     return start.elapsed_time(end) / 1e3 / repeats
 
 
+def untimed(change: Call | None, clock: Clock) -> Clock:
+    """Return a clock that calls ``change`` before each of its calls, and does not count that."""
+
+    def clock_each(call: Call, repeats: int) -> float:
+        seconds = 0.0
+        for _ in range(repeats):
+            change()
+            seconds += clock(call, 1)
+        return seconds / repeats
+
+    return clock_each if change else clock
+
+
 def interleave(
     arms: dict[str, Call],
     rounds: Iterable[int],
     clock: Clock = cpu_clock,
     times: dict[str, list[float]] | None = None,
     multiples: dict[str, int] | None = None,
+    changes: dict[str, Call | None] | None = None,
 ) -> dict[str, list[float]]:
     """Return the seconds per call of every arm, round by round; every other round runs in reverse.
 
     They are appended to ``times``, where it is given, so that an interrupted run leaves what it measured. The calls of
-    a timing are a multiple of ``multiples``, the buffer sets that an arm goes round, unless that takes long.
+    a timing are a multiple of ``multiples``, the buffer sets that an arm goes round, unless that takes long. Each call
+    comes after one of ``changes``, which is not timed.
     """
     times = {name: [] for name in arms} if times is None else times
+    clocks = {name: untimed((changes or {}).get(name), clock) for name in arms}
     repeats = {}
     for name, call in arms.items():
         of = (multiples or {}).get(name, 1)
-        seconds = clock(call, 2)
+        seconds = clocks[name](call, 2)
         if of * seconds > LONG_SECONDS:
             of = 1
         if seconds < LONG_SECONDS:  # these calls may have made state and plans
-            clock(call, of)
-            seconds = clock(call, of)
+            clocks[name](call, of)
+            seconds = clocks[name](call, of)
         repeats[name] = of * math.ceil(MIN_SECONDS / seconds / of)
     gc.collect()
     gc.disable()
     try:
         for i in rounds:
             order = list(arms) if i % 2 == 0 else list(reversed(arms))
-            seconds = {name: clock(arms[name], repeats[name]) for name in order}
+            seconds = {name: clocks[name](arms[name], repeats[name]) for name in order}
             for name in arms:
                 times[name].append(seconds[name])
     finally:

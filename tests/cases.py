@@ -50,9 +50,18 @@ def one_group(*parts: Shapes) -> Groups:
 
 def gpt2_small(layers: int) -> Groups:
     """GPT-2 small: 148 parameters, 124.4 M elements."""
-    block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,)]
-    block += [(768, 3072), (3072,), (3072, 768), (768,)]
-    return one_group([(50257, 768), (1024, 768)], block * layers, [(768,), (768,)])
+    return one_group([(50257, 768), (1024, 768)], gpt2_block(768) * layers, [(768,), (768,)])
+
+
+def gpt2_block(d: int) -> Shapes:
+    """Return the 12 parameters of a block of GPT-2 of width d."""
+    block = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,)]
+    return [*block, (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+
+
+def narrow_gpt2(layers: int) -> Groups:
+    """20 blocks of GPT-2, of width 32: 240 parameters, 0.25 M elements."""
+    return one_group(gpt2_block(32) * 20)
 
 
 def resnet50(layers: int) -> Groups:
@@ -96,11 +105,41 @@ def one_group_each(layers: int) -> Groups:
     return [([(64,)], {"lr": 1e-3 * 0.8 ** (i % 14), "weight_decay": 0.1 * (i // 14 % 2)}) for i in range(465)]
 
 
+# Parameters and all their gradients.
+Given = list[tuple[Tensor, Tensor]]
+State = dict[Tensor, dict[str, Any]]
+
+
+def drop_layers(given: Given, state: State, turn: int) -> None:
+    """Take the gradients of a fifth of 20 blocks away, at each turn of another fifth, as LayerDrop does."""
+    for i, (p, g) in enumerate(given):
+        p.grad = None if i * 20 // len(given) % 5 == turn % 5 else g
+
+
+def alternate(given: Given, state: State, turn: int) -> None:
+    """Leave gradients to one half of the list, at the next turn to the other, as a GAN or heads in turn do."""
+    for i, (p, g) in enumerate(given):
+        p.grad = g if i * 2 // len(given) == turn % 2 else None
+
+
+def replace_state(given: Given, state: State, turn: int) -> None:
+    """Replace all moments by copies, as where they were on the host; not at turn 0."""
+    for of_one in state.values() if turn else ():
+        of_one.update({k: t.clone() for k, t in of_one.items() if isinstance(t, Tensor) and k != "step"})
+
+
+def move_parameters(given: Given, state: State, turn: int) -> None:
+    """Give parameters other memory, as a projection of weights does; not at turn 0."""
+    for p, _ in given if turn else ():
+        p.data = p.data.clone()
+
+
 class Workload(NamedTuple):
     """A list of parameters that the bench times, and the tests step."""
 
     groups: Callable[[int], Groups]  # of so many of the layers
     layers: int = 1
+    change: Callable[[Given, State, int], None] | None = None  # before each step: turn 0 is that of a steady list
 
 
 WORKLOADS: dict[str, Workload] = {
@@ -115,6 +154,11 @@ WORKLOADS: dict[str, Workload] = {
     "465-groups": Workload(one_group_each),
     "1x131k": Workload(lambda layers: one_group([(131072,)])),
     "1x16M": Workload(lambda layers: one_group([(1 << 24,)])),
+    "layerdrop": Workload(narrow_gpt2, change=drop_layers),
+    "layerdrop-1000": Workload(lambda layers: one_group([(1000,)] * 1000), change=drop_layers),
+    "alternating": Workload(narrow_gpt2, change=alternate),
+    "offloaded-states": Workload(narrow_gpt2, change=replace_state),
+    "moved-parameters": Workload(narrow_gpt2, change=move_parameters),
     # For a GPU's memory alone.
     "1x256Mi": Workload(lambda layers: one_group([(1 << 28,)])),
     "1x1Gi": Workload(lambda layers: one_group([(1 << 30,)])),

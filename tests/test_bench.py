@@ -21,9 +21,9 @@ pytest.importorskip("sklearn")
 import torch.nn.functional as F
 
 import fused_adamw
-from bench import measures, step, stream
+from bench import measures, step, stream, timing
 from bench.__main__ import main
-from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of
+from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of, with_steady
 from bench.memory import FORMS
 from bench.paper import claims, digits, experiments
 from bench.studies import demo, gpt
@@ -117,6 +117,90 @@ def test_step(tmp_path: Path, here: Callable[..., str]) -> None:
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", [name for name, workload in cases.WORKLOADS.items() if workload.change])
+def test_step_of_lists_that_change(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., str]
+) -> None:
+    """Every arm takes a turn before each step, but for ours on a steady list, which stays at turn 0."""
+    true, turns = cases.WORKLOADS[name], {}
+
+    def change(given: cases.Given, state: cases.State, turn: int) -> None:
+        turns.setdefault(id(state), []).append(turn)
+        true.change(given, state, turn)
+
+    kept = []  # no id comes twice
+    monkeypatch.setattr(step, "with_steady", lambda arms: [keeping(arm, kept) for arm in with_steady(arms)])
+    monkeypatch.setitem(cases.WORKLOADS, name, cases.Workload(lambda n: cases.one_group([(3, 3)] * 20), change=change))
+    out = here("step", "--workload", name, "--against", "fused", "foreach", *options(tmp_path))
+    assert "warm" in out
+    rows = {r["arm"]: r for r in json.loads((tmp_path / "step.json").read_text())["results"]}
+    arms = ["fused_adamw cpu", "fused_adamw cpu, steady", "torch fused", "torch foreach"]
+    assert [arm for arm in rows if not arm.startswith("ceiling")] == arms
+    part = {"alternating": 1 / 2, "layerdrop": 4 / 5, "layerdrop-1000": 4 / 5}.get(name, 1)
+    for arm in arms:
+        assert rows[arm]["match"]
+        assert rows[arm]["bytes"] == round(part * 28 * 180)
+        assert len(rows[arm]["seconds"]) == 2
+    ours, steady = (np.array(rows[arm]["seconds"]) for arm in arms[:2])
+    assert rows[arms[0]]["of_steady"] == pytest.approx(np.median(ours / steady))
+    assert f"fused_adamw cpu: {rows[arms[0]]['of_steady']:.2f} times what it takes steady" in out
+    assert not any(row["of_steady"] for arm, row in rows.items() if arm != arms[0])
+    for arm, optimizer in kept:  # each is made twice: of tensors of one element, for the time on the host, and whole
+        seen = turns[id(optimizer.state)]
+        assert seen == ([0] * len(seen) if arm.endswith("steady") else [*range(1, len(seen) + 1)]), arm
+    assert [arm for arm, _ in kept] == arms * 2
+
+
+def keeping(arm: Arm, kept: list) -> Arm:
+    """The arm, which appends its name and each optimizer that it makes to a list."""
+    return arm._replace(make=lambda groups: kept.append((arm.name, arm.make(groups))) or kept[-1][1])
+
+
+def test_what_comes_before_a_step_is_not_timed() -> None:
+    events = []
+
+    def clock(call: Callable[[], object], repeats: int) -> float:
+        events.append("start")
+        call()
+        events.append("end")
+        return repeats / 8
+
+    changing = timing.untimed(lambda: events.append("change"), clock)
+    assert changing(lambda: events.append("step"), 3) == 1 / 8
+    assert events == ["change", "start", "step", "end"] * 3
+    times = timing.interleave(
+        {"a": lambda: events.append("a")}, range(2), clock, changes={"a": partial(events.append, "b")}
+    )
+    assert times == {"a": [1 / 8] * 2}
+    assert events[12:] == ["b", "start", "a", "end"] * (len(events[12:]) // 4)
+
+
+def test_what_changes_between_steps() -> None:
+    """Which gradients are missing, and which tensors are others, at each turn."""
+    params = cases.parameters([(2,)] * 20)
+    cases.set_gradients(params, 0)
+    given = [(p, p.grad) for p in params]
+    for turn in range(6):
+        cases.drop_layers(given, {}, turn)
+        assert [i for i, p in enumerate(params) if p.grad is None] == [i for i in range(20) if i % 5 == turn % 5]
+        cases.alternate(given, {}, turn)
+        missing = range(10, 20) if turn % 2 == 0 else range(10)
+        assert [i for i, p in enumerate(params) if p.grad is None] == [*missing]
+        assert all(p.grad is g for p, g in given if p.grad is not None)
+    for p, g in given:
+        p.grad = g
+    optimizer = torch.optim.AdamW(params)
+    optimizer.step()
+    for turn, moved in ((0, False), (1, True)):
+        before = cases.tensors_of(optimizer)
+        cases.replace_state(given, optimizer.state, turn)
+        cases.move_parameters(given, optimizer.state, turn)
+        after = cases.tensors_of(optimizer)
+        cases.assert_same_bits(before, after)
+        same = {key.split(".")[1]: before[key].data_ptr() == after[key].data_ptr() for key in before}
+        assert same == {"p": not moved, "step": True, "exp_avg": not moved, "exp_avg_sq": not moved}
+
+
 @pytest.mark.slow
 def test_step_of_other_algorithms_and_dtypes(tmp_path: Path, here: Callable[..., str]) -> None:
     dtypes = {"bf16": ("bf16", 14, 10), "bf16+fp32": ("bf16+fp32", 22, 14)}
@@ -171,6 +255,18 @@ def test_step_on_a_gpu(tmp_path: Path) -> None:
             assert found[arm]["host_us"] > 0
             assert found[arm]["ms_median"] > 0
         assert found["ceiling: copy"]["gb_per_s"] > 0
+
+
+@pytest.mark.gpu
+def test_step_of_a_list_that_changes_on_a_gpu(tmp_path: Path) -> None:
+    """Beside ours on a steady list; no graph, which would not follow."""
+    bench("step", "--workload", "alternating", *options(tmp_path, "--device", "cuda"))
+    found = {r["arm"]: r for r in json.loads((tmp_path / "step.json").read_text())["results"]}
+    assert found.keys() >= {"fused_adamw triton", "fused_adamw triton, steady", "torch fused", "ceiling: stream"}
+    assert not any(arm.endswith("graph") for arm in found)
+    assert found["fused_adamw triton"]["match"]
+    assert found["fused_adamw triton"]["of_steady"] > 0
+    assert len({r["bytes"] for arm, r in found.items() if not arm.startswith("ceiling")}) == 1
 
 
 @pytest.mark.gpu
@@ -373,7 +469,7 @@ def test_models_have_the_sizes_of_the_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", cases.WORKLOADS)
 def test_every_workload_is_stepped_right(name: str, target: cases.Target) -> None:
-    """The lists that are timed, in their groups, with every dimension cut to 5, and 10000 alike to 2500."""
+    """The lists that are timed, changed where they change, every dimension cut to 5, and 10000 alike to 2500."""
     workload = cases.WORKLOADS[name]
     cut = 2500 if name == "10000x64" else None
     groups = [
@@ -388,8 +484,10 @@ def test_every_workload_is_stepped_right(name: str, target: cases.Target) -> Non
     ):
         params = cases.parameters(shapes, dtype, device)
         optimizer = make(measures.grouped(params, groups))
-        for t in range(2):
+        for t in range(3):
             cases.set_gradients(params, t)
+            if workload.change:
+                workload.change([(p, p.grad) for p in params], optimizer.state, t)
             optimizer.step()
         found = cases.tensors_of(optimizer)
         names = ("p", "exp_avg", "exp_avg_sq")
