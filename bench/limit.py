@@ -8,7 +8,7 @@ from rich.table import Table
 from bench import measures, stream
 from bench.arms import DTYPES, Missing, arms_of, step_of
 from bench.output import Report, begin, console, finish, new_table, number, progress, until_interrupted
-from bench.step import Result, summarized
+from bench.summary import Result, summarized
 from bench.timing import bytes_of_step, cpu_clock, cuda_clock, device_of, interleave
 
 NOTES = """\
