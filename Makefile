@@ -17,7 +17,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(RUN) -m pytest $(XDIST)
 # With make sanitize: the flags, and the tests. Those that start compilers are not among them.
 SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS -g1
 SANITIZED ?= $(addprefix tests/test_,checkpoints.py clipping.py formats.py launch.py plan.py state.py step_cpu.py \
-    step_parameter.py torch_inputs.py)
+    stateful.py step_parameter.py torch_inputs.py watch.py)
 
 # With make cuda-check; any CUDA build of torch whose major version of CUDA is that of nvcc.
 CUDA_TORCH ?= torch==2.14.1

@@ -87,8 +87,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("upload", &Watch::upload)
       .def("scalars_of", &Watch::scalars_of);
   py::class_<CpuStep>(m, "CpuStep")
-      .def(py::init<const Watch&, const py::list&>(), py::keep_alive<1, 2>())
+      .def(py::init<Watch&, const py::list&>(), py::keep_alive<1, 2>())
       .def("prepare_step", &CpuStep::prepare_step)
+      .def("step", &CpuStep::step)
       .def("run", &CpuStep::run)
       .def("sum_squares", &CpuStep::sum_squares);
 #if defined(FUSED_ADAMW_CUDA)

@@ -51,18 +51,22 @@ public:
     return true;
   }
 
-  // Returns the row of scalars of the `count`-th step; hyper(group) returns the numbers that enum Hyper
-  // names.
-  template <bool kAdam> py::tuple scalar_row(PyObject* group, const py::object& hyper, double count) {
-    if (!hyper_is_read_) read_hyper(group, hyper);
+  // Reads the numbers that enum Hyper names, which hyper(group) returns; returns whether Python code ran for
+  // it.
+  bool read(PyObject* group, const py::object& hyper) {
+    if (hyper_is_read_) return false;
+    read_hyper(group, hyper);
+    return true;
+  }
+
+  // Returns the row of scalars of the `count`-th step, from numbers that were read.
+  template <bool kAdam> std::array<double, SCALARS> scalar_row(double count) const {
     if (!(count >= 1 && count < HUGE_VAL))
       throw py::value_error("a parameter's 'step' is negative or no finite number");
     std::array<double, SCALARS> values;
     const auto power = [](double x, double n) { return std::pow(x, n); };
     scalars_of<kAdam>(hyper_.data(), count, power, values.data());
-    py::tuple row(size_t{SCALARS});
-    for (int i = 0; i < SCALARS; ++i) PyTuple_SET_ITEM(row.ptr(), i, PyFloat_FromDouble(values[i]));
-    return row;
+    return values;
   }
 
 private:

@@ -22,7 +22,7 @@ inline int isa = [] {
 class CpuStep {
 public:
   // rows: a list of contract.Row.
-  CpuStep(const Watch& watch, const py::list& rows) : watch_(watch) {
+  CpuStep(Watch& watch, const py::list& rows) : watch_(watch) {
     for (const py::handle& item : rows) {
       const auto dtype = [&item](const char* name) { return item.attr(name).cast<at::ScalarType>(); };
       Row row{};
@@ -48,30 +48,35 @@ public:
       const auto row = scalar_row_of(item);
       scalars_.insert(scalars_.end(), row.begin(), row.end());
     }
-    const bool moved = moves_ != watch_.moves();
-    elements_ = 0;
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      const StepInputs& inputs = watch_.inputs(sources_[i].slot);
-      Row& row = rows_[i];
-      row.numel = inputs.live ? sources_[i].numel : 0;
-      elements_ += row.numel;
-      row.g = inputs.addresses[COL_GRAD];
-      if (inputs.live) row.scalars = inputs.scalars;
-      if (inputs.live && size_t(inputs.scalars) >= scalar_rows.size())
-        throw py::index_error("parameter " + std::to_string(sources_[i].slot) + " has no row of scalars");
-      if (moved) move(row, inputs);
-    }
-    moves_ = watch_.moves();
+    take_addresses();
+  }
+
+  // Polls, steps and counts, with gradients as they are; returns false, and has done nothing, if the plans do
+  // not hold. No Python code runs between the last poll and the launch (but for DTensors whose spec is
+  // another object): not that of other threads, signal handlers or finalizers, which could drop what was
+  // polled.
+  bool step(const py::list& groups, const py::dict& state, const py::object& plan_key) {
+    if (!watch_.poll(groups, state, plan_key)) return false;
+    if (watch_.read_hypers(groups) && (!watch_.poll_tensors(groups, state) || watch_.read_hypers(groups)))
+      return false;
+    scalars_.clear();
+    watch_.for_scalar_rows([this](const std::array<double, SCALARS>& row) {
+      scalars_.insert(scalars_.end(), row.begin(), row.end());
+    });
+    take_addresses();
+    run({}, 1, true);
+    return true;
   }
 
   // Steps, with gradients multiplied by `factor`, and counts the step where `count`: in one call, so that no
   // interrupt comes in between. A negative factor leaves everything as it is.
+  // It is counted first, because other Python threads may drop parameters while the GIL is released.
   void run(const py::object&, double factor, bool count) {
+    if (count) watch_.advance();
     if (!(factor < 0)) {
       for (size_t i = SCALAR_GRAD_FACTOR; i < scalars_.size(); i += SCALARS) scalars_[i] *= factor;
       without_gil([&] { step_cpu(rows_.data(), int64_t(rows_.size()), scalars_.data(), isa); });
     }
-    if (count) watch_.advance();
   }
 
   at::Tensor sum_squares(const py::object&) const {
@@ -88,6 +93,23 @@ private:
   // Up to this many elements, at most about a millisecond, other Python threads wait: holding the memory for
   // them costs 20 ns a tensor.
   static constexpr int64_t kWithGil = 1 << 20;
+
+  void take_addresses() {
+    const bool moved = moves_ != watch_.moves();
+    elements_ = 0;
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      const StepInputs& inputs = watch_.inputs(sources_[i].slot);
+      Row& row = rows_[i];
+      row.numel = inputs.live ? sources_[i].numel : 0;
+      elements_ += row.numel;
+      row.g = inputs.addresses[COL_GRAD];
+      if (inputs.live) row.scalars = inputs.scalars;
+      if (inputs.live && size_t(inputs.scalars) >= scalars_.size() / SCALARS)
+        throw py::index_error("parameter " + std::to_string(sources_[i].slot) + " has no row of scalars");
+      if (moved) move(row, inputs);
+    }
+    moves_ = watch_.moves();
+  }
 
   static void move(Row& row, const StepInputs& inputs) {
     const auto address = [&inputs](int column) {
@@ -107,7 +129,7 @@ private:
     f();
   }
 
-  const Watch& watch_;
+  Watch& watch_;
   std::vector<Row> rows_;
   std::vector<double> scalars_;
   std::vector<Source> sources_;

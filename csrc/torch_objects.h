@@ -168,18 +168,22 @@ struct Seen {
   }
 
   // Takes the address of a tensor that may have moved; returns whether all else is as it was. A tensor whose
-  // storage was freed or cut is not.
+  // storage was freed or cut is not. Memory that is written is first made the storage's own, which it may
+  // share with others until then (copy on write).
+  template <bool kWritten>
   FUSED_HD bool follow(const at::Tensor& tensor, PyObject* object, const void*& address) {
     const Local t = local_of(tensor, object);
-    const at::TensorImpl& impl = *t->unsafeGetTensorImpl();
     if (layout_of(*t) != layout || !same_spec(t)) return false;
-    const at::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
+    const at::TensorImpl& impl = *t->unsafeGetTensorImpl();
+    at::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
     if (objects.storage != storage || objects.impl != &impl)
       objects = ObjectAddresses(object ? object : t.dtensor, t);
     if (!reach) return true;
     const size_t offset = impl.itemsize() * impl.storage_offset();
-    if (!storage || !storage->data() || storage->nbytes() < offset + reach) return false;
-    address = static_cast<const char*>(storage->data()) + offset;
+    if (!storage || storage->nbytes() < offset + reach) return false;
+    const void* const data = kWritten ? storage->mutable_data() : storage->data();
+    if (!data) return false;
+    address = static_cast<const char*>(data) + offset;
     return true;
   }
 

@@ -2,9 +2,9 @@
 // whether the plans still hold, which takes some 60 ns for a parameter, and takes the addresses of tensors
 // that moved. watch.Watch does the same in Python.
 //
-// A watch owns no tensor, dict or list. A poll reads the live objects out of the live containers, and compares
-// what a launch depends on. Pointers to objects are compared, never followed, so it does no harm if another
-// object has come to lie where one was: its contents are compared too.
+// A watch owns no tensor, dict or list. A poll reads the live objects out of the live containers, and
+// compares what a launch depends on. Pointers to objects are compared, never followed, so it does no harm if
+// another object has come to lie where one was: its contents are compared too.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -28,7 +28,9 @@ namespace fused_adamw {
 // The addresses of a row in the order of its columns, without those between them.
 constexpr int kAddresses = COL_NUMEL + COL_SEED - COL_EXTRA;
 constexpr int column_of(int k) { return k < COL_NUMEL ? k : k - COL_NUMEL + COL_EXTRA; }
-constexpr int address_index(int column) { return column < COL_NUMEL ? column : column - COL_EXTRA + COL_NUMEL; }
+constexpr int address_index(int column) {
+  return column < COL_NUMEL ? column : column - COL_EXTRA + COL_NUMEL;
+}
 
 struct StepInputs {  // what a step reads and writes of a parameter, close together in memory
   std::array<const void*, kAddresses> addresses{};
@@ -61,27 +63,28 @@ public:
     for (Py_ssize_t i = 0, position = 0; PyDict_Next(state.ptr(), &i, &key, &value); position = i)
       positions[key] = position;
     for (const py::handle& row : rows) add_row(row, state, positions, previous);
+    moved_ = false;  // parameters that share memory now have launches of their own
   }
 
   // Whether the plans still hold: no parameter, state or layout is another, and no gradient is where none was
   // planned. Takes the addresses of tensors that moved, and which gradients there are.
   bool poll(const py::list& groups, const py::dict& state, const py::object& plan_key) {
-    if (groups.size() < first_ + options_.size() || (!single_ && groups.size() != options_.size()))
-      return false;
-    std::vector<PyObject*> lists(first_ + options_.size());
-    size_t before = 0, n = 0;
-    for (size_t g = 0; g < lists.size(); ++g) {
-      PyObject* const group = PyList_GET_ITEM(groups.ptr(), g);
-      lists[g] = PyDict_Check(group) ? PyDict_GetItem(group, params_key_.ptr()) : nullptr;
-      if (!lists[g] || !PyList_Check(lists[g])) return false;
-      (g < first_ ? before : n) += PyList_GET_SIZE(lists[g]);
-    }
-    if (single_ ? before + params_[0].position != flat_ : n != params_.size()) return false;
     // First, because plans of other groups may be polled before these.
-    if (!params_.empty() && param_at(0, lists) != params_[0].param) return false;
-    for (size_t g = first_; g < lists.size(); ++g)
-      if (!options_[g - first_].is_current(PyList_GET_ITEM(groups.ptr(), g), plan_key)) return false;
+    std::vector<py::object> lists;
+    if (!read_lists(groups, lists)) return false;
+    // plan_key is Python code, which may change what was read.
+    for (size_t g = first_; g < lists.size(); ++g) {
+      if (g >= groups.size()) return false;
+      const auto group = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(groups.ptr(), g));
+      if (!PyDict_Check(group.ptr()) || !options_[g - first_].is_current(group.ptr(), plan_key)) return false;
+    }
+    return poll_tensors(groups, state);
+  }
 
+  // The part of poll() that runs no Python code, but for DTensors of other specs.
+  bool poll_tensors(const py::list& groups, const py::dict& state) {
+    std::vector<py::object> lists;
+    if (!read_lists(groups, lists)) return false;
     for (size_t i = 0; i < params_.size(); ++i) {
       if (i + kAhead < params_.size()) {
         const ParamEntry& next = params_[i + kAhead];
@@ -104,6 +107,31 @@ public:
   // parameter the index of its row.
   py::list scalar_rows(const py::list& groups) {
     py::list rows;
+    read_hypers(groups);
+    for_scalar_rows([&rows](const std::array<double, SCALARS>& values) {
+      py::tuple row(size_t{SCALARS});
+      for (int i = 0; i < SCALARS; ++i) PyTuple_SET_ITEM(row.ptr(), i, PyFloat_FromDouble(values[i]));
+      rows.append(row);
+    });
+    return rows;
+  }
+
+  // Reads the numbers of the groups that are stepped; returns whether Python code ran for it.
+  bool read_hypers(const py::list& groups) {
+    bool ran = false;
+    int group = -1;
+    for (const StepInputs& inputs : inputs_) {
+      if (inputs.group == group || !inputs.live || inputs.counts_on_device) continue;
+      group = inputs.group;
+      if (size_t(group) >= groups.size()) throw py::index_error("a group went while it was stepped");
+      const auto options = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(groups.ptr(), group));
+      ran |= options_[group - first_].read(options.ptr(), hyper_);
+    }
+    return ran;
+  }
+
+  // Hands the same rows to add(row).
+  template <class F> void for_scalar_rows(const F& add) {
     int first = 0, n = 0, group = -1, k = 0;
     std::vector<float> counts;
     for (size_t i = 0; i < inputs_.size(); ++i) {
@@ -118,19 +146,17 @@ public:
       if (k == n || counts[k] != count)
         for (k = first; k < n && counts[k] != count;) ++k;
       if (k == n) {
-        PyObject* const options = PyList_GET_ITEM(groups.ptr(), group);
+        const GroupOptions& options = options_[group - first_];
         counts.push_back(count);
-        rows.append(adam_ ? options_[group - first_].scalar_row<true>(options, hyper_, count)
-                          : options_[group - first_].scalar_row<false>(options, hyper_, count));
+        add(adam_ ? options.scalar_row<true>(count) : options.scalar_row<false>(count));
         ++n;
       }
       inputs.scalars = k;
     }
-    return rows;
   }
 
-  // Counts the step, and tells autograd that the parameters have changed. To be called with the GIL held since
-  // the poll, or with the tensors held.
+  // Counts the step, and tells autograd that the parameters have changed. To be called with the GIL held
+  // since the poll, or with the tensors held.
   void advance() const {
     for (size_t i = 0; i < params_.size(); ++i) {
       if (i + kAhead < params_.size()) params_[i + kAhead].seen.objects.prefetch_version();
@@ -190,28 +216,46 @@ public:
 private:
   struct ParamEntry {  // one entry of a group's "params"
     const PyObject* param;
-    Py_ssize_t position;     // in the list
-    const void* autograd;    // its autograd metadata, to prefetch
-    bool planned = false;    // it has a row
-    bool p_copied = false;   // the launch steps a copy of it
-    bool g_copied = false;   // the launch reads a copy of its gradient
-    Seen seen, grad;         // of a gradient that is missing: as one was, or as the parameter is
+    Py_ssize_t position;   // in the list
+    const void* autograd;  // its autograd metadata, to prefetch
+    const void* address = nullptr;
+    bool planned = false;   // it has a row
+    bool p_copied = false;  // the launch steps a copy of it
+    bool g_copied = false;  // the launch reads a copy of its gradient
+    Seen seen, grad;        // of a gradient that is missing: as one was, or as the parameter is
   };
   struct StateEntry {  // one entry of a planned parameter's state
-    py::object key;
-    int column;  // of the row, or one of these
+    py::object key;    // nullptr if it is no string, and may hold a tensor
+    int column;        // of the row, or one of these
     Seen seen;
   };
   enum { NO_COLUMN = -1, STEP_COLUMN = -2 };
   struct Planned {  // a parameter that has a row
     size_t slot;
-    Py_ssize_t position;  // in the optimizer's state
+    Py_ssize_t position;       // in the optimizer's state
     const void *state, *keys;  // its state, a dict, and the keys of it; to prefetch
     size_t first, last;        // its entries among all state entries
   };
 
-  PyObject* param_at(size_t i, const std::vector<PyObject*>& lists) const {
-    PyObject* const list = lists[inputs_[i].group];
+  // Reads the groups' lists of parameters; returns whether they are as long as they were, and begin alike.
+  bool read_lists(const py::list& groups, std::vector<py::object>& lists) const {
+    if (groups.size() < first_ + options_.size() || (!single_ && groups.size() != options_.size()))
+      return false;
+    lists.reserve(first_ + options_.size());
+    size_t before = 0, n = 0;
+    for (size_t g = 0; g < first_ + options_.size(); ++g) {
+      PyObject* const group = PyList_GET_ITEM(groups.ptr(), g);
+      PyObject* const list = PyDict_Check(group) ? PyDict_GetItem(group, params_key_.ptr()) : nullptr;
+      if (!list || !PyList_Check(list)) return false;
+      lists.push_back(py::reinterpret_borrow<py::object>(list));
+      (g < first_ ? before : n) += PyList_GET_SIZE(list);
+    }
+    if (single_ ? before + params_[0].position != flat_ : n != params_.size()) return false;
+    return params_.empty() || param_at(0, lists) == params_[0].param;
+  }
+
+  PyObject* param_at(size_t i, const std::vector<py::object>& lists) const {
+    PyObject* const list = lists[inputs_[i].group].ptr();
     const Py_ssize_t position = params_[i].position;
     return position < PyList_GET_SIZE(list) ? PyList_GET_ITEM(list, position) : nullptr;
   }
@@ -242,7 +286,8 @@ private:
     entry.planned = true;
     entry.seen = Seen(p, param);
     const at::Tensor& grad = p.unsafeGetTensorImpl()->grad();
-    const Seen* const before = previous ? previous->grad_of(param) : nullptr;
+    const Seen* const before =
+        previous && row.attr("as_before").cast<bool>() ? previous->grad_of(param) : nullptr;
     entry.grad = grad.defined() ? Seen(grad) : before ? *before : entry.seen;
     const auto copy = [&row, &inputs](const char* name, int column) {
       const auto tensor = row.attr(name).cast<std::optional<at::Tensor>>();
@@ -263,11 +308,13 @@ private:
     for (Py_ssize_t i = 0; PyDict_Check(own) && PyDict_Next(own, &i, &key, &value);) {
       PyObject* const column = PyDict_GetItem(columns.ptr(), key);
       const bool is_step = PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "step") == 0;
-      StateEntry of{py::reinterpret_borrow<py::object>(key), column ? int(PyLong_AsLong(column)) : is_step ? STEP_COLUMN : NO_COLUMN, {}};
+      StateEntry of{{}, column ? int(PyLong_AsLong(column)) : is_step ? STEP_COLUMN : NO_COLUMN, {}};
+      if (PyUnicode_Check(key)) of.key = py::reinterpret_borrow<py::object>(key);
       if (of.column != NO_COLUMN) {
         const at::Tensor* const tensor = tensor_of(value);
         if (!tensor || (is_step && !inputs.counts_on_device && !is_counter(*tensor)))
-          throw py::value_error("a parameter's state is no tensor, or its 'step' no float32 of one element on the CPU");
+          throw py::value_error(
+              "a parameter's state is no tensor, or its 'step' no float32 of one element on the CPU");
         of.seen = Seen(*tensor, value);
       }
       state_entries_.push_back(std::move(of));
@@ -303,12 +350,21 @@ private:
     inputs.live = grad.defined();
     if (!entry.planned) return !inputs.live;
     const void *address = nullptr, *grad_address = nullptr;
-    if (!entry.seen.follow(*p, param, address)) return false;
-    if (!entry.p_copied) set(inputs.addresses[COL_PARAM], address);
+    if (!entry.seen.follow<true>(*p, param, address)) return false;
+    set(entry.address, address);
+    if (!entry.p_copied) inputs.addresses[COL_PARAM] = address;
     if (!inputs.live) return true;
-    if (!entry.grad.follow(grad, nullptr, grad_address)) return false;
-    if (!entry.g_copied) inputs.addresses[COL_GRAD] = grad_address;
-    return true;
+    if (!entry.grad.follow<false>(grad, nullptr, grad_address)) return false;
+    if (entry.g_copied) return true;
+    inputs.addresses[COL_GRAD] = grad_address;
+    return !is_shifted(entry, address, grad_address);
+  }
+
+  // Whether a gradient lies across its parameter's memory and is not the parameter's own: it is to be
+  // refused.
+  static bool is_shifted(const ParamEntry& entry, const void* param, const void* grad) {
+    const auto p = reinterpret_cast<uintptr_t>(param), g = reinterpret_cast<uintptr_t>(grad);
+    return p != g && g < p + entry.seen.reach && p < g + entry.grad.reach && !entry.p_copied;
   }
 
   bool follow_state(size_t k, const py::dict& state) {
@@ -333,15 +389,17 @@ private:
       if (entry.column == NO_COLUMN) continue;
       const at::Tensor* const tensor = tensor_of(value);
       const void* address = nullptr;
-      if (!tensor || !entry.seen.follow(*tensor, value, address)) return false;
+      if (!tensor || !entry.seen.follow<true>(*tensor, value, address)) return false;
+      if (!address && local_of(*tensor, value)->numel() != 0) return false;
       set(entry.column == STEP_COLUMN ? inputs.step : inputs.addresses[address_index(entry.column)], address);
     }
     return j == planned.last;
   }
 
   static bool same_key(py::object& seen, PyObject* key) {
-    if (seen.ptr() == key) return true;
-    if (!PyUnicode_Check(key) || !PyUnicode_Check(seen.ptr()) || PyUnicode_Compare(key, seen.ptr()) != 0)
+    if (seen.ptr() == key || (!seen && !PyUnicode_Check(key))) return true;
+    if (!seen || !PyUnicode_Check(key) || !PyUnicode_Check(seen.ptr()) ||
+        PyUnicode_Compare(key, seen.ptr()) != 0)
       return false;
     seen = py::reinterpret_borrow<py::object>(key);
     return true;
@@ -353,8 +411,7 @@ private:
     std::vector<std::pair<const char*, size_t>> spans;
     for (const Planned& planned : planned_) {
       const ParamEntry& entry = params_[planned.slot];
-      const auto* const begin = static_cast<const char*>(inputs_[planned.slot].addresses[COL_PARAM]);
-      if (entry.seen.reach && !entry.p_copied) spans.emplace_back(begin, entry.seen.reach);
+      if (entry.seen.reach) spans.emplace_back(static_cast<const char*>(entry.address), entry.seen.reach);
     }
     std::sort(spans.begin(), spans.end());
     for (size_t i = 1; i < spans.size(); ++i)
@@ -383,8 +440,10 @@ private:
       }
       const int64_t numel = row[COL_NUMEL] < 0 ? ~row[COL_NUMEL] : row[COL_NUMEL];
       set(row[COL_NUMEL], inputs.live ? numel : ~numel);
-      if (steps) set(steps[i], inputs.live ? reinterpret_cast<int64_t>(inputs.step) : 0);
-      else if (inputs.live) set(row[COL_SCALARS], inputs.scalars);
+      if (steps)
+        set(steps[i], inputs.live ? reinterpret_cast<int64_t>(inputs.step) : 0);
+      else if (inputs.live)
+        set(row[COL_SCALARS], inputs.scalars);
       const int64_t shard_aligned = row[COL_FLAGS] & SHARD_ALIGNED;
       set(row[COL_FLAGS], shard_aligned | (shard_aligned && addresses % 16 == 0 ? ALIGNED : 0));
     }
@@ -395,7 +454,7 @@ private:
   py::object hyper_;
   bool adam_, single_;
   size_t first_ = 0, flat_ = 0;  // of a single parameter: its group, and its index among all parameters
-  bool moved_ = false;  // an address changed since the last poll that held
+  bool moved_ = false;           // an address changed since the last poll that held
   int64_t moves_ = 0;
   std::vector<GroupOptions> options_;
   std::vector<ParamEntry> params_;

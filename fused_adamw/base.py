@@ -138,10 +138,23 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         built = self._built[0] if self._built else None
+        if built is not None and built.at_once is not None:
+            if self._step_at_once(built):
+                return loss
+            built = None
         if built is None or not self._holds(built):
             built = self._choose_plans()
         self._launch_all(built)
         return loss
+
+    def _step_at_once(self, built: plan.Built) -> bool:
+        if built.at_once is None or built.scaling != plan.scaling_of(self):
+            return False
+        try:
+            return built.at_once(self.param_groups, self.state, self.plan_key)
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            checks.explain(self)
+            raise
 
     def _holds(self, built: plan.Built) -> bool:
         return built.scaling == plan.scaling_of(self) and built.watch.poll(self.param_groups, self.state, self.plan_key)
@@ -263,7 +276,10 @@ class FusedOptimizer(Optimizer):
                 "is to be skipped: leave out max_grad_norm, skip_nonfinite and amp_scaling"
             )
         built = self._built_single.get(id(p))
-        if built is None or not self._holds(built):
+        if built is not None and self._step_at_once(built):
+            self._opt_called = True
+            return
+        if built is None or built.at_once is not None or not self._holds(built):
             with torch.no_grad():
                 now = plan.build(self, built, only=p)
             # An entry whose parameter was taken out would stay; few are, so all go once there are too many.

@@ -222,13 +222,19 @@ def _check_blocks(p: "DTensor") -> None:
 
 
 def _check_codes(param_state: Mapping) -> None:
-    for name in sorted({key.removesuffix(part) for key in param_state for part in state.CODED if key.endswith(part)}):
+    keys = [key for key in param_state if isinstance(key, str)]
+    for name in sorted({key.removesuffix(part) for key in keys for part in state.CODED if key.endswith(part)}):
         codes, scales = (param_state.get(name + part) for part in state.CODED)
         if not _belong_together(codes, scales):
             expected = f"float32 {list(codecs.scales_shape(codes))}" if isinstance(codes, Tensor) else "codes"
             raise ValueError(
                 f"its state {name + state.CODED[1]!r} does not go with {name + state.CODED[0]!r}, which needs "
                 f"{expected}: load the right checkpoint, or del optimizer.state[p]"
+            )
+        if isinstance(scales, Tensor) and scales.numel() and not has_memory(local(scales)):
+            raise ValueError(
+                f"the memory of its state {name + state.CODED[1]!r} is gone: load the right checkpoint, or del "
+                "optimizer.state[p]"
             )
 
 

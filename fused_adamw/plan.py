@@ -5,7 +5,7 @@ a watch sees a parameter, a layout, a dtype or a gradient that it was not built 
 followed, and a row whose gradient is missing is left out of a step. A plan keeps no parameter, gradient or state alive.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,6 +73,7 @@ class GradientKind(NamedTuple):
 
     dtype: torch.dtype
     copied: bool
+    param: tuple[Any, ...]  # the shape and strides of its parameter, made dense: with others it tells nothing
 
 
 class Built(NamedTuple):
@@ -82,6 +83,8 @@ class Built(NamedTuple):
     plans: list[Plan]
     scaling: tuple[bool, bool]  # the owner's skips_steps and scales_gradients, for which they were built
     kinds: dict[int, GradientKind]  # by the id of the parameter
+    # Polls and steps in one call, where that is all there is to do: returns False if the plans do not hold.
+    at_once: Callable[[list[dict], dict, Callable], bool] | None
 
 
 def scaling_of(owner: Owner) -> tuple[bool, bool]:
@@ -164,7 +167,8 @@ def _lay_out(
         formats.warn_of_losses(item.param, item.group, item.names, item.storage)
         dense = dense_like(local(item.param))
         kind = _gradient_kind(item.param, dense, previous)
-        row = _row_of(owner, item, 0 if only is not None else index, index, dense, kind)
+        as_before = previous is not None and previous.kinds.get(id(item.param)) is kind
+        row = _row_of(owner, item, 0 if only is not None else index, index, dense, kind, as_before)
         backend = chosen[index]
         bucket = Bucket(
             turn=turn_of.get(index, 0),
@@ -176,8 +180,7 @@ def _lay_out(
         buckets.setdefault(bucket, (backend, []))[1].append(row)
         rows.append(row)
         kinds[id(item.param)] = kind
-    native = backends.native()
-    kind_of_watch = native.Watch if native else watch.Watch
+    kind_of_watch = _kind_of_watch()
     watching = kind_of_watch(
         owner.param_groups,
         owner.state,
@@ -193,20 +196,32 @@ def _lay_out(
         copied = [row for row in rows if row.g_copy is not None or row.p_copy is not None]
         launch = backend.prepare(watching, rows, owner)
         plans.append(Plan(rows, copied, launch, bucket.device, bucket.shard_groups))
-    return Built(watching, plans, scaling_of(owner), kinds)
+    scaling = scaling_of(owner)
+    plain = len(plans) == 1 and not plans[0].copied and not any(scaling)
+    return Built(watching, plans, scaling, kinds, getattr(plans[0].launch, "step", None) if plain else None)
 
 
 def _gradient_kind(p: Tensor, dense: Tensor, previous: Built | None) -> GradientKind:
     """Return what the row of p is built for: its gradient, or one as there was before, or one as p is."""
-    if p.grad is None and previous and id(p) in previous.kinds:
-        return previous.kinds[id(p)]
+    param = (dense.shape, dense.stride())
+    before = previous.kinds.get(id(p)) if previous and isinstance(previous.watch, _kind_of_watch()) else None
+    if p.grad is None and before and before.param == param:
+        return before
     g = local(p if p.grad is None else p.grad)
     as_it_is = same_layout(g, dense) and not g.is_conj() and not g.is_neg()
     # The watch cannot see the memory of a pending gradient, which is another one at every step.
-    return GradientKind(g.dtype.to_real(), copied=not as_it_is or (p.grad is not None and is_pending(p.grad)))
+    copied = not as_it_is or (p.grad is not None and is_pending(p.grad))
+    return GradientKind(g.dtype.to_real(), copied, param)
 
 
-def _row_of(owner: Owner, item: Checked, slot: int, index: int, dense: Tensor, kind: GradientKind) -> Row:
+def _kind_of_watch() -> Any:
+    native = backends.native()
+    return native.Watch if native else watch.Watch
+
+
+def _row_of(
+    owner: Owner, item: Checked, slot: int, index: int, dense: Tensor, kind: GradientKind, as_before: bool
+) -> Row:
     p, storage = local(item.param), item.storage
     moments = storage.moments(item.names)
     return Row(
@@ -227,6 +242,7 @@ def _row_of(owner: Owner, item: Checked, slot: int, index: int, dense: Tensor, k
         counts_on_device=counts_on_device(owner, item.group, item.param),
         seed=int(item.group.get("seed", 0)),
         numbering=shard_numbering(item.param) if storage.stochastic else NOT_SHARDED,
+        as_before=as_before,
     )
 
 

@@ -48,6 +48,16 @@ def kind(t: Tensor) -> tuple:
     return (t.dtype, t.device, t.layout, t.shape, t.stride(), t.is_conj(), t.is_neg(), *sharding)
 
 
+def strings(own: dict) -> list[str | None]:
+    """Return the keys of a state, None for one that is no string, and may hold a tensor."""
+    return [key if isinstance(key, str) else None for key in own]
+
+
+def reach(t: Tensor) -> int:
+    """Return how many bytes there are from the first element of t to the end of its last."""
+    return (sum(stride * (size - 1) for size, stride in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+
+
 class Watch:
     """Implements ``contract.Watch``; see ``csrc/watch.h`` for the arguments."""
 
@@ -76,13 +86,15 @@ class Watch:
             entry, p = self.entries[row.slot], groups[row.group]["params"][row.position]
             entry.row = row
             grad = p.grad if p.grad is not None else p
-            remembered = before[id(p)].kinds["grad"] if p.grad is None and id(p) in before else kind(grad)
+            remembered = before[id(p)].kinds["grad"] if row.as_before and id(p) in before else kind(grad)
             tensors = {key: t for key, t in state[p].items() if key in row.columns or key == "step"}
-            entry.keys = list(state[p])
+            entry.keys = strings(state[p])
             entry.kinds = {"param": kind(p), "grad": remembered} | {key: kind(t) for key, t in tensors.items()}
             copies = {COL_PARAM: row.p_copy, COL_GRAD: row.g_copy}
             entry.addresses = {column: t.data_ptr() for column, t in copies.items() if t is not None}
         self.params: list[Tensor] = []  # within a step
+        # Parameters that share memory now have launches of their own.
+        self.spans = self._spans([groups[e.group]["params"][e.position] for e in self.entries])
         if not self.poll(groups, state, plan_key):
             raise ValueError("the memory of a parameter or its state is gone")
 
@@ -106,12 +118,17 @@ class Watch:
             return False
         if self._options(groups, plan_key) != self.options:
             return False
-        before = [e.addresses.get(COL_PARAM) for e in self.entries]
         if not all(self._follow(e, p, state) for e, p in zip(self.entries, params, strict=True)):
             return False
         self.params = [p for e, p in zip(self.entries, params, strict=True) if e.live]
         self.steps = [state[p]["step"] for e, p in zip(self.entries, params, strict=True) if self._counts(e)]
-        return before == [e.addresses.get(COL_PARAM) for e in self.entries] or not self._overlap(params)
+        before, self.spans = self.spans, self._spans(params)
+        if before == self.spans:
+            return True
+        if any(first + size > second for (first, size), (second, _) in itertools.pairwise(sorted(self.spans))):
+            self.spans = []
+            return False
+        return True
 
     @staticmethod
     def _counts(entry: Watched) -> bool:
@@ -122,7 +139,7 @@ class Watch:
         if row is None:
             return not entry.live
         own = state.get(p)
-        if not isinstance(own, dict) or list(own) != entry.keys:
+        if not isinstance(own, dict) or strings(own) != entry.keys:
             return False
         tensors: list[tuple[str, int, Any]] = [("param", COL_PARAM, p)] if row.p_copy is None else []
         if entry.live and row.g_copy is None:
@@ -137,17 +154,16 @@ class Watch:
             if t.numel() and not has_memory(t):
                 return False
             entry.addresses[column] = t.data_ptr()
-        if p.grad is None or row.g_copy is None or not row.numel:
+        if p.grad is None or not row.numel:
             return True
+        if row.g_copy is None:
+            first, other, whole = entry.addresses[COL_PARAM], entry.addresses[COL_GRAD], local(p.grad)
+            return first == other or not (first < other + reach(whole) and other < first + reach(local(p)))
         return is_pending(p.grad) or has_memory(local(p.grad))
 
-    def _overlap(self, params: list[Tensor]) -> bool:
-        spans = sorted(
-            (local(p).data_ptr(), local(p).nbytes)
-            for e, p in zip(self.entries, params, strict=True)
-            if e.row is not None and e.row.p_copy is None and e.row.numel
-        )
-        return any(a + size > b for (a, size), (b, _) in itertools.pairwise(spans))
+    def _spans(self, params: list[Tensor]) -> list[tuple[int, int]]:
+        planned = [local(p) for e, p in zip(self.entries, params, strict=True) if e.row is not None and e.row.numel]
+        return [(p.data_ptr(), reach(p)) for p in planned]
 
     def scalar_rows(self, groups: list[dict]) -> Scalars:
         distinct: dict[tuple[int, float], int] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_adamw import backends, plan
+from fused_adamw import backends, plan, scalars
 from tests import cases
 
 
@@ -379,3 +379,141 @@ def test_an_interrupted_step_is_taken_and_counted_or_neither():
     finally:
         signal.signal(signal.SIGALRM, before)
     assert interrupted
+
+
+# ---- what a plan was not built for
+
+
+def test_tied_parameters_need_no_new_plan(target, watch, builds):
+    target = of_watch(watch, target)
+    a, _, ps, _ = made(target, ((5,), (5,)), "SGD", lr=1.0)
+    ps[1].data = ps[0].data
+    before = ps[0].detach().clone()
+    for _ in range(3):
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        a.step()
+    assert len(builds) == 1
+    assert torch.equal(ps[0], before - 6)
+
+
+def test_a_strided_parameter_that_comes_to_share_memory(target, watch):
+    """A launch steps a copy of it."""
+    target = of_watch(watch, target)
+    a, _, ps, _ = made(target, ((5,), (5,)), "SGD", lr=1.0)
+    for whole in (None, torch.zeros(10, device=target.device)):
+        ps[0].data = torch.zeros(10, device=target.device)[::2] if whole is None else whole[::2]
+        if whole is not None:
+            ps[1].data = whole[:5]
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        a.step()
+    assert whole.tolist() == [-2, -1, -2, -1, -2, 0, -1, 0, -1, 0]
+
+
+def test_a_gradient_that_comes_to_lie_across_its_parameter_is_refused(target, watch):
+    target = of_watch(watch, target)
+    a, _, ps, _ = made(target, ((100,),))
+    whole = torch.zeros(101, device=target.device)
+    ps[0].data = whole[1:]
+    ps[0].grad = torch.ones_like(ps[0])
+    a.step()
+    before = whole.clone()
+    ps[0].grad = whole[:100]
+    with pytest.raises(ValueError, match=r"group 0, parameter 0 .*its gradient overlaps it, shifted"):
+        a.step()
+    assert torch.equal(whole, before)
+
+
+def test_a_gradient_is_not_remembered_for_a_parameter_of_another_shape(target, watch):
+    """It would be read beyond its end."""
+    target = of_watch(watch, target)
+    a, _, ps, _ = made(target, ((4,), (3,)))
+    cases.set_gradients(ps, 0)
+    a.step()
+    p, own = ps[0], a.state[ps[0]]
+    p.grad = None
+    p.data = torch.zeros(4000, device=target.device)
+    own.update({key: torch.zeros_like(p.data) for key in ("exp_avg", "exp_avg_sq")})
+    a.step()
+    p.data = torch.zeros(4, device=target.device)
+    p.grad = torch.ones_like(p)
+    p.data = torch.zeros(4000, device=target.device)
+    with pytest.raises(ValueError, match=r"group 0, parameter 0 .*its gradient has shape \[4\]"):
+        a.step()
+    assert not p.any()
+
+
+def test_memory_that_is_copied_on_write_is_copied(target):
+    a, _, ps, _ = made(target, ((4,),))
+    cases.set_gradients(ps, 0)
+    a.step()
+    own, t = a.state[ps[0]], ps[0].data
+    lazy = torch._lazy_clone(t), torch._lazy_clone(own["exp_avg"])
+    before = [x.clone() for x in lazy]
+    own["exp_avg_sq"] = torch._lazy_clone(own["exp_avg_sq"])
+    a.step()
+    assert all(map(torch.equal, lazy, before))
+
+
+def test_scales_without_memory_are_refused(target, watch):
+    target = of_watch(watch, target)
+    a, _, ps, _ = made(target, ((64, 64),), state_dtype="int8")
+    cases.set_gradients(ps, 0)
+    a.step()
+    a.state[ps[0]]["exp_avg_scales"].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"group 0, parameter 0 .*memory of its state 'exp_avg_scales' is gone"):
+        a.step()
+
+
+def test_keys_of_a_state_that_are_no_strings(target, watch, builds):
+    target = of_watch(watch, target)
+    a, _, ps, _ = made(target)
+    cases.set_gradients(ps, 0)
+    a.step()
+    key = torch.ones(1)
+    a.state[ps[0]] |= {key: 5, (1, 2): 3}
+    a.step()
+    builds.clear()
+    a.step()
+    assert not builds
+    last = weakref.ref(key)
+    del a.state[ps[0]][key], key
+    assert dead(last)
+
+
+def test_a_list_that_is_replaced_while_the_options_are_compared(target, builds, monkeypatch):
+    """They are compared by Python code, after which another object may lie where the list was."""
+    a, _, ps, _ = made(target, lr=torch.tensor(0.1))  # a tensor, of which each poll asks anew
+    cases.set_gradients(ps, 0)
+    a.step()
+    plan_key, others = a.plan_key, []
+
+    def replaces(group):
+        group["params"] = list(ps)
+        others.append([None] * 3)
+        return plan_key(group)
+
+    monkeypatch.setattr(a, "plan_key", replaces)
+    builds.clear()
+    for _ in range(3):
+        a.step()
+    assert not builds
+    assert {own["step"].item() for own in a.state.values()} == {4}
+
+
+def test_a_gradient_that_is_dropped_after_the_poll(monkeypatch):
+    """By what runs while Python code computes hyperparameters: a finalizer, a signal handler, another thread."""
+    ps = cases.parameters([(5,), (6,)])
+    drops, true = [], scalars.HYPER["adam"]
+    monkeypatch.setitem(scalars.HYPER, "adam", lambda group: [setattr(p, "grad", None) for p in drops] and true(group))
+    drops.append(torch.nn.Parameter(torch.ones(1)))
+    optimizer = cases.make("AdamW", ps, {})
+    cases.set_gradients(ps, 0)
+    optimizer.step()
+    before = ps[0].detach().clone()
+    drops.append(ps[0])
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    optimizer.step()
+    assert torch.equal(ps[0], before)
+    assert [own["step"].item() for own in optimizer.state.values()] == [1, 2]
