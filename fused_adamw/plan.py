@@ -19,6 +19,7 @@ from fused_adamw.tensors import (
     NOT_SHARDED,
     dense_like,
     is_pending,
+    is_sharded,
     local,
     real,
     same_layout,
@@ -35,7 +36,7 @@ class Plan:
     copied: list[Row]  # those whose copies are filled before a launch, and brought back after it
     launch: Launch
     device: torch.device
-    shard_groups: tuple[Any, ...] = ()  # process groups to sum a norm over, if one is asked for
+    shard_groups: tuple[Any, ...] = ()  # a key of Built.sharing, where there is one
 
     def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
         """Make the launch ready for a step."""
@@ -82,11 +83,26 @@ class Built(NamedTuple):
     plans: list[Plan]
     scaling: tuple[bool, bool]  # the owner's skips_steps and scales_gradients, for which they were built
     kinds: dict[int, GradientKind]  # by the id of the parameter
+    sharing: dict[tuple[Any, ...], torch.device]
 
 
 def scaling_of(owner: Owner) -> tuple[bool, bool]:
     """Return what plans depend on of an optimizer, besides its tensors and groups."""
     return owner.skips_steps, owner.scales_gradients
+
+
+def sharing_of(owner: Owner) -> dict[tuple[Any, ...], torch.device]:
+    """Return the distinct shard groups of all parameters, and where the first parameter of each is.
+
+    Ranks give their optimizers the same parameters, so that all have these in one order, whatever has a gradient: what
+    is summed over them is summed by all ranks, on devices of one type. Empty where no step needs a sum.
+    """
+    sharing: dict[tuple[Any, ...], torch.device] = {}
+    if owner.scales_gradients:
+        for group in owner.param_groups:
+            for p in group["params"]:
+                sharing.setdefault(shard_groups(p), p.device)
+    return sharing
 
 
 def build(owner: Owner, previous: Built | None = None, only: Tensor | None = None) -> Built:
@@ -96,7 +112,10 @@ def build(owner: Owner, previous: Built | None = None, only: Tensor | None = Non
     first tensor that cannot be stepped, naming its group, index and shape; nothing has been written then.
     """
     if only is None:
-        wanted = checks.check_params(owner, lambda p: p.grad is not None)
+        # A rank that raised alone would leave the others waiting for it in a sum.
+        scales = owner.scales_gradients
+        checked = checks.check_params(owner, lambda p: p.grad is not None or (scales and _is_summed(p)))
+        wanted = {slot: item for slot, item in checked.items() if item.param.grad is not None}
     else:
         wanted = checks.check_param(owner, only)
     if any(item.param.is_cuda for item in wanted.values()) and torch.cuda.is_current_stream_capturing():
@@ -119,6 +138,10 @@ def build(owner: Owner, previous: Built | None = None, only: Tensor | None = Non
             backends.leave_out(error)
             if owner.requested:
                 raise
+
+
+def _is_summed(p: Tensor) -> bool:
+    return p.requires_grad and is_sharded(p)
 
 
 def init_states(owner: Owner, wanted: dict[int, Checked]) -> None:
@@ -193,7 +216,7 @@ def _lay_out(
         copied = [row for row in rows if row.g_copy is not None or row.p_copy is not None]
         launch = backend.prepare(watching, rows, owner)
         plans.append(Plan(rows, copied, launch, bucket.device, bucket.shard_groups))
-    return Built(watching, plans, scaling_of(owner), kinds)
+    return Built(watching, plans, scaling_of(owner), kinds, sharing_of(owner))
 
 
 def _gradient_kind(p: Tensor, dense: Tensor, previous: Built | None) -> GradientKind:
