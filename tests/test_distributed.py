@@ -517,8 +517,11 @@ def check_refused_everywhere():
     pieces = parameter((3, 4, 6), Shard(1), Shard(2)).to(BF16)
     partial = DTensor.from_local(torch.ones(5, 2), square, [Partial(), Replicate()])
     plain = parameter((5, 2), Shard(0), Replicate())
+    three = DeviceMesh("cpu", [0, 1, 2])
+    columns = nn.Parameter(distribute_tensor(torch.ones(40, 256), three, [Shard(1)], src_data_rank=None))
     bad = [
         (rows, {"state_dtype": "int8"}, TypeError, "cuts the blocks of 128 elements"),
+        (columns, {"state_dtype": "int8"}, TypeError, "cuts the blocks of 128 elements"),
         (nn.Parameter(pieces.detach()), {"rounding": "stochastic"}, TypeError, "pieces of pieces"),
         (nn.Parameter(partial.detach()), {}, ValueError, "a sum cannot be stepped by its terms"),
         (plain, {"betas": (2.0, 0.9)}, ValueError, "Invalid beta"),
