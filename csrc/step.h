@@ -60,7 +60,7 @@ struct Variant {
 enum Column {
   COL_PARAM,
   COL_GRAD,
-  COL_STATE,  // the first of kMaxStates
+  COL_STATE,                           // the first of kMaxStates
   COL_NUMEL = COL_STATE + kMaxStates,  // its complement, which is negative, where a step leaves the row out
   COL_SCALARS,
   COL_FLAGS,

@@ -233,10 +233,10 @@ class FusedOptimizer(Optimizer):
             raise
         factor: float | Tensor = 1.0
         skipped = False
-        if plans and self.scales_gradients:
+        if self.scales_gradients:
             factor, self.grad_norm = clipping.factor_of(
                 self,
-                plans,
+                built,
                 max_grad_norm=self.max_grad_norm,
                 skip_nonfinite=self.skip_nonfinite,
                 grad_scale=self._grad_scale,
@@ -246,7 +246,7 @@ class FusedOptimizer(Optimizer):
             skipped = self.skips_steps and any(part.device.type == "cpu" for part in plans) and factor.item() < 0
         last = len(plans) - 1
         for k, part in enumerate(plans):
-            on_device = factor.to(part.device, non_blocking=True) if isinstance(factor, Tensor) else factor
+            on_device = clipping.moved(factor, part.device) if isinstance(factor, Tensor) else factor
             part.run(self, on_device, k == last and not skipped)
 
     def step_parameter(self, p: Tensor) -> None:

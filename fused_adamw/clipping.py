@@ -1,18 +1,16 @@
 """Computes what the gradients of a step are multiplied by: for clipping by the global norm, and for a GradScaler.
 
-Nothing is written to the gradients, and nothing waits for a device.
+Nothing is written to the gradients, and nothing waits for a device but the step of a CPU tensor.
 """
 
-import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_adamw.contract import Owner
-from fused_adamw.plan import Plan
+from fused_adamw.plan import Built
 
 
 class SetByScaler:
@@ -38,7 +36,7 @@ class SetByScaler:
 
 def factor_of(
     owner: Owner,
-    plans: Sequence[Plan],
+    built: Built,
     *,
     max_grad_norm: float | None,
     skip_nonfinite: bool,
@@ -50,41 +48,57 @@ def factor_of(
     As ``torch.nn.utils.clip_grad_norm_`` has it: ``min(1, max_grad_norm / (norm + 1e-6))``, over the gradients divided
     by ``grad_scale``. The sum of squares is taken in double, in an order that follows the tensors, the backend and the
     ranks, but no threads; over the ranks that share a parameter it is one all-reduce for each mesh dimension that
-    shards it.
+    shards it, whether or not it has a gradient here.
     """
-    home = plans[0].device
+    sharing = built.sharing
+    home = built.plans[0].device if built.plans else next(iter(sharing.values()), torch.device("cpu"))
     unscale = torch.ones((), dtype=torch.float64, device=home)
     if grad_scale is not None:
-        unscale = grad_scale.to(home, torch.float64, non_blocking=True).reciprocal()
+        unscale = moved(grad_scale, home).double().reciprocal()
     factor = unscale
     norm: Tensor | None = None
     skip: Tensor | None = None
     if max_grad_norm is not None or skip_nonfinite:
-        norm = _sum_squares(owner, plans, home).sqrt() * unscale
+        norm = _sum_squares(owner, built, home).sqrt() * unscale
         if max_grad_norm is not None:
             factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if skip_nonfinite:
             skip = ~(norm < math.inf)
     if found_inf is not None:
-        found = (found_inf.to(home, non_blocking=True) != 0).view(())
-        for group in {group: None for part in plans for group in part.shard_groups}:  # all ranks skip, or none
-            counted = found.to(torch.int32)
+        if not isinstance(found_inf, Tensor):  # a GradScaler's sum over no gradients
+            found_inf = torch.tensor(found_inf, dtype=torch.float32, device=home)
+        found = (moved(found_inf, home) != 0).view(())
+        devices: dict[Any, torch.device] = {}
+        for over, device in sharing.items():
+            for group in over:
+                devices.setdefault(group, device)
+        for group, device in devices.items():  # all ranks skip, or none
+            counted = moved(found, device).to(torch.int32)
             torch.distributed.all_reduce(counted, group=group)
-            found = counted > 0
+            found = moved(counted > 0, home)
         skip = found if skip is None else skip | found
     if skip is not None:
         factor = factor.view(()).masked_fill(skip, -1.0)
     return factor.view(()), None if norm is None else norm.view(()).float()
 
 
-def _sum_squares(owner: Owner, plans: Sequence[Plan], home: torch.device) -> Tensor:
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """Return t on a device. Only a copy to the host is waited for, as what reads it there would not wait."""
+    return t.to(device, non_blocking=device.type != "cpu")
+
+
+def _sum_squares(owner: Owner, built: Built, home: torch.device) -> Tensor:
     """Return the sum over all gradients, of which this rank may hold a shard."""
     sums: dict[tuple, Tensor] = {}
-    for part in plans:
-        s = part.launch.sum_squares(owner).to(home, non_blocking=True)
+    for part in built.plans:
         over = part.shard_groups
+        s = moved(part.launch.sum_squares(owner), built.sharing[over])
         sums[over] = sums[over] + s if over in sums else s
-    for over, s in sums.items():
+    total: Tensor | None = None
+    for over, device in built.sharing.items():
+        s = sums[over] if over in sums else torch.zeros((), dtype=torch.float64, device=device)
         for group in over:
             torch.distributed.all_reduce(s, group=group)
-    return functools.reduce(torch.add, sums.values())
+        s = moved(s, home)
+        total = s if total is None else total + s
+    return torch.zeros((), dtype=torch.float64, device=home) if total is None else total

@@ -211,12 +211,20 @@ class CapturableLaunch(Launch):
         self._copy_lr(groups)
 
     def _refresh(self, groups: list[dict]) -> None:
-        used = (first < last for first, last in self.spans)
-        new = [self.hyper(group) if here else (0.0,) * HYPERS for group, here in zip(groups, used, strict=False)]
+        new = [self._hyper_of(i, group) for i, group in enumerate(groups[: len(self.spans)])]
         if new != self.current:
             values = torch.tensor(new, dtype=torch.float64, device="cpu")[self.group_of]
             self.table.copy_(values.pin_memory() if self.stream else values, non_blocking=True)
             self.current = new
+
+    def _hyper_of(self, i: int, group: dict) -> Sequence[float]:
+        first, last = self.spans[i]
+        try:
+            return self.hyper(group) if first < last else (0.0,) * HYPERS
+        except (KeyError, TypeError, ValueError):  # nobody reads the options of a group without gradients
+            if any(p.grad is not None for p in group["params"]):
+                raise
+            return self.current[i] if self.current else (0.0,) * HYPERS
 
     def _capture(self, owner: Owner) -> None:
         if self.spare is None or not self.current:

@@ -19,6 +19,7 @@ from fused_adamw.tensors import (
     NOT_SHARDED,
     dense_like,
     is_pending,
+    is_sharded,
     local,
     real,
     same_layout,
@@ -35,7 +36,7 @@ class Plan:
     copied: list[Row]  # those whose copies are filled before a launch, and brought back after it
     launch: Launch
     device: torch.device
-    shard_groups: tuple[Any, ...] = ()  # process groups to sum a norm over, if one is asked for
+    shard_groups: tuple[Any, ...] = ()  # a key of Built.sharing, where there is one
 
     def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
         """Make the launch ready for a step."""
@@ -83,6 +84,7 @@ class Built(NamedTuple):
     plans: list[Plan]
     scaling: tuple[bool, bool]  # the owner's skips_steps and scales_gradients, for which they were built
     kinds: dict[int, GradientKind]  # by the id of the parameter
+    sharing: dict[tuple[Any, ...], torch.device]
     # Polls and steps in one call, where that is all there is to do: returns False if the plans do not hold.
     at_once: Callable[[list[dict], dict, Callable], bool] | None
 
@@ -92,6 +94,20 @@ def scaling_of(owner: Owner) -> tuple[bool, bool]:
     return owner.skips_steps, owner.scales_gradients
 
 
+def sharing_of(owner: Owner) -> dict[tuple[Any, ...], torch.device]:
+    """Return the distinct shard groups of all parameters, and where the first parameter of each is.
+
+    Ranks give their optimizers the same parameters, so that all have these in one order, whatever has a gradient: what
+    is summed over them is summed by all ranks, on devices of one type. Empty where no step needs a sum.
+    """
+    sharing: dict[tuple[Any, ...], torch.device] = {}
+    if owner.scales_gradients:
+        for group in owner.param_groups:
+            for p in group["params"]:
+                sharing.setdefault(shard_groups(p), p.device)
+    return sharing
+
+
 def build(owner: Owner, previous: Built | None = None, only: Tensor | None = None) -> Built:
     """Check every tensor, make the missing state, and lay out the launches, of all parameters or of ``only`` one.
 
@@ -99,7 +115,10 @@ def build(owner: Owner, previous: Built | None = None, only: Tensor | None = Non
     first tensor that cannot be stepped, naming its group, index and shape; nothing has been written then.
     """
     if only is None:
-        wanted = checks.check_params(owner, lambda p: p.grad is not None)
+        # A rank that raised alone would leave the others waiting for it in a sum.
+        scales = owner.scales_gradients
+        checked = checks.check_params(owner, lambda p: p.grad is not None or (scales and _is_summed(p)))
+        wanted = {slot: item for slot, item in checked.items() if item.param.grad is not None}
     else:
         wanted = checks.check_param(owner, only)
     if any(item.param.is_cuda for item in wanted.values()) and torch.cuda.is_current_stream_capturing():
@@ -122,6 +141,10 @@ def build(owner: Owner, previous: Built | None = None, only: Tensor | None = Non
             backends.leave_out(error)
             if owner.requested:
                 raise
+
+
+def _is_summed(p: Tensor) -> bool:
+    return p.requires_grad and is_sharded(p)
 
 
 def init_states(owner: Owner, wanted: dict[int, Checked]) -> None:
@@ -198,7 +221,8 @@ def _lay_out(
         plans.append(Plan(rows, copied, launch, bucket.device, bucket.shard_groups))
     scaling = scaling_of(owner)
     plain = len(plans) == 1 and not plans[0].copied and not any(scaling)
-    return Built(watching, plans, scaling, kinds, getattr(plans[0].launch, "step", None) if plain else None)
+    at_once = getattr(plans[0].launch, "step", None) if plain else None
+    return Built(watching, plans, scaling, kinds, sharing_of(owner), at_once)
 
 
 def _gradient_kind(p: Tensor, dense: Tensor, previous: Built | None) -> GradientKind:

@@ -59,20 +59,49 @@ def shard_groups(p: Tensor) -> tuple[Any, ...]:
     """Return the process groups whose ranks hold different elements of p: one for each mesh dimension that shards it.
 
     Summing the elements of this rank over each of these groups in turn gives the sum of all of p. A plain or
-    replicated parameter has none.
+    replicated parameter has none, and a rank outside p's mesh is in none.
     """
-    if not is_dtensor(p):
+    if not is_dtensor(p) or _is_outside(p):
         return ()
     return tuple(p.device_mesh.get_group(i) for i, q in enumerate(p.placements) if not q.is_replicate())
 
 
+def is_sharded(p: Tensor) -> bool:
+    """Return whether p is a DTensor of which a rank may hold a part, or a summand; all ranks say the same."""
+    return is_dtensor(p) and not all(placement.is_replicate() for placement in p.placements)
+
+
+def _is_outside(p: "DTensor") -> bool:
+    return p.device_mesh.get_coordinate() is None
+
+
 def shard_numbering(p: Tensor) -> Numbering:
-    """Return how the elements of this rank are numbered in the whole of p; raises TypeError for pieces of pieces."""
+    """Return how the elements of this rank are numbered in the whole of p.
+
+    Raises TypeError for pieces of pieces, on all ranks if one holds such, whatever this one holds.
+    """
     if not is_dtensor(p):
         return NOT_SHARDED
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    largest_numbering(p)
     shape, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return NOT_SHARDED if _is_outside(p) or 0 in shape else _numbering(p, shape, start)
+
+
+def largest_numbering(p: "DTensor") -> Numbering:
+    """Return the numbering of the first shard, which all ranks can tell: if it is in one piece, so are the others.
+
+    It has the most elements along each dimension. Raises as :func:`shard_numbering` does.
+    """
+    shape = list(p.shape)
+    for size, placement in zip(p.device_mesh.shape, p.placements, strict=True):
+        if (d := getattr(placement, "dim", None)) is not None:  # is_shard() may not be true of torch's _StridedShard
+            shape[d] = -(-shape[d] // size)
+    return _numbering(p, shape, [0] * p.dim())
+
+
+def _numbering(p: "DTensor", shape: Sequence[int], start: Sequence[int]) -> Numbering:
     offset, run, skip, inner = 0, NOT_SHARDED.run, NOT_SHARDED.skip, 1
     for d in reversed(range(p.dim())):
         offset += start[d] * inner

@@ -44,6 +44,22 @@ def test_grad_scaler(name, target):
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(twin))
 
 
+def test_a_scaler_may_find_no_gradient(target):
+    """Then it gives 0 for found_inf, and no tensor."""
+    a, _ = pair("AdamW", target, lr=1e-2)
+    a = cases.make("AdamW", params_of(a), {}, backend=target.backend, amp_scaling=True)
+    scaler = torch.amp.GradScaler(target.device)
+    for t in range(2):
+        scaled(a, scaler, t)
+        if t == 1:
+            a.zero_grad()
+            before = {k: v.clone() for k, v in cases.tensors_of(a).items()}
+        scaler.step(a)
+        if t == 0:
+            scaler.update()  # which raises where no gradient was
+    cases.assert_same_bits(cases.tensors_of(a), before)
+
+
 def test_grad_scaler_with_clipping_unscales_once(target):
     """unscale_, clip_grad_norm_, step: as torch's recipe for clipping says."""
     a, b = pair("AdamW", target, lr=1e-2)

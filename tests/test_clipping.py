@@ -238,6 +238,21 @@ def test_the_norm_is_over_all_groups_dtypes_and_layouts(target):
     )
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_the_norm_of_no_gradients_is_0(target, before):
+    params = cases.parameters([(9,), (4, 5)], device=target.device)
+    optimizer = cases.make("AdamW", params, {}, backend=target.backend, max_grad_norm=1.0, skip_nonfinite=True)
+    if before:
+        cases.set_gradients(params, 0)
+        optimizer.step()
+        assert optimizer.grad_norm > 0
+        optimizer.zero_grad()
+    for _ in range(2):
+        optimizer.step()
+        assert optimizer.grad_norm == 0
+        assert optimizer.grad_norm.shape == () and optimizer.grad_norm.device == params[0].device
+
+
 def test_it_survives_copies_and_checkpoints(target):
     (p,) = cases.parameters([(9,)], device=target.device)
     optimizer = cases.make("AdamW", [p], {}, backend=target.backend, max_grad_norm=0.25, skip_nonfinite=True)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -144,6 +144,7 @@ def reaped():
         ((Shard(1),), (3,), (7, 65)),
         ((Shard(0), Shard(1)), (2, 2), (7, 65)),
         ((Shard(1), Shard(1)), (2, 2), (7, 65)),
+        ((Shard(1), Shard(2)), (2, 2), (3, 1, 6)),  # two ranks hold nothing of it, and no pieces of pieces
         ((Shard(2), Replicate()), (2, 2), (3, 5, 70)),
     ],
 )
@@ -242,6 +243,92 @@ def check_clipping(backend):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_clipping_and_skipping_are_of_all_ranks(world, backend):
     ranks.run(world, check_clipping, backend)
+
+
+LAYOUTS = {  # the parameters: one of meshes_of_4(), and placements on it
+    "one mesh": [("line", (Shard(0),)), ("line", (Shard(1),)), ("square", (Shard(0), Shard(1)))],
+    "same ranks": [("square", (Shard(0), Shard(0))), ("turned", (Shard(1), Shard(0))), ("turned", (Shard(1),) * 2)],
+    "same ranks in one dimension": [("row", (Shard(0), Shard(0))), ("row", (Replicate(), Shard(0)))],
+    "sub-mesh": [("square", (Shard(0), Shard(0))), ("inner", (Shard(0),)), ("outer", (Shard(1),))],
+    "rank outside": [("line", (Shard(0),)), ("three", (Shard(0),)), ("three", (Replicate(),))],
+}
+PATTERNS = {  # which of the parameters, of which the first is plain, have a gradient on a rank at a step
+    "all": lambda rank, step, i: True,
+    "late on a rank": lambda rank, step, i: rank != 1 or i != 1 or step > 0,
+    "plain alone on a rank": lambda rank, step, i: rank != 1 or i == 0,
+    "nothing on a rank": lambda rank, step, i: rank != 1 and i > 0,
+    "an expert without tokens": lambda rank, step, i: i != 2 or (rank + step) % 4 == 0,
+    "nothing anywhere, once": lambda rank, step, i: step != 1,
+}
+
+
+def meshes_of_4():
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    return {
+        "line": init_device_mesh("cpu", (4,)),
+        "row": init_device_mesh("cpu", (1, 4)),
+        "square": square,
+        "inner": square["inner"],
+        "outer": square["outer"],
+        "turned": DeviceMesh("cpu", [[0, 2], [1, 3]]),
+        "three": DeviceMesh("cpu", [0, 1, 2]),
+    }
+
+
+def norm_of(params):
+    """The norm that one process computes of the gradients, of which those that a rank lacks are 0."""
+    total = torch.zeros((), dtype=torch.float64)
+    for p in params:
+        g = torch.zeros_like(p) if p.grad is None else p.grad
+        if not isinstance(p, DTensor):
+            total += g.double().square().sum()
+        elif p.device_mesh.get_coordinate() is not None:
+            total += g.full_tensor().double().square().sum()
+    return total.sqrt().float()
+
+
+def check_sum():
+    """A sum of the user's own over all ranks."""
+    numbers = torch.full((), dist.get_rank() + 1.0, dtype=torch.float64)
+    dist.all_reduce(numbers)
+    assert numbers == 10
+
+
+def check_collectives(layout, options):
+    """Each rank has the norm and the step of one process; sums of the user's before and after go their own way."""
+    rank, meshes = dist.get_rank(), meshes_of_4()
+    for has_gradient in PATTERNS.values():
+        params = [nn.Parameter(torch.zeros(3))]
+        for i, (name, placements) in enumerate(LAYOUTS[layout]):
+            whole = torch.zeros((3, 6) if i else (8, 4))  # fewer rows than ranks, too
+            params.append(nn.Parameter(distribute_tensor(whole, meshes[name], placements, src_data_rank=None)))
+        optimizer = cases.make("SGD", params, {"lr": 1.0}, **options)
+        for step in range(4):
+            for i, p in enumerate(params):
+                whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+                p.grad = placed_like(whole, p) if has_gradient(rank, step, i) else None
+            skipped = step == 2 and "max_grad_norm" not in options
+            if optimizer.amp_scaling:
+                optimizer.found_inf = torch.tensor([float(skipped and rank == 0)])
+            elif skipped and rank == 0:
+                tensors.local(params[1].grad)[0, 0] = math.nan
+            norm, before = norm_of(params), [tensors.local(p.detach()).clone() for p in params]
+            factor = 0.5 / (norm + 1e-6) if "max_grad_norm" in options else 1.0
+            check_sum()
+            optimizer.step()
+            check_sum()
+            if not optimizer.amp_scaling:
+                torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0, equal_nan=True)
+            for p, old in zip(params, before, strict=True):
+                new = old if p.grad is None or skipped else old - min(factor, 1.0) * tensors.local(p.grad)
+                torch.testing.assert_close(tensors.local(p.detach()), new, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 0.5}, {"skip_nonfinite": True}, {"amp_scaling": True}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_takes_part_in_every_sum(layout, options):
+    """Whichever of the ranks have a gradient of whichever parameters."""
+    ranks.run(4, check_collectives, layout, options, limit=60)
 
 
 def check_meshes():
@@ -416,6 +503,43 @@ def check_refused():
 
 def test_refused():
     ranks.run(2, check_refused)
+
+
+def check_refused_everywhere():
+    """Whatever a rank holds, and whether it has a gradient: no rank waits in the sum for one that raised."""
+    square = init_device_mesh("cpu", (2, 2))
+    rank = dist.get_rank()
+
+    def parameter(shape, *placements):
+        return nn.Parameter(distribute_tensor(torch.ones(shape), square, placements, src_data_rank=None))
+
+    rows = parameter((3, 4096), Shard(0), Shard(1))  # two ranks hold parts of two rows, the others of one
+    pieces = parameter((3, 4, 6), Shard(1), Shard(2)).to(BF16)
+    partial = DTensor.from_local(torch.ones(5, 2), square, [Partial(), Replicate()])
+    plain = parameter((5, 2), Shard(0), Replicate())
+    three = DeviceMesh("cpu", [0, 1, 2])
+    columns = nn.Parameter(distribute_tensor(torch.ones(40, 256), three, [Shard(1)], src_data_rank=None))
+    bad = [
+        (rows, {"state_dtype": "int8"}, TypeError, "cuts the blocks of 128 elements"),
+        (columns, {"state_dtype": "int8"}, TypeError, "cuts the blocks of 128 elements"),
+        (nn.Parameter(pieces.detach()), {"rounding": "stochastic"}, TypeError, "pieces of pieces"),
+        (nn.Parameter(partial.detach()), {}, ValueError, "a sum cannot be stepped by its terms"),
+        (plain, {"betas": (2.0, 0.9)}, ValueError, "Invalid beta"),
+    ]
+    for p, options, error, text in bad:
+        good = parameter((5, 2), Shard(0), Shard(1))
+        good.grad = torch.ones_like(good)
+        for holders in (range(4), [0], [3]):
+            p.grad = torch.ones_like(p) if rank in holders else None
+            optimizer = cases.make("AdamW", [{"params": [good]}, {"params": [p]}], {}, max_grad_norm=1.0)
+            optimizer.param_groups[1].update(options)
+            with pytest.raises(error, match=text):
+                optimizer.step()
+            assert (tensors.local(good) == 1).all()
+
+
+def test_refused_on_all_ranks_or_none():
+    ranks.run(4, check_refused_everywhere, limit=60)
 
 
 def check_gradient_that_changes_its_placement(native):
