@@ -1,6 +1,7 @@
 // The extension module fused_adamw._C: its classes, and the launches on CUDA.
 #include "launch_cpu.h"
 #include "names.h"
+#include "tables.h"
 #include "threads_cpu.h"
 #include "watch.h"
 
@@ -84,7 +85,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("poll", &Watch::poll)
       .def("scalar_rows", &Watch::scalar_rows)
       .def("advance", &Watch::advance)
-      .def("upload", &Watch::upload)
+      .def("upload", &upload)
       .def("scalars_of", &Watch::scalars_of);
   py::class_<CpuStep>(m, "CpuStep")
       .def(py::init<Watch&, const py::list&>(), py::keep_alive<1, 2>())

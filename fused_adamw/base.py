@@ -138,11 +138,9 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         built = self._built[0] if self._built else None
-        if built is not None and built.at_once is not None:
-            if self._step_at_once(built):
-                return loss
-            built = None
-        if built is None or not self._holds(built):
+        if built and self._step_at_once(built):
+            return loss
+        if built is None or built.at_once or not self._holds(built):
             built = self._choose_plans()
         self._launch_all(built)
         return loss

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_adamw import checks, options, plan, state
+from fused_adamw import checks, options, plan, state, tensor_checks
 from fused_adamw.contract import Owner, Storage, counts_on_device
 
 # What every version of torch's classes, and of ours, has put into a group.
@@ -170,7 +170,7 @@ def _read_state(
         if count is not None and "step" not in saved:
             saved = {**saved, "step": count}
         if _is_as_kept(p, group, names, saved, step_device):
-            checks.check_step(saved["step"])
+            tensor_checks.check_step(saved["step"])
             return {key: value.clone() for key, value in saved.items()}
         storage = _check_state(optimizer, p, group, names, saved)
     except (TypeError, ValueError) as error:
@@ -208,13 +208,13 @@ def _is_as_kept(p: Tensor, group: dict[str, Any], names: tuple[str, ...], saved:
 def _check_state(
     optimizer: Owner, p: Tensor, group: dict[str, Any], names: tuple[str, ...], saved: Mapping[str, Any]
 ) -> Storage:
-    shaped = checks.check_state(p, names, saved)
+    shaped = tensor_checks.check_state(p, names, saved)
     found = {key.removesuffix("_codes"): value for key, value in saved.items() if not state.is_missing(value)}
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in found]
     if found and missing and optimizer.family == "adam":
         raise ValueError(f"its state {_lacks(missing, found)}")
-    storage = checks.check_storage(p, group, names, saved)
-    checks.check_sharding(p, None, shaped)
+    storage = tensor_checks.check_storage(p, group, names, saved)
+    tensor_checks.check_sharding(p, None, shaped)
     for name, value in shaped.items():
         if value.shape != p.shape:
             raise ValueError(f"its state {name!r} has shape {list(value.shape)}: it is another model's")
