@@ -4,7 +4,7 @@ The module is long because a third of it documents methods that users call.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_adamw import backends, checkpoints, checks, clipping, formats, options, plan, state
+from fused_adamw import backends, checkpoints, checks, clipping, formats, loaded, options, plan, state
 from fused_adamw.contract import Variant
 from fused_adamw.options import Backend, Params
 
@@ -49,6 +49,7 @@ class FusedOptimizer(Optimizer):
     _built: Sequence[plan.Built] = ()  # the first is of the last step
     _built_single: dict[int, plan.Built] = {}  # noqa: RUF012, for step_parameter, by the id of the parameter; never written
     _captured: Sequence[plan.Plan] = ()
+    _handed: Mapping[int, int] = {}
 
     def __init__(
         self,
@@ -363,6 +364,13 @@ class FusedOptimizer(Optimizer):
         return checkpoints.export(self.state_dict(), self.family)
 
     @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Return what torch's does, but for the options of storage, which loading leaves as they are: empty tuples."""
+        found = checkpoints.describe(super().state_dict(), self)
+        self._handed = loaded.versions(self.state)
+        return found
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep the dtypes that were declared here and share no tensor with ``state_dict``.
 
@@ -371,11 +379,11 @@ class FusedOptimizer(Optimizer):
         the checkpoint of another optimizer or another model.
         """
 
-        loaded = copy.copy(state_dict)
+        checkpoint = copy.copy(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
-            returned = before(self, loaded)
-            loaded = loaded if returned is None else returned
-        self.__setstate__(checkpoints.read(self, loaded))
+            returned = before(self, checkpoint)
+            checkpoint = checkpoint if returned is None else returned
+        self.__setstate__(checkpoints.read(self, checkpoint, self._handed))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -10,13 +10,30 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_adamw import checks, options, plan, state, tensor_checks
+from fused_adamw import checks, loaded, options, plan, state, tensor_checks
 from fused_adamw.contract import Owner, Storage, counts_on_device
 
 # What every version of torch's classes, and of ours, has put into a group.
 _GROUP_KEYS = {"adam": ("lr", "betas", "eps", "weight_decay"), "sgd": ("lr", "momentum", "dampening", "weight_decay")}
 _OURS = {family: options.ours(family) for family in _GROUP_KEYS}
 _IMMUTABLE = (float, int, bool, str, type(None))
+
+
+def describe(state_dict: dict[str, Any], optimizer: Owner) -> dict[str, Any]:
+    """Bring the groups of a state_dict to what every optimizer of the class loads, whatever the form of its storage.
+
+    torch.distributed.checkpoint takes no dtype in a group, and loads no whole state whose groups have a number or a
+    string that the groups here lack. So the options of storage, which a checkpoint does not change, are empty tuples,
+    and the seed is a tensor.
+    """
+    ours = _OURS[optimizer.family]
+    groups = state_dict.get("param_groups", ())  # a hook may have taken them out, or others in
+    for group, live in zip(groups, optimizer.param_groups, strict=False):
+        group.update((key, ()) for key in options.KEPT if key in ours and key in group)
+        device = live["params"][0].device if live["params"] else torch.device("cpu")
+        if isinstance(group.get("seed"), int) and device.type != "meta":
+            group["seed"] = torch.tensor([group["seed"]], device=device)
+    return state_dict
 
 
 def export(exported: dict[str, Any], family: str) -> dict[str, Any]:
@@ -28,17 +45,20 @@ def export(exported: dict[str, Any], family: str) -> dict[str, Any]:
     return exported
 
 
-def read(optimizer: Owner, loaded: Any) -> dict[str, Any]:
+def read(optimizer: Owner, checkpoint: Any, handed: Mapping[int, int]) -> dict[str, Any]:
     """Return copies of a checkpoint's states and groups, in the form that this optimizer keeps them in.
 
-    Nothing is changed. Raises TypeError or ValueError for a checkpoint that does not fit the optimizer.
+    ``handed`` has the versions of the states when state_dict() last handed them out. Nothing is changed. Raises
+    TypeError or ValueError for a checkpoint that does not fit the optimizer.
     """
-    saved_groups = _groups_of(optimizer, loaded)
-    saved, groups = loaded["state"], []
+    saved_groups = _groups_of(optimizer, checkpoint)
+    saved, groups = checkpoint["state"], []
     states: dict[Any, Any] = defaultdict(dict)
     memo: dict[int, Any] = {}  # a tensor that groups share stays shared
     for i, (mine, theirs) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         group = {k: v if type(v) in _IMMUTABLE else _copy(v, memo) for k, v in theirs.items() if k != "params"}
+        if isinstance(seed := group.get("seed"), Tensor) and seed.numel() == 1:
+            group["seed"] = int(seed)
         merged = _merged(mine, group)
         _check_group(optimizer, i, mine, theirs, merged)
         names = optimizer.rule_of(merged)[1]
@@ -48,7 +68,8 @@ def read(optimizer: Owner, loaded: Any) -> dict[str, Any]:
         count = group.pop("step") if counts else None
         for j, key in enumerate(theirs["params"]):
             if key in saved:
-                states[mine["params"][j]] = _read_state(optimizer, (i, j), merged, names, saved[key], count)
+                own = _loaded_state(optimizer, (i, j), names, saved[key], handed, isinstance(key, str))
+                states[mine["params"][j]] = _read_state(optimizer, (i, j), merged, names, own, count)
         groups.append(group | {key: mine[key] for key in ("params", "param_names") if key in mine})
     keys = set(chain.from_iterable(group["params"] for group in saved_groups))
     states.update({key: value for key, value in saved.items() if key not in keys})
@@ -72,16 +93,16 @@ def _merged(mine: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _groups_of(optimizer: Owner, loaded: Any) -> list[dict[str, Any]]:
+def _groups_of(optimizer: Owner, checkpoint: Any) -> list[dict[str, Any]]:
     """Return a checkpoint's groups, their parameters in the order of ours; raise ValueError if they do not fit."""
     cls, ours = type(optimizer).__name__, optimizer.param_groups
-    if not isinstance(loaded, Mapping) or not {"state", "param_groups"} <= loaded.keys():
-        found = f"has {_listed(loaded)}" if isinstance(loaded, Mapping) else f"is a {type(loaded).__name__}"
+    if not isinstance(checkpoint, Mapping) or not {"state", "param_groups"} <= checkpoint.keys():
+        found = f"has {_listed(checkpoint)}" if isinstance(checkpoint, Mapping) else f"is a {type(checkpoint).__name__}"
         raise ValueError(
             f"{cls}: a checkpoint has 'state' and 'param_groups', and this one {found}: give what the state_dict() of "
             "an optimizer returned"
         )
-    theirs: list[dict[str, Any]] = loaded["param_groups"]
+    theirs: list[dict[str, Any]] = checkpoint["param_groups"]
     if len(theirs) != len(ours):
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(theirs)}, and this {cls} has "
@@ -155,6 +176,24 @@ def _listed(names: Any) -> str:
     return ", ".join(map(repr, names)) or "nothing"
 
 
+def _loaded_state(
+    optimizer: Owner, at: tuple[int, int], names: tuple[str, ...], saved: Any, handed: Mapping[int, int], by_name: bool
+) -> Any:
+    p = optimizer.param_groups[at[0]]["params"][at[1]]
+    if not isinstance(saved, Mapping):
+        return saved
+    try:
+        with torch.no_grad():
+            return loaded.only(p, names, saved, optimizer.state.get(p, {}), handed, by_name)
+    except (TypeError, ValueError) as error:
+        raise _at(optimizer, at, error) from None
+
+
+def _at(optimizer: Owner, at: tuple[int, int], error: Exception) -> Exception:
+    cls, _, place = checks.describe(optimizer, *at).partition(": ")
+    return type(error)(f"{cls}: loading {place}: {error}")
+
+
 def _read_state(
     optimizer: Owner, at: tuple[int, int], group: dict[str, Any], names: tuple[str, ...], saved: Any, count: Any
 ) -> dict[str, Any]:
@@ -174,8 +213,7 @@ def _read_state(
             return {key: value.clone() for key, value in saved.items()}
         storage = _check_state(optimizer, p, group, names, saved)
     except (TypeError, ValueError) as error:
-        cls, _, place = checks.describe(optimizer, *at).partition(": ")
-        raise type(error)(f"{cls}: loading {place}: {error}") from None
+        raise _at(optimizer, at, error) from None
     # torch would cast every state to its parameter's dtype: a loss, where that is bfloat16.
     with torch.no_grad():
         own = {key: value.clone() if isinstance(value, Tensor) else value for key, value in saved.items()}

@@ -2,16 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Container, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_adamw import formats, options, tensor_checks
 from fused_adamw.contract import Owner, Storage
-
-if TYPE_CHECKING:
-    pass
 
 
 class Checked(NamedTuple):

@@ -14,13 +14,14 @@ max_exp_avg_sq.
 *Masters* hold the digits for which a 16-bit parameter has no room, under a name of their own in the state:
 
 - ``kahan``: ``compensation`` c, bfloat16 as the parameter; the value is p + c (arXiv 2010.06192, Algorithm 2).
-- ``split16``: ``remainder``, int16; with a bfloat16 parameter as its upper half the value is a float32, exactly.
+- ``split16``: ``lower_half``, 16 bits that are kept as a bfloat16, since neither gloo nor NCCL gathers an int16; with a
+  bfloat16 parameter as its upper half the value is a float32, exactly.
 - ``fp32``: ``master``, float32.
 
 The parameter is the value rounded to nearest; of bfloat16, in split16 and fp32, with ties away from zero, so that each
-value has one remainder. Where something else overwrites a parameter, elements of the master that no longer match it are
-ignored: a float32 that does not round to it, a compensation beyond an ulp of it. An old remainder (under half an ulp)
-or compensation (under one) can still match by chance: ``refresh_masters()`` clears them.
+value has one lower half. Where something else overwrites a parameter, elements of the master that no longer match it
+are ignored: a float32 that does not round to it, a compensation beyond an ulp of it. An old lower half (under half an
+ulp) or compensation (under one) can still match by chance: ``refresh_masters()`` clears them.
 
 *int8* moments share a float32 scale in blocks of 128 neighbours, the largest finite magnitude among them. A first
 moment has the sign and (c / 127)^2 of the scale; a second one is on a logarithmic scale of 8 steps an octave, 254 in
@@ -105,7 +106,7 @@ def read_master(master: str, p: Tensor, data: Tensor) -> Tensor:
     x = p.float()
     if master == "kahan":
         return torch.where((x + 0.5 * data.float()).to(p.dtype) == p, x + data.float(), x)
-    value = data if master == "fp32" else _from_bits((_bits(x) + data.long()) & _MASK)
+    value = data if master == "fp32" else _from_bits((_bits(x) + data.view(torch.int16).long()) & _MASK)
     same = _rounded(value, p.dtype).view(torch.int16) == p.view(torch.int16)  # 0 is not -0
     return torch.where(same, value, x)
 
@@ -117,7 +118,10 @@ def write_master(master: str, x: Tensor, p: Tensor, data: Tensor) -> None:
         data.copy_(x - p.float())
         return
     p.copy_(_rounded(x, p.dtype))
-    data.copy_(x if master == "fp32" else torch.where(x.isnan(), 0, _bits(x)))
+    if master == "fp32":
+        data.copy_(x)
+    else:
+        data.view(torch.int16).copy_(torch.where(x.isnan(), 0, _bits(x)))
 
 
 # ---- int8.

@@ -16,7 +16,7 @@ FAMILIES = {"adam": "adam", "adam_amsgrad": "adam", "sgd": "sgd", "sgd_momentum"
 #: How many states each rule moves.
 STATES = {"adam": 2, "adam_amsgrad": 3, "sgd": 0, "sgd_momentum": 1}
 #: The key of each master's data in the state.
-MASTER_KEYS = {"kahan": "compensation", "split16": "remainder", "fp32": "master"}
+MASTER_KEYS = {"kahan": "compensation", "split16": "lower_half", "fp32": "master"}
 
 Scalars = list[tuple[float, ...]]  # rows of layout.SCALARS numbers, the fields of scalars.Adam or scalars.Sgd
 

@@ -1,7 +1,7 @@
 """Makes the state of a parameter, brings it to the form that its group asks for, and back to torch's."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,8 +10,13 @@ from fused_adamw import codecs, formats
 from fused_adamw.contract import MASTER_KEYS, Storage
 from fused_adamw.tensors import dense_like, flat, is_dtensor, local, same_layout
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
+
 ParamState = dict[str, Any]  # the state of one parameter
 CODED = ("_codes", "_scales")  # how the keys of int8 moments end
+INT16_LOWER_HALF = "remainder"  # the key of a lower half in int16, which older checkpoints have
+MASTERS = (*MASTER_KEYS.values(), INT16_LOWER_HALF)
 
 
 def init(
@@ -58,7 +63,7 @@ def is_ready(
         needed[key] = _code_dtype(name) if storage.int8 else formats.state_dtype_of(p, declared)
     if storage.master_key:
         needed[storage.master_key] = _master_dtype(p, storage)
-    wrong = {*MASTER_KEYS.values(), *names, *(name + part for name in names for part in CODED)}
+    wrong = {*MASTERS, *names, *(name + part for name in names for part in CODED)}
     wrong -= {*needed, *storage.scales(names)}
     if not wrong.isdisjoint(param_state) or any(key not in param_state for key in storage.scales(names)):
         return False
@@ -70,7 +75,7 @@ def _code_dtype(name: str) -> torch.dtype:
 
 
 def _master_dtype(p: Tensor, storage: Storage) -> torch.dtype:
-    return {"kahan": p.dtype, "split16": torch.int16, "fp32": torch.float32}[storage.master]
+    return torch.float32 if storage.master == "fp32" else p.dtype
 
 
 def _init_moment(param_state: ParamState, name: str, p: Tensor, int8: bool, declared: Any) -> None:
@@ -106,8 +111,23 @@ def _scales_of(codes: Tensor) -> Tensor:
         return scales
     shape = codecs.scales_shape(codes)
     stride = torch.empty(shape, device="meta").stride()
-    mesh, placements = codes.device_mesh, codes.placements
+    mesh, placements = codes.device_mesh, scales_placements(codes)
     return type(codes).from_local(scales, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def is_cut(p: Tensor) -> bool:
+    """Return whether several ranks share the elements of p, which a mesh of one rank leaves whole."""
+    return is_dtensor(p) and any(
+        size > 1 and not placement.is_replicate()
+        for size, placement in zip(p.device_mesh.shape, p.placements, strict=True)
+    )
+
+
+def scales_placements(codes: "DTensor") -> tuple["Placement", ...]:
+    """Return the placements of the scales: those of the codes; of codes that are whole, which have any shape, none."""
+    from torch.distributed.tensor import Replicate
+
+    return tuple(codes.placements) if is_cut(codes) else (Replicate(),) * codes.device_mesh.ndim
 
 
 def _empty_like(p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,19 +153,20 @@ def _as_float(param_state: ParamState, name: str) -> Tensor | None:
 
 
 def _init_master(param_state: ParamState, p: Tensor, storage: Storage) -> None:
-    for key in MASTER_KEYS.values():
+    old = param_state.get(INT16_LOWER_HALF) if storage.master == "split16" else None
+    for key in MASTERS:
         if key != storage.master_key:  # of another form, which steps in this one would leave behind
             param_state.pop(key, None)
     if storage.master_key is None:
         return
     dtype = _master_dtype(p, storage)
-    have = param_state.get(storage.master_key)
+    have = param_state.get(storage.master_key, old)
     if isinstance(have, Tensor) and _fits(have, p, dtype):
         return
     param_state[storage.master_key] = _empty_like(p, dtype)
     refresh_master(param_state, p, storage)
-    if isinstance(have, Tensor) and have.dtype is dtype:
-        local(param_state[storage.master_key]).copy_(local(have))
+    if isinstance(have, Tensor) and have.dtype in (dtype, torch.int16 if have is old else dtype):
+        local(param_state[storage.master_key]).copy_(local(have).view(dtype))
 
 
 def refresh_master(param_state: ParamState, p: Tensor, storage: Storage) -> None:
@@ -157,7 +178,7 @@ def refresh_master(param_state: ParamState, p: Tensor, storage: Storage) -> None
 
 def shaped(param_state: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Return those entries of a state that are to have the shape of the parameter, without those that are missing."""
-    keys = (*names, *(f"{name}_codes" for name in names), *MASTER_KEYS.values())
+    keys = (*names, *(f"{name}_codes" for name in names), *MASTERS)
     return {key: param_state[key] for key in keys if not is_missing(param_state.get(key))}
 
 
@@ -170,5 +191,5 @@ def plain(param_state: ParamState) -> ParamState:
     """Return the state that torch's class keeps: no masters, and moments in float32 where they are int8."""
     names = [key.removesuffix("_codes") for key in param_state if key.endswith("_codes")]
     moments = {name: _as_float(param_state, name) for name in names}
-    left = {*MASTER_KEYS.values(), *(f"{name}_{part}" for name in names for part in ("codes", "scales"))}
+    left = {*MASTERS, *(name + part for name in names for part in CODED)}
     return {**{key: value for key, value in param_state.items() if key not in left}, **moments}

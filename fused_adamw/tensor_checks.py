@@ -14,7 +14,6 @@ from fused_adamw.tensors import (
     dense_like,
     has_memory,
     is_dtensor,
-    is_sharded,
     largest_numbering,
     local,
     same_layout,
@@ -72,7 +71,7 @@ def check_step(step: Any) -> None:
 
 
 def _check_blocks(p: "DTensor") -> None:
-    if is_sharded(p) and (largest_numbering(p).skip or codecs.blocks_across(p) is None):
+    if state.is_cut(p) and (largest_numbering(p).skip or codecs.blocks_across(p) is None):
         raise TypeError(
             f"it is placed {p.placements}, which cuts the blocks of {codecs.BLOCK} elements that share a scale of "
             "int8 moments: shard it along the first dimension, the others a multiple of that, or give its group "
@@ -105,7 +104,7 @@ def _belong_together(codes: Any, scales: Any) -> bool:
     if scales.device != codes.device:
         return False
     if is_dtensor(codes) and is_dtensor(scales):
-        return scales.placements == codes.placements and scales.device_mesh == codes.device_mesh
+        return scales.placements == state.scales_placements(codes) and scales.device_mesh == codes.device_mesh
     return is_dtensor(scales) == is_dtensor(codes)
 
 

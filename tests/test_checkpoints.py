@@ -611,3 +611,40 @@ def test_a_checkpoint_of_torch_brings_its_learning_rate_as_the_base_of_the_decay
     p.grad = torch.zeros_like(p)
     ours.step()
     assert p.item() == pytest.approx(0.99 * before)
+
+
+def test_a_lower_half_in_int16_loads(target):
+    """As older checkpoints have it, under its name there."""
+    options = {"master": "split16", "weight_decay": 0.1}
+    first, second = (cases.parameters([(9, 5)], torch.bfloat16, target.device) for _ in range(2))
+    a, b = (cases.make("AdamW", params, options, backend=target.backend) for params in (first, second))
+    steps(a, range(3))
+    saved = copy.deepcopy(a.state_dict())
+    assert a.state[first[0]]["lower_half"].view(torch.int16).count_nonzero()
+    saved["state"][0]["remainder"] = saved["state"][0].pop("lower_half").view(torch.int16)
+    second[0].data.copy_(first[0])
+    b.init_state()
+    b.load_state_dict(saved)
+    assert b.state[second[0]].keys() == a.state[first[0]].keys()
+    cases.assert_same_bits(b.state[second[0]], a.state[first[0]])
+    saved["state"][0]["remainder"] = saved["state"][0]["remainder"][:1]
+    with pytest.raises(ValueError, match=r"its state 'remainder' has shape \[1, 5\]: it is another model's"):
+        b.load_state_dict(saved)
+
+
+def test_a_state_dict_that_was_changed_by_hand_loads_as_it_is():
+    """It has tensors of the optimizer itself, as what torch.distributed.checkpoint hands over when it loads a part."""
+    p = cases.parameters([(9,)])[0]
+    optimizer = cases.make("AdamW", [p], {})
+    steps(optimizer, range(2))
+    before = optimizer.state[p]["exp_avg"].clone()
+    saved = optimizer.state_dict()
+    saved["state"][0] = {**saved["state"][0], "step": torch.tensor(7.0)}
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[p]["step"] == 7
+    assert torch.equal(optimizer.state[p]["exp_avg"], before)
+    saved = optimizer.state_dict()
+    saved["state"][0] = {**saved["state"][0], "exp_avg": torch.ones(9)}
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[p]["step"] == 7
+    assert (optimizer.state[p]["exp_avg"] == 1).all()

@@ -149,11 +149,11 @@ def test_random_bits_differ_by_step_parameter_and_seed(target):
 
 
 def test_split16_is_every_float32(target):
-    """Its halves come apart and together again, over all remainders: what a step with lr=0 leaves is what it found."""
+    """Its halves come apart and together again, for all lower ones: what a step with lr=0 leaves is what it found."""
     high = torch.tensor([0, 1, 0x7F, 0x80, 0x81, 0x3F7F, 0x3F80, 0x7F7E, 0x7F7F])
     x = codecs._from_bits(((high[:, None] << 16) | torch.arange(0x10000)).flatten())
     x = torch.cat([x, -x])
-    p, r = torch.empty(len(x), dtype=BF16), torch.empty(len(x), dtype=torch.int16)
+    p, r = torch.empty(len(x), dtype=BF16), torch.empty(len(x), dtype=BF16)
     codecs.write_master("split16", x, p, r)
     assert torch.equal(bits(codecs.read_master("split16", p, r)), bits(x))
     nearest = x.to(BF16)
@@ -165,11 +165,11 @@ def test_split16_is_every_float32(target):
     param.grad = torch.zeros_like(param)
     optimizer = cases.make("SGD", [param], {"lr": 0.0, "master": "split16"}, backend=target.backend)
     optimizer.init_state()
-    optimizer.state[param]["remainder"].copy_(r)
+    optimizer.state[param]["lower_half"].copy_(r)
     optimizer.step()
     kept = p.isfinite() & (x != 0)  # -0 becomes 0, an infinity NaN, in every format
     assert torch.equal(bits(param.detach().cpu())[kept], bits(p)[kept])
-    assert torch.equal(optimizer.state[param]["remainder"].cpu()[kept], r[kept])
+    assert torch.equal(bits(optimizer.state[param]["lower_half"].cpu())[kept], bits(r)[kept])
 
 
 @pytest.mark.parametrize("master", MASTER_KEYS)
