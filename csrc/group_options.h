@@ -72,8 +72,9 @@ public:
 private:
   struct Option {
     py::object key;
-    const PyObject* value;  // nullptr: any is as good, because it is read anew at each poll
-    py::object held;        // the value, if it cannot change: no other object then gets its address
+    const PyObject*
+        value;        // nullptr: not compared (params, param_names), because each poll reads them anyway
+    py::object held;  // the value, if it cannot change: no other object then gets its address
   };
 
   void capture(PyObject* group, const py::object& plan_key) {

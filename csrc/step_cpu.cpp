@@ -84,7 +84,7 @@ struct NarrowKernels {
   void (*philox)(uint64_t, uint64_t, uint32_t, uint32_t, uint32_t*, int64_t);
 };
 
-// checks.py refuses storage narrower than fp32 for fp64 arithmetic, because it would round twice.
+// tensor_checks.py refuses storage narrower than fp32 for fp64 arithmetic, because it would round twice.
 #define FUSED_RULES(Isa, ...)                                                                                \
   {Isa::template update<Adam<false>, __VA_ARGS__>, Isa::template update<Adam<true>, __VA_ARGS__>,            \
    Isa::template update<Sgd<false>, __VA_ARGS__>, Isa::template update<Sgd<true>, __VA_ARGS__>}

@@ -208,7 +208,7 @@ def pick(
     """Return the backend that steps tensors of this device and of these dtypes of parameter, gradient and state.
 
     Raises RuntimeError with the reason if the one asked for cannot, or if none can. Warns once if none was asked for
-    and the choice falls to the reference backend.
+    and the first choice for the device cannot run.
     """
     if requested is not None:
         backend = named(requested)

@@ -1,4 +1,4 @@
-"""Steps all tensors in one launch per device, on the best backend there: what the four classes share.
+"""Steps all tensors in one launch for each compiled kernel, on the best backend: what the four classes share.
 
 The module is long because a third of it documents methods that users call.
 """

@@ -83,7 +83,7 @@ def factor_of(
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
-    """Return t on a device. Only a copy to the host is waited for, as what reads it there would not wait."""
+    """Return t on a device. A copy to the CPU blocks, because what reads it there does not synchronise."""
     return t.to(device, non_blocking=device.type != "cpu")
 
 

@@ -138,7 +138,7 @@ class Row:
     counts_on_device: bool  # where the steps are counted
     seed: int  # of stochastic rounding
     numbering: Numbering
-    as_before: bool  # it has no gradient, and is made for one as the previous plans had
+    as_before: bool  # the gradient is missing; the row expects one of the dtype and layout that the previous plans saw
 
     @property
     def master(self) -> str:

@@ -70,11 +70,11 @@ class Bucket(NamedTuple):
 
 
 class GradientKind(NamedTuple):
-    """Tells what a row was built for, and is again while its gradient is missing."""
+    """Tells which kind of gradient a row expects; kept while the gradient is missing."""
 
     dtype: torch.dtype
     copied: bool
-    param: tuple[Any, ...]  # the shape and strides of its parameter, made dense: with others it tells nothing
+    param: tuple[Any, ...]  # the shape and strides of its parameter, made dense: it is valid for these alone
 
 
 class Built(NamedTuple):

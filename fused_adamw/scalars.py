@@ -3,7 +3,8 @@
 Only this code tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row are
 the arguments of the rules in ``reference.py``, and the step, which stochastic rounding draws by; their order is that of
 the structs in ``csrc/rules.h``. Steps that are counted on the host take their rows from ``csrc/scalars.h``, which
-computes the same from ``HYPER``. This code runs where that is not built, and is its oracle in the tests.
+computes the same from ``HYPER``. ``adam`` and ``sgd`` here are for the reference backend and for when that is not
+built, and are its oracle in the tests.
 """
 
 import math

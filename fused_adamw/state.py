@@ -124,7 +124,7 @@ def is_cut(p: Tensor) -> bool:
 
 
 def scales_placements(codes: "DTensor") -> tuple["Placement", ...]:
-    """Return the placements of the scales: those of the codes; of codes that are whole, which have any shape, none."""
+    """Return the placements of the scales: those of the codes, or Replicate() where no rank splits the codes."""
     from torch.distributed.tensor import Replicate
 
     return tuple(codes.placements) if is_cut(codes) else (Replicate(),) * codes.device_mesh.ndim
