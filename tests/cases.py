@@ -259,7 +259,7 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(params):
         found[f"{i}.p"] = p.detach()
-        found.update({f"{i}.{k}": v for k, v in optimizer.state[p].items() if isinstance(v, Tensor)})
+        found.update({f"{i}.{k}": v for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor)})
     return found
 
 
