@@ -301,6 +301,11 @@ def swap(own, key, value):
     own[key] = value
 
 
+def swap_gradient(p, dtype):
+    p.grad = None
+    cases.set_gradient(p, torch.ones(p.shape, dtype=dtype))
+
+
 def swap_data(t):
     t.data = t.data.clone()
 
@@ -311,10 +316,7 @@ STALE = {
     "no state": lambda group, state, k: state.pop(group["params"][k]),
     "another layout": lambda group, state, k: swap(state[group["params"][k]], "exp_avg", torch.ones(3)),
     "another dtype": lambda group, state, k: swap(state[group["params"][k]], "exp_avg", torch.ones(2).double()),
-    "another gradient": lambda group, state, k: (
-        setattr(group["params"][k], "grad_dtype", None)
-        or setattr(group["params"][k], "grad", torch.ones(2, dtype=torch.bfloat16))
-    ),
+    "another gradient": lambda group, state, k: swap_gradient(group["params"][k], torch.bfloat16),
     "memory shared": lambda group, state, k: setattr(group["params"][k], "data", group["params"][k - 1].data),
     "one moment less": lambda group, state, k: state[group["params"][k]].pop("exp_avg_sq"),
     "one moment more": lambda group, state, k: swap(state[group["params"][k]], "extra", 1),
