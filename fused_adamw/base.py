@@ -47,7 +47,8 @@ class FusedOptimizer(Optimizer):
     #: first; with max_grad_norm or skip_nonfinite. Each step makes a new tensor, except the replays of a graph.
     grad_norm: Tensor | None = None
     _built: Sequence[plan.Built] = ()  # the first is of the last step
-    _built_single: dict[int, plan.Built] = {}  # noqa: RUF012, for step_parameter, by the id of the parameter; never written
+    # For step_parameter, by the id of the parameter. This dict is never written to: an optimizer makes its own.
+    _built_single: dict[int, plan.Built] = {}  # noqa: RUF012
     _captured: Sequence[plan.Plan] = ()
     _handed: Mapping[int, int] = {}
 
@@ -274,11 +275,11 @@ class FusedOptimizer(Optimizer):
                 f"{type(self).__name__}.step_parameter: one gradient does not tell the norm of all, nor whether a step "
                 "is to be skipped: leave out max_grad_norm, skip_nonfinite and amp_scaling"
             )
+        self._opt_called = True  # for schedulers, which warn where they are stepped before the optimizer
         built = self._built_single.get(id(p))
-        if built is not None and self._step_at_once(built):
-            self._opt_called = True
+        if built and self._step_at_once(built):
             return
-        if built is None or built.at_once is not None or not self._holds(built):
+        if built is None or built.at_once or not self._holds(built):
             with torch.no_grad():
                 now = plan.build(self, built, only=p)
             # An entry whose parameter was taken out would stay; few are, so all go once there are too many.
@@ -288,7 +289,6 @@ class FusedOptimizer(Optimizer):
                 self._built_single = {}
             self._built_single[id(p)] = built = now
         self._launch_all(built)
-        self._opt_called = True  # for schedulers, which warn where they are stepped before the optimizer
 
     _untraced_step_parameter = torch._disable_dynamo(_step_parameter)
 

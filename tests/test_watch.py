@@ -188,6 +188,19 @@ def test_lists_of_groups_that_come_round_keep_their_plans(target, builds):
     assert [own["step"].item() for own in optimizer.state.values()] == [4] * 3
 
 
+def test_a_plan_of_other_options_stays_stale_until_they_come_back(watch):
+    """Plans are kept, and polled again."""
+    (p,) = cases.parameters([(5,)], torch.bfloat16)
+    optimizer = cases.make("AdamW", [p], {"rounding": "stochastic"}, backend="reference")
+    cases.set_gradients([p], 0)
+    watching, (group,) = plan.build(optimizer).watch, optimizer.param_groups
+    held = []
+    for seed in (0, 1, 1, 0):
+        group["seed"] = seed
+        held.append(watching.poll(optimizer.param_groups, optimizer.state, optimizer.plan_key))
+    assert held == [True, False, False, True]
+
+
 def test_step_parameter_draws_by_the_place_of_the_parameter(target):
     """As a resumed run does, after an earlier parameter was taken out by hand."""
     options = {"rounding": "stochastic", "lr": 0.1}
