@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_adamw import backends, checkpoints, checks, clipping, formats, loaded, options, plan, state
+from fused_adamw import backends, checkpoints, checks, clipping, formats, loaded, options, plan, sharing, state
 from fused_adamw.contract import Variant
-from fused_adamw.options import Backend, Params
+from fused_adamw.options import Backend, Params, ProcessGroups
 
 # Attributes that other modules read and users need not: dir() and tab completion leave them out.
 _INTERNAL = {"family", "plan_key", "requested", "rule_of", "scales_gradients", "skips_steps"}
@@ -37,6 +37,7 @@ class FusedOptimizer(Optimizer):
 
     # Unpickling leaves these unset.
     requested: Backend | None = None
+    process_group: ProcessGroups = None
     skip_nonfinite: bool = False
     amp_scaling: bool = False
     grad_scale, found_inf = clipping.SetByScaler(), clipping.SetByScaler()
@@ -61,12 +62,15 @@ class FusedOptimizer(Optimizer):
         max_grad_norm: float | None,
         skip_nonfinite: bool,
         amp_scaling: bool,
+        process_group: ProcessGroups,
         **asked: bool | None,
     ) -> None:
         options.check_support(f"{type(self).__name__}({{}})", asked)
         self.requested = backend
         self.grad_scale = self.found_inf = None  # of the instance too, where Python finds them 30 ns faster
         self.max_grad_norm, self.skip_nonfinite, self.amp_scaling = max_grad_norm, skip_nonfinite, amp_scaling
+        options.check_process_group(process_group)
+        self.process_group = sharing.zero_group() if process_group is None else process_group
         if backend is not None:
             backends.named(backend)
         # torch's keys, for code that reads them and for checkpoints that torch.optim loads.
@@ -87,6 +91,8 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             options.check_support(f"{name_of_class}: {{}} of group {index}", param_group)
             for name in filter(param_group.__contains__, options.OF_ALL_GROUPS):
+                if param_group[name] == getattr(self, "requested" if name == "backend" else name):
+                    continue  # ZeroRedundancyOptimizer writes all arguments into the groups
                 raise ValueError(
                     f"{name_of_class}: {name!r} holds for all groups, and cannot be an option of group {index}: give "
                     f"it to the constructor, {name_of_class}(groups, {name}=...)"
@@ -395,7 +401,7 @@ class FusedOptimizer(Optimizer):
             checkpoints.load_into_captured(self, old)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("requested", "_max_grad_norm", "skip_nonfinite", "amp_scaling")
+        kept = ("requested", "_max_grad_norm", "skip_nonfinite", "amp_scaling", "process_group")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __dir__(self) -> list[str]:

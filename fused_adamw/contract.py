@@ -90,6 +90,7 @@ class Owner(Protocol):
     state: Any  # by parameter, a dict of its state
     family: str
     requested: Backend | None
+    process_group: Any  # of parameters that are no DTensors: None, a group, or a function that returns a parameter's
 
     @property
     def skips_steps(self) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_adamw import options
 from fused_adamw.base import FusedOptimizer
-from fused_adamw.options import Backend, Master, Params, Rounding, StateDtype, documented
+from fused_adamw.options import Backend, Master, Params, ProcessGroups, Rounding, StateDtype, documented
 
 
 @documented
@@ -49,6 +49,7 @@ class Adam(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        process_group: ProcessGroups = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -72,6 +73,7 @@ class Adam(FusedOptimizer):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            process_group=process_group,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
@@ -141,6 +143,7 @@ class AdamW(Adam):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        process_group: ProcessGroups = None,
     ) -> None:
         super().__init__(
             params,
@@ -164,6 +167,7 @@ class AdamW(Adam):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            process_group=process_group,
         )
 
 
@@ -210,6 +214,7 @@ class SGD(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        process_group: ProcessGroups = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -234,6 +239,7 @@ class SGD(FusedOptimizer):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            process_group=process_group,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,

@@ -4,17 +4,22 @@ import functools
 import inspect
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Backend = Literal["cpu", "triton", "cuda", "reference"]
 Rounding = Literal["nearest", "stochastic"]
 Master = Literal["kahan", "split16", "fp32"]
 StateDtype = torch.dtype | Literal["float32", "bfloat16", "float16", "float64", "int8"]
+
+ProcessGroups: TypeAlias = "ProcessGroup | Callable[[Tensor], Sequence[ProcessGroup]] | None"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT8 = ("int8", torch.int8)
@@ -51,7 +56,7 @@ NEEDED = {
     "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
 }
 #: Arguments of the constructor that hold for all groups.
-OF_ALL_GROUPS = ("backend", "max_grad_norm", "skip_nonfinite", "amp_scaling")
+OF_ALL_GROUPS = ("backend", "max_grad_norm", "skip_nonfinite", "amp_scaling", "process_group")
 
 
 @functools.cache
@@ -116,6 +121,11 @@ skips by itself, without a synchronisation. By default the scaler does both befo
 can be clipped in between, and that Accelerate sees which steps were skipped. Gradients stay scaled after the step,
 where torch's fused step unscales them in memory. Tensors set by hand as ``optimizer.grad_scale`` and
 ``optimizer.found_inf`` are honoured with or without this, as by torch's fused step.""",
+    "process_group": """\
+the ranks over which the norm of ``max_grad_norm`` and ``skip_nonfinite``, and the infinities of ``amp_scaling``, are
+summed, where the parameters are plain tensors of which each rank has its own part: a process group, or a function
+``process_group(p)`` that returns the process groups of one parameter, ``()`` for one that every rank has whole. A
+DTensor knows its own, and a ``ZeroRedundancyOptimizer`` gives its own; FSDP1 needs ``model.process_group``.""",
 }
 
 _REST = """
@@ -248,6 +258,15 @@ def as_float(name: str, value: Any) -> float:
                 raise ValueError(f"Tensor {name} must be 1-element") from None
     yaml = ": in YAML, 1e-3 is a string, 1.0e-3 a number" if isinstance(value, str) else ""
     raise TypeError(f"{name} must be a number, and is {value!r}{yaml}")
+
+
+def check_process_group(value: Any) -> None:
+    """Raise TypeError for what is neither a process group, nor a function that returns some, nor None."""
+    if value is not None and not callable(value) and not isinstance(value, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a process group or a function of a parameter, and is {value!r}: of a DeviceMesh, "
+            "give mesh.get_group()"
+        )
 
 
 def check_max_grad_norm(value: Any) -> None:

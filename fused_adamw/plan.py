@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_adamw import backends, checks, formats, options, scalars, state, watch
+from fused_adamw import backends, checks, formats, options, scalars, sharing, state, watch
 from fused_adamw.checks import Checked
 from fused_adamw.contract import Launch, Owner, Row, Scalars, Storage, Watch, counts_on_device
 from fused_adamw.tensors import (
     NOT_SHARDED,
     dense_like,
+    is_meta,
     is_pending,
     is_sharded,
     local,
     real,
     same_layout,
-    shard_groups,
     shard_numbering,
 )
 
@@ -82,30 +82,16 @@ class Built(NamedTuple):
 
     watch: Watch
     plans: list[Plan]
-    scaling: tuple[bool, bool]  # the owner's skips_steps and scales_gradients, for which they were built
+    scaling: tuple[bool, bool, Any]  # of scaling_of(), for which they were built
     kinds: dict[int, GradientKind]  # by the id of the parameter
     sharing: dict[tuple[Any, ...], torch.device]
     # Polls and steps in one call, where that is all there is to do: returns False if the plans do not hold.
     at_once: Callable[[list[dict], dict, Callable], bool] | None
 
 
-def scaling_of(owner: Owner) -> tuple[bool, bool]:
+def scaling_of(owner: Owner) -> tuple[bool, bool, Any]:
     """Return what plans depend on of an optimizer, besides its tensors and groups."""
-    return owner.skips_steps, owner.scales_gradients
-
-
-def sharing_of(owner: Owner) -> dict[tuple[Any, ...], torch.device]:
-    """Return the distinct shard groups of all parameters, and where the first parameter of each is.
-
-    Ranks give their optimizers the same parameters, so that all have these in one order, whatever has a gradient: what
-    is summed over them is summed by all ranks, on devices of one type. Empty where no step needs a sum.
-    """
-    sharing: dict[tuple[Any, ...], torch.device] = {}
-    if owner.scales_gradients:
-        for group in owner.param_groups:
-            for p in group["params"]:
-                sharing.setdefault(shard_groups(p), p.device)
-    return sharing
+    return owner.skips_steps, owner.scales_gradients, owner.process_group
 
 
 def build(owner: Owner, previous: Built | None = None, only: Tensor | None = None) -> Built:
@@ -114,6 +100,7 @@ def build(owner: Owner, previous: Built | None = None, only: Tensor | None = Non
     ``previous`` plans tell which gradients there were before. Raises TypeError, ValueError or RuntimeError for the
     first tensor that cannot be stepped, naming its group, index and shape; nothing has been written then.
     """
+    shared = sharing.sharing_of(owner)
     if only is None:
         # A rank that raised alone would leave the others waiting for it in a sum.
         scales = owner.scales_gradients
@@ -132,15 +119,22 @@ def build(owner: Owner, previous: Built | None = None, only: Tensor | None = Non
         wanted = dict(
             sorted({**wanted, **{slot: item for slot, item in idle.items() if _is_ready(owner, item)}}.items())
         )
+    on_meta = {slot: wanted.pop(slot) for slot, item in list(wanted.items()) if is_meta(item.param)}
     while True:
         chosen = {slot: _backend_of(owner, item) for slot, item in wanted.items()}
         init_states(owner, wanted)
         try:
-            return _lay_out(owner, wanted, chosen, previous, only)
+            built = _lay_out(owner, wanted, chosen, previous, only, shared)
         except backends.CannotRun as error:
             backends.leave_out(error)
             if owner.requested:
                 raise
+            continue
+        # These have no row, so that each step comes here. It counts them, as torch's does, and has nothing to write.
+        init_states(owner, on_meta)
+        for item in on_meta.values():
+            owner.state[item.param]["step"] += 1
+        return built
 
 
 def _is_summed(p: Tensor) -> bool:
@@ -181,6 +175,7 @@ def _lay_out(
     chosen: dict[int, backends.Backend],
     previous: Built | None,
     only: Tensor | None,
+    shared: dict[tuple[Any, ...], torch.device],
 ) -> Built:
     turn_of = _overlaps({slot: local(item.param) for slot, item in wanted.items()})
     buckets: dict[Bucket, tuple[backends.Backend, list[Row]]] = {}
@@ -195,7 +190,7 @@ def _lay_out(
         backend = chosen[index]
         bucket = Bucket(
             turn=turn_of.get(index, 0),
-            shard_groups=shard_groups(item.param) if owner.scales_gradients else (),
+            shard_groups=sharing.groups_of(owner, item.param) if owner.scales_gradients else (),
             device=row.device,
             backend=backend.name,
             key=backend.bucket(row),
@@ -220,9 +215,9 @@ def _lay_out(
         launch = backend.prepare(watching, rows, owner)
         plans.append(Plan(rows, copied, launch, bucket.device, bucket.shard_groups))
     scaling = scaling_of(owner)
-    plain = len(plans) == 1 and not plans[0].copied and not any(scaling)
+    plain = len(plans) == 1 and not plans[0].copied and not scaling[1]
     at_once = getattr(plans[0].launch, "step", None) if plain else None
-    return Built(watching, plans, scaling, kinds, sharing_of(owner), at_once)
+    return Built(watching, plans, scaling, kinds, shared, at_once)
 
 
 def _gradient_kind(p: Tensor, dense: Tensor, previous: Built | None) -> GradientKind:

@@ -14,6 +14,7 @@ from fused_adamw.tensors import (
     dense_like,
     has_memory,
     is_dtensor,
+    is_meta,
     largest_numbering,
     local,
     same_layout,
@@ -31,7 +32,7 @@ def check_storage(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], p
         shard_numbering(p)
     if storage.int8 and is_dtensor(p):
         _check_blocks(p)
-    _check_codes(param_state)
+    _check_codes(p, param_state)
     return storage
 
 
@@ -79,7 +80,7 @@ def _check_blocks(p: "DTensor") -> None:
         )
 
 
-def _check_codes(param_state: Mapping) -> None:
+def _check_codes(p: Tensor, param_state: Mapping) -> None:
     keys = [key for key in param_state if isinstance(key, str)]
     for name in sorted({key.removesuffix(part) for key in keys for part in state.CODED if key.endswith(part)}):
         codes, scales = (param_state.get(name + part) for part in state.CODED)
@@ -89,7 +90,7 @@ def _check_codes(param_state: Mapping) -> None:
                 f"its state {name + state.CODED[1]!r} does not go with {name + state.CODED[0]!r}, which needs "
                 f"{expected}: load the right checkpoint, or del optimizer.state[p]"
             )
-        if isinstance(scales, Tensor) and scales.numel() and not has_memory(local(scales)):
+        if isinstance(scales, Tensor) and scales.numel() and not has_memory(local(scales)) and not is_meta(p):
             raise ValueError(
                 f"the memory of its state {name + state.CODED[1]!r} is gone: load the right checkpoint, or del "
                 "optimizer.state[p]"
@@ -125,7 +126,7 @@ def check_tensors(where: str, p: Tensor, group: dict, states: dict[str, Tensor])
     if _is_shifted(p, g):
         raise ValueError(f"{where}: its gradient overlaps it, shifted: use p.grad = p.grad.clone()")
     for name, value in states.items():
-        if value.numel() and not has_memory(value):
+        if value.numel() and not has_memory(value) and not is_meta(p):
             raise ValueError(
                 f"{where}: the memory of its state {name!r} is gone: load a checkpoint or del optimizer.state[p]"
             )
@@ -187,7 +188,7 @@ def _check_gradient(where: str, p: Tensor, g: Tensor) -> None:
                 f"{where}: {name} is {t.dtype}; only float32, bfloat16, float16, float64 and complex of these can be "
                 "stepped: convert it, or leave the parameter out of the optimizer"
             )
-        if t.numel() and not has_memory(t):
+        if t.numel() and not has_memory(t) and not is_meta(p):
             raise TypeError(
                 f"{where}: {name} is a {type(t).__name__} on {t.device} without memory of its own (a null data "
                 "pointer), so there is nothing to step: move it to a real device"

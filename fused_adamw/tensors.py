@@ -126,6 +126,11 @@ def has_memory(t: Tensor) -> bool:
         return False
 
 
+def is_meta(t: Tensor) -> bool:
+    """Return whether t has no data, on torch.device("meta"). ``t.is_meta`` is true of fake tensors, too."""
+    return t.device.type == "meta"
+
+
 def real(t: Tensor) -> Tensor:
     """Return a complex tensor as a real one with a last dimension of 2. A conjugate view is copied for that."""
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t

@@ -245,10 +245,12 @@ def test_clipping_and_skipping_are_of_all_ranks(world, backend):
     ranks.run(world, check_clipping, backend)
 
 
-LAYOUTS = {  # the parameters: one of meshes_of_4(), and placements on it
-    "one mesh": [("line", (Shard(0),)), ("line", (Shard(1),)), ("square", (Shard(0), Shard(1)))],
+NORMS = [{"max_grad_norm": 0.5}, {"skip_nonfinite": True}, {"amp_scaling": True}]
+LAYOUTS = {  # the parameters: one of meshes(), and placements on it
+    "one mesh": [("line", (Shard(0),)), ("line", (Shard(1),)), ("row", (Replicate(), Shard(0)))],
     "same ranks": [("square", (Shard(0), Shard(0))), ("turned", (Shard(1), Shard(0))), ("turned", (Shard(1),) * 2)],
     "same ranks in one dimension": [("row", (Shard(0), Shard(0))), ("row", (Replicate(), Shard(0)))],
+    "two meshes": [("line", (Shard(0),)), ("square", (Shard(0), Shard(1)))],
     "sub-mesh": [("square", (Shard(0), Shard(0))), ("inner", (Shard(0),)), ("outer", (Shard(1),))],
     "rank outside": [("line", (Shard(0),)), ("three", (Shard(0),)), ("three", (Replicate(),))],
 }
@@ -262,22 +264,24 @@ PATTERNS = {  # which of the parameters, of which the first is plain, have a gra
 }
 
 
-def meshes_of_4():
-    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    return {
-        "line": init_device_mesh("cpu", (4,)),
-        "row": init_device_mesh("cpu", (1, 4)),
+def meshes(device):
+    world = dist.get_world_size()
+    found = {"line": init_device_mesh(device, (world,)), "row": init_device_mesh(device, (1, world))}
+    if world < 4:
+        return found
+    square = init_device_mesh(device, (2, 2), mesh_dim_names=("outer", "inner"))
+    return found | {
         "square": square,
         "inner": square["inner"],
         "outer": square["outer"],
-        "turned": DeviceMesh("cpu", [[0, 2], [1, 3]]),
-        "three": DeviceMesh("cpu", [0, 1, 2]),
+        "turned": DeviceMesh(device, [[0, 2], [1, 3]]),
+        "three": DeviceMesh(device, [0, 1, 2]),
     }
 
 
 def norm_of(params):
     """The norm that one process computes of the gradients, of which those that a rank lacks are 0."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=params[0].device)
     for p in params:
         g = torch.zeros_like(p) if p.grad is None else p.grad
         if not isinstance(p, DTensor):
@@ -291,25 +295,28 @@ def check_sum():
     """A sum of the user's own over all ranks."""
     numbers = torch.full((), dist.get_rank() + 1.0, dtype=torch.float64)
     dist.all_reduce(numbers)
-    assert numbers == 10
+    assert numbers == sum(range(1, dist.get_world_size() + 1))
 
 
-def check_collectives(layout, options):
+def check_collectives(layout, options, device="cpu"):
     """Each rank has the norm and the step of one process; sums of the user's before and after go their own way."""
-    rank, meshes = dist.get_rank(), meshes_of_4()
+    rank = dist.get_rank()
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    mesh_of = meshes(device)
     for has_gradient in PATTERNS.values():
-        params = [nn.Parameter(torch.zeros(3))]
+        params = [nn.Parameter(torch.zeros(3, device=device))]
         for i, (name, placements) in enumerate(LAYOUTS[layout]):
-            whole = torch.zeros((3, 6) if i else (8, 4))  # fewer rows than ranks, too
-            params.append(nn.Parameter(distribute_tensor(whole, meshes[name], placements, src_data_rank=None)))
+            whole = torch.zeros((3, 6) if i else (8, 4), device=device)  # fewer rows than ranks, too
+            params.append(nn.Parameter(distribute_tensor(whole, mesh_of[name], placements, src_data_rank=None)))
         optimizer = cases.make("SGD", params, {"lr": 1.0}, **options)
         for step in range(4):
             for i, p in enumerate(params):
-                whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+                whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i)).to(device)
                 p.grad = placed_like(whole, p) if has_gradient(rank, step, i) else None
             skipped = step == 2 and "max_grad_norm" not in options
             if optimizer.amp_scaling:
-                optimizer.found_inf = torch.tensor([float(skipped and rank == 0)])
+                optimizer.found_inf = torch.tensor([float(skipped and rank == 0)], device=device)
             elif skipped and rank == 0:
                 tensors.local(params[1].grad)[0, 0] = math.nan
             norm, before = norm_of(params), [tensors.local(p.detach()).clone() for p in params]
@@ -324,7 +331,7 @@ def check_collectives(layout, options):
                 torch.testing.assert_close(tensors.local(p.detach()), new, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{"max_grad_norm": 0.5}, {"skip_nonfinite": True}, {"amp_scaling": True}], ids=str)
+@pytest.mark.parametrize("options", NORMS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_takes_part_in_every_sum(layout, options):
     """Whichever of the ranks have a gradient of whichever parameters."""
@@ -669,6 +676,106 @@ def test_zero_has_the_bits_of_one_process():
     ranks.run(2, check_zero_bits)
 
 
+def zero_of(params, options):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns
+
+    zero = ZeroRedundancyOptimizer(params, optimizer_class=fused_adamw.AdamW, lr=0.1, **options)
+    return zero, zero.optim
+
+
+def plain_shards_of(params, options, groups):
+    """An optimizer of this rank's rows of each parameter, which are plain tensors, as those of FSDP1 are."""
+    own = [nn.Parameter(p.detach().tensor_split(dist.get_world_size())[dist.get_rank()].clone()) for p in params]
+    optimizer = fused_adamw.AdamW(own, lr=0.1, process_group=groups, **options)
+    return optimizer, optimizer
+
+
+def check_process_group(way, options, device="cpu"):
+    """Ranks that have plain parts of the whole have its norm, and its step, whatever has a gradient on them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    for count in (1, 5):  # some ranks of a ZeroRedundancyOptimizer have no parameter
+        whole = cases.parameters([(5, 3), (7,), (2, 2), (1,), (6,)][:count], device=device)
+        twin = fused_adamw.AdamW(whole, lr=0.1, **options)
+        if way == "zero":
+            params = [nn.Parameter(p.detach().clone()) for p in whole]
+            outer, ours = zero_of(params, options)
+        else:
+            groups = dist.group.WORLD if way == "group" else lambda p: (dist.group.WORLD,)
+            outer, ours = plain_shards_of(whole, options, groups)
+            params = ours.param_groups[0]["params"]
+        for step in range(5):
+            cases.set_gradients(whole, step)
+            skipped = step == 2 and "max_grad_norm" not in options
+            if step == 1:
+                whole[0].grad = None
+            if skipped and ours.amp_scaling:
+                ours.found_inf = torch.tensor([float(rank == world - 1)], device=device)
+                twin.found_inf = torch.ones(1, device=device)
+            elif skipped:
+                whole[0].grad.view(-1)[0] = math.inf
+            for p, q in zip(params, whole, strict=True):
+                g = None if q.grad is None else q.grad if way == "zero" else q.grad.tensor_split(world)[rank]
+                p.grad = None if g is None else g.clone()
+            outer.step()
+            twin.step()
+            ours.found_inf = twin.found_inf = None
+            if not ours.amp_scaling:
+                torch.testing.assert_close(ours.grad_norm, twin.grad_norm, rtol=1e-6, atol=0, check_device=False)
+            for p, q in zip(params, whole, strict=True):
+                q = q.detach() if way == "zero" else q.detach().tensor_split(world)[rank]
+                torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("options", NORMS, ids=str)
+@pytest.mark.parametrize("way", ["zero", "group", "function"])
+def test_norm_is_of_the_process_group(way, options, world):
+    ranks.run(world, check_process_group, way, options)
+
+
+def check_fsdp1():
+    """FSDP1 ends where DDP does, clipped, given its process group; without it the step is refused on all ranks."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = slice(rank * 12 // world, (rank + 1) * 12 // world)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.05}
+    twin = DistributedDataParallel(Net())
+    b = fused_adamw.AdamW(trainable(twin), **options)
+    train(twin, b, range(4), share)
+    for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD):
+        for names in (False, True):
+            net = Net()
+            del net.frozen  # FSDP1 flattens no frozen parameter with others
+            model = FullyShardedDataParallel(
+                net, use_orig_params=names, device_id=torch.device("cpu"), sharding_strategy=strategy
+            )
+            group = model.process_group if strategy is ShardingStrategy.FULL_SHARD else lambda p: ()
+            train(model, None, [0], share)
+            with pytest.raises(RuntimeError, match="FullyShardedDataParallel.*process_group=model.process_group"):
+                fused_adamw.AdamW(model.parameters(), **options).step()
+            fused_adamw.AdamW(model.parameters(), lr=0.0, weight_decay=0.0).step()  # needs no norm
+            model.zero_grad()
+            a = fused_adamw.AdamW(model.parameters(), **options, process_group=group)
+            train(model, a, range(2), share)
+            if not names:  # with names torch's own classes do not resume either
+                saved = FullyShardedDataParallel.optim_state_dict(model, a)
+                a = fused_adamw.AdamW(model.parameters(), **options, process_group=group)
+                a.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(model, a, saved))
+            train(model, a, range(2, 4), share)
+            torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0)
+            with FullyShardedDataParallel.summon_full_params(model):
+                for name, p in model.module.named_parameters():
+                    q = twin.module.get_parameter(name)
+                    torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_fsdp1_is_clipped_by_the_norm_of_its_process_group():
+    ranks.run(2, check_fsdp1)
+
+
 # ---- distributed checkpoints
 
 
@@ -896,3 +1003,16 @@ def check_gpus():
 @pytest.mark.gpu
 def test_gpus_have_the_bits_of_the_cpu():
     ranks.run(2, check_gpus, limit=300, fork=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", NORMS, ids=str)
+def test_gpus_take_part_in_every_sum(options):
+    ranks.run(2, check_collectives, "one mesh", options, "cuda", limit=300, fork=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", NORMS, ids=str)
+@pytest.mark.parametrize("way", ["zero", "group"])
+def test_gpus_have_the_norm_of_the_process_group(way, options):
+    ranks.run(2, check_process_group, way, options, "cuda", limit=300, fork=False)

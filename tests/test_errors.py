@@ -1,6 +1,8 @@
 """Bad input: what the message says, and that nothing was written when it is raised."""
 
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -57,9 +59,6 @@ def broken(kind, device):
     if kind == "no memory":
         p = torch.nn.Parameter(Wrapper(g))
         return with_gradient(p, Wrapper(g)), TypeError, "is a Wrapper, a subclass of Tensor.*plain tensors"
-    if kind == "meta":
-        p = torch.nn.Parameter(torch.ones(2, 3, device="meta"))
-        return with_gradient(p, torch.ones(2, 3, device="meta")), TypeError, "on meta without memory"
     if kind == "fake":
         with FakeTensorMode():
             p = torch.nn.Parameter(torch.ones(2, 3, device=device))
@@ -96,7 +95,7 @@ class Wrapper(torch.Tensor):
         raise NotImplementedError(func)
 
 
-KINDS = ["sparse", "integer", "float8", "shape", "complex", "expanded", "conjugate", "no memory", "meta"]
+KINDS = ["sparse", "integer", "float8", "shape", "complex", "expanded", "conjugate", "no memory"]
 KINDS += ["fake", "overlapping", "shifted", "inference"]
 
 
@@ -253,7 +252,15 @@ def test_fused_may_be_anything(fused):
 
 
 @pytest.mark.parametrize(
-    "option", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}, {"amp_scaling": True}, {"backend": "reference"}]
+    "option",
+    [
+        {"max_grad_norm": 1.0},
+        {"skip_nonfinite": True},
+        {"amp_scaling": True},
+        {"backend": "reference"},
+        {"process_group": len},
+    ],
+    ids=lambda option: next(iter(option)),
 )
 def test_options_of_all_groups_are_no_options_of_one(option):
     a, b = cases.parameters([(3,), (3,)])
@@ -265,6 +272,32 @@ def test_options_of_all_groups_are_no_options_of_one(option):
     with pytest.raises(ValueError, match=text):
         optimizer.add_param_group({"params": [b], **option})
     assert len(optimizer.param_groups) == 1
+    fused_adamw.SGD([{"params": [b], **option}], **option)  # the same in both places, as a wrapper may write it
+
+
+@pytest.mark.parametrize("bad", ["WORLD", 0])
+def test_a_process_group_that_is_none(bad):
+    with pytest.raises(TypeError, match="process_group must be a process group or a function.*mesh.get_group"):
+        fused_adamw.AdamW(cases.parameters([(3,)]), process_group=bad)
+
+
+@pytest.mark.parametrize("module", ["deepspeed.runtime.zero.stage3", "deepspeed.runtime.bf16_optimizer"])
+def test_deepspeed_is_refused_what_it_does_itself(module, monkeypatch):
+    """Of its ranks, each would have a norm of its own."""
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    caller = types.FunctionType(compile("optimizer.step()", "zero.py", "exec"), {"__name__": module})
+    p = cases.parameters([(3,)])[0]
+    before = p.detach().clone()
+    p.grad = torch.ones_like(p)
+    for asked in ({"max_grad_norm": 1.0}, {"skip_nonfinite": True}):
+        caller.__globals__["optimizer"] = optimizer = fused_adamw.AdamW([p], **asked)
+        with pytest.raises(RuntimeError, match="AdamW: the norm.*DeepSpeed hands.*set gradient_clipping in DeepSpeed"):
+            caller()
+        assert not optimizer.state
+    assert torch.equal(p, before)
+    caller.__globals__["optimizer"] = fused_adamw.AdamW([p])
+    caller()
+    assert not torch.equal(p, before)
 
 
 def test_what_torch_refuses_of_a_group_names_it():

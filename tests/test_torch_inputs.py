@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+import fused_adamw
 from tests import cases
 
 pytest.importorskip("expecttest", reason="torch's own test inputs need expecttest")
@@ -164,16 +166,51 @@ def test_sparse_gradients_which_torchs_sgd_takes_are_refused():
         cases.make("SGD", [p], {}).step()
 
 
-def test_parameters_without_memory_which_torch_takes_are_refused():
+def test_fake_tensors_which_torch_takes_are_refused():
     refused = table("Refused tensors")
-    p = torch.nn.Parameter(torch.ones(3, device="meta"))
-    p.grad = torch.ones(3, device="meta")
-    with pytest.raises(TypeError, match=re.escape(refused["parameters on the meta device"]["message"])):
-        cases.make("AdamW", [p], {}).step()
     with FakeTensorMode():
         optimizer = cases.make("AdamW", [torch.nn.Parameter(torch.ones(3))], {})
         with pytest.raises(RuntimeError, match=re.escape(refused["any under FakeTensorMode"]["message"])):
             optimizer.init_state()
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"max_grad_norm": 1.0}], ids=str)
+def test_parameters_on_meta_are_counted(options, target):
+    """As torch counts them, beside others that are stepped."""
+    shape = (5000, 3)
+    real = cases.parameters([(4,)], device=target.device)[0]
+    twin = torch.nn.Parameter(real.detach().clone())
+    p = torch.nn.Parameter(torch.ones(shape, device="meta"))
+    a = cases.make("AdamW", [p, real], options, backend=target.backend)
+    b = cases.make("AdamW", [twin], options, backend=target.backend)
+    for t in range(3):
+        p.grad = torch.ones(shape, device="meta") if t else None
+        real.grad, twin.grad = torch.ones_like(real), torch.ones_like(real)
+        a.step()
+        b.step()
+    assert torch.equal(real, twin)
+    assert a.state[p]["step"] == 2
+    moments = [a.state[p][name].device.type for name in a.state[p] if name != "step"]
+    assert moments == ["meta"] * len(moments) and moments
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_model_on_meta_has_a_distributed_state(flat):
+    """Of the keys, shapes and dtypes that torch's has, into which a checkpoint can be planned."""
+    found = []
+    for module in (torch.optim, fused_adamw):
+        with torch.device("meta"):
+            model = torch.nn.Linear(3, 4)
+        optimizer = module.AdamW(model.parameters(), lr=1e-3)
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        found.append(get_optimizer_state_dict(model, optimizer, options=options))
+    torchs, ours = found
+    if not flat:
+        torchs, ours = ({f"{p}.{k}": t for p, own in s["state"].items() for k, t in own.items()} for s in found)
+    assert torchs.keys() == ours.keys()
+    for key, t in torchs.items():
+        if isinstance(t, torch.Tensor):
+            assert (ours[key].shape, ours[key].dtype, ours[key].device) == (t.shape, t.dtype, t.device)
 
 
 def test_a_weight_of_minus_zero_without_a_gradient_becomes_plus_zero(target):
