@@ -81,11 +81,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fused_adamw;
   py::class_<Watch>(m, "Watch")
       .def(py::init<const py::list&, const py::dict&, const py::list&, const py::object&, const std::string&,
-                    py::object, const Watch*, bool>())
+                    py::object, const Watch*,
+                    const std::optional<std::vector<std::pair<size_t, Py_ssize_t>>>&>())
       .def("poll", &Watch::poll)
       .def("scalar_rows", &Watch::scalar_rows)
       .def("advance", &Watch::advance)
       .def("upload", &upload)
+      .def("any_live", &Watch::any_live)
       .def("scalars_of", &Watch::scalars_of);
   py::class_<CpuStep>(m, "CpuStep")
       .def(py::init<Watch&, const py::list&>(), py::keep_alive<1, 2>())

@@ -41,20 +41,28 @@ struct StepInputs {  // what a step reads and writes of a parameter, close toget
 
 class Watch {
 public:
-  // rows: a list of contract.Row. single: the plans are of the parameter of one row alone. previous: a watch,
-  // or None, that may have seen gradients that are missing now. plan_key, hyper: see GroupOptions. plan_key
-  // refers to the optimizer and is passed to each call: kept here, it would make a cycle that the garbage
-  // collector does not see, because the optimizer keeps this object.
+  // rows: a list of contract.Row. only: the group and the position of each parameter that is watched, in
+  // ascending order, or None for all. previous: a watch, or None, that may have seen gradients that are
+  // missing now. plan_key, hyper: see GroupOptions. plan_key refers to the optimizer and is passed to each
+  // call: kept here, it would make a cycle that the garbage collector does not see, because the optimizer
+  // keeps this object.
   Watch(const py::list& groups, const py::dict& state, const py::list& rows, const py::object& plan_key,
-        const std::string& family, py::object hyper, const Watch* previous, bool single)
-      : hyper_(std::move(hyper)), adam_(family == "adam"), single_(single) {
-    if (single) {
-      const py::handle row = rows[0];
-      first_ = row.attr("group").cast<size_t>();
-      flat_ = row.attr("index").cast<size_t>();
-      add_group(py::object(groups[first_]), plan_key, row.attr("position").cast<Py_ssize_t>());
+        const std::string& family, py::object hyper, const Watch* previous,
+        const std::optional<std::vector<std::pair<size_t, Py_ssize_t>>>& only)
+      : hyper_(std::move(hyper)), adam_(family == "adam"), partial_(only) {
+    if (partial_) {
+      first_ = only->front().first;
+      std::vector<std::vector<Py_ssize_t>> positions(groups.size());
+      for (const auto& [group, position] : *only) positions.at(group).push_back(position);
+      for (size_t g = first_; g <= only->back().first; ++g)
+        add_group(py::object(groups[g]), plan_key, &positions[g]);
     } else {
-      for (const py::handle& group : groups) add_group(group, plan_key, -1);
+      for (const py::handle& group : groups) add_group(group, plan_key, nullptr);
+    }
+    size_t before = 0;
+    for (size_t g = 0; g < first_ + options_.size(); ++g) {
+      if (g >= first_) offsets_.push_back(before);
+      before += py::len(groups[g]["params"]);
     }
     std::unordered_map<PyObject*, Py_ssize_t> positions;  // in the state, a dict
     PyObject *key, *value;
@@ -164,6 +172,10 @@ public:
     }
   }
 
+  // Whether the last poll saw a gradient.
+  bool any_live() const {
+    return std::any_of(inputs_.begin(), inputs_.end(), [](const StepInputs& inputs) { return inputs.live; });
+  }
   int scalars_of(size_t slot) const { return inputs_.at(slot).scalars; }
   const StepInputs& inputs(size_t slot) const { return inputs_.at(slot); }
   // Changes whenever the address of a parameter or a state does.
@@ -210,18 +222,19 @@ private:
 
   // Reads the groups' lists of parameters; returns whether they are as long as they were, and begin alike.
   bool read_lists(const py::list& groups, std::vector<py::object>& lists) const {
-    if (groups.size() < first_ + options_.size() || (!single_ && groups.size() != options_.size()))
+    if (groups.size() < first_ + options_.size() || (!partial_ && groups.size() != options_.size()))
       return false;
     lists.reserve(first_ + options_.size());
-    size_t before = 0, n = 0;
+    size_t before = 0;
     for (size_t g = 0; g < first_ + options_.size(); ++g) {
       PyObject* const group = PyList_GET_ITEM(groups.ptr(), g);
       PyObject* const list = PyDict_Check(group) ? PyDict_GetItem(group, params_key_.ptr()) : nullptr;
       if (!list || !PyList_Check(list)) return false;
       lists.push_back(py::reinterpret_borrow<py::object>(list));
-      (g < first_ ? before : n) += PyList_GET_SIZE(list);
+      if (partial_ && g >= first_ && before != offsets_[g - first_]) return false;
+      before += PyList_GET_SIZE(list);
     }
-    if (single_ ? before + params_[0].position != flat_ : n != params_.size()) return false;
+    if (!partial_ && before != params_.size()) return false;
     return params_.empty() || param_at(0, lists) == params_[0].param;
   }
 
@@ -231,11 +244,13 @@ private:
     return position < PyList_GET_SIZE(list) ? PyList_GET_ITEM(list, position) : nullptr;
   }
 
-  void add_group(py::handle group, const py::object& plan_key, Py_ssize_t only) {
+  void add_group(py::handle group, const py::object& plan_key, const std::vector<Py_ssize_t>* only) {
     const auto params = group["params"].cast<py::list>();
     options_.emplace_back(group.ptr(), plan_key);
-    for (Py_ssize_t k = 0; k < Py_ssize_t(params.size()); ++k) {
-      if (only >= 0 && k != only) continue;
+    const size_t n = only ? only->size() : params.size();
+    for (size_t i = 0; i < n; ++i) {
+      const Py_ssize_t k = only ? (*only)[i] : Py_ssize_t(i);
+      if (k >= Py_ssize_t(params.size())) throw py::index_error("a group has fewer params");
       PyObject* const param = PyList_GET_ITEM(params.ptr(), k);
       const at::Tensor* const p = tensor_of(param);
       if (!p) throw py::type_error("entry " + std::to_string(k) + " of a group's params is no tensor");
@@ -392,8 +407,9 @@ private:
 
   py::str params_key_{"params"};
   py::object hyper_;
-  bool adam_, single_;
-  size_t first_ = 0, flat_ = 0;  // of a single parameter: its group, and its index among all parameters
+  bool adam_, partial_;          // partial: not all parameters are watched
+  size_t first_ = 0;             // the first group that has a watched parameter
+  std::vector<size_t> offsets_;  // how many parameters come before each group, from that on
   bool moved_ = false;           // an address changed since the last poll that held
   int64_t moves_ = 0;
   std::vector<GroupOptions> options_;

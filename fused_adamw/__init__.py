@@ -5,6 +5,7 @@ from pathlib import Path as _Path
 from fused_adamw._version import __version__
 from fused_adamw.backends import capabilities
 from fused_adamw.optimizers import SGD, SGDW, Adam, AdamW
+from fused_adamw.release import release_gradients
 from fused_adamw.schedules import CosineWarmRestarts, normalized_weight_decay, param_groups
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "capabilities",
     "normalized_weight_decay",
     "param_groups",
+    "release_gradients",
 ]
 
 # In a checkout triton_kernels lies beside the package; an installation has it inside.

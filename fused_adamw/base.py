@@ -4,7 +4,7 @@ The module is long because a third of it documents methods that users call.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -48,8 +48,9 @@ class FusedOptimizer(Optimizer):
     #: first; with max_grad_norm or skip_nonfinite. Each step makes a new tensor, except the replays of a graph.
     grad_norm: Tensor | None = None
     _built: Sequence[plan.Built] = ()  # the first is of the last step
-    # For step_parameter, by the id of the parameter. This dict is never written to: an optimizer makes its own.
-    _built_single: dict[int, plan.Built] = {}  # noqa: RUF012
+    # For step_parameter and step_parameters, by the ids of the parameters. This dict is never written to: an optimizer
+    # makes its own.
+    _built_some: dict[Hashable, plan.Built] = {}  # noqa: RUF012
     _captured: Sequence[plan.Plan] = ()
     _handed: Mapping[int, int] = {}
 
@@ -230,6 +231,8 @@ class FusedOptimizer(Optimizer):
 
     def _launch_all(self, built: plan.Built) -> None:
         watch, plans = built.watch, built.plans
+        if not self.scales_gradients and not watch.any_live():
+            return
         try:
             scalar_rows = watch.scalar_rows(self.param_groups)
             for part in plans:
@@ -274,29 +277,42 @@ class FusedOptimizer(Optimizer):
         return self._untraced_step_parameter(p) if torch.compiler.is_compiling() else self._step_parameter(p)
 
     def _step_parameter(self, p: Tensor) -> None:
-        if p.grad is None:
-            return
+        if p.grad is not None:
+            self._step_some(id(p), (p,))
+
+    def step_parameters(self, params: Sequence[Tensor]) -> None:
+        """Update some of the parameters in one launch, to the same bits as :meth:`step` would, and nothing else.
+
+        As :meth:`step_parameter`, for parameters that are given together at every step. Raises as it does.
+        """
+        if torch.compiler.is_compiling():
+            self._untraced_step_parameters(params)
+        elif params:
+            self._step_some(tuple(map(id, params)), params)
+
+    def _step_some(self, key: Hashable, params: Sequence[Tensor]) -> None:
         if self.scales_gradients:
             raise RuntimeError(
                 f"{type(self).__name__}.step_parameter: one gradient does not tell the norm of all, nor whether a step "
                 "is to be skipped: leave out max_grad_norm, skip_nonfinite and amp_scaling"
             )
         self._opt_called = True  # for schedulers, which warn where they are stepped before the optimizer
-        built = self._built_single.get(id(p))
+        built = self._built_some.get(key)
         if built and self._step_at_once(built):
             return
         if built is None or built.at_once or not self._holds(built):
             with torch.no_grad():
-                now = plan.build(self, built, only=p)
+                now = plan.build(self, built, only=params)
             # An entry whose parameter was taken out would stay; few are, so all go once there are too many.
-            full = len(self._built_single) > 2 * sum(len(group["params"]) for group in self.param_groups)
-            self._retire(self._built_single.values() if full else [built] if built else [])
-            if full or not self._built_single:
-                self._built_single = {}
-            self._built_single[id(p)] = built = now
+            full = len(self._built_some) > 2 * sum(len(group["params"]) for group in self.param_groups)
+            self._retire(self._built_some.values() if full else [built] if built else [])
+            if full or not self._built_some:
+                self._built_some = {}
+            self._built_some[key] = built = now
         self._launch_all(built)
 
     _untraced_step_parameter = torch._disable_dynamo(_step_parameter)
+    _untraced_step_parameters = torch._disable_dynamo(step_parameters)
 
     def init_state(self) -> None:
         """Make the state that a first step would make, zero moments and a step of 0, for all that requires a gradient.
@@ -345,7 +361,7 @@ class FusedOptimizer(Optimizer):
             raise
 
     def _all_plans(self) -> Iterator[plan.Plan]:
-        built = chain(self._built, self._built_single.values())
+        built = chain(self._built, self._built_some.values())
         return chain(self._captured, chain.from_iterable(one.plans for one in built))
 
     def refresh_masters(self) -> None:

@@ -1,7 +1,7 @@
 """Refuses tensors that cannot be stepped, with a remedy each, before anything is written."""
 
 import contextlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -58,24 +58,49 @@ def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Ch
     return checked
 
 
-def check_param(owner: Owner, p: Tensor) -> dict[int, Checked]:
-    """Check one parameter and the options of its group; return it by slot. Raises as :func:`check_params` does."""
+def locate(owner: Owner, params: Iterable[Tensor]) -> dict[int, tuple[int, int]]:
+    """Return the group of each of these parameters and its position there, by slot; raise ValueError for others."""
+    missing = {id(p): p for p in params}
+    found: dict[int, tuple[int, int]] = {}
     slot = 0
     for i, group in enumerate(owner.param_groups):
+        if not missing:
+            break
         _check_list(owner, i, group["params"])
         for j, q in enumerate(group["params"]):
-            if q is p:
-                check_group(owner, i)
-                return {slot + j: _check_param(owner, i, j, *owner.rule_of(group))}
+            if missing.pop(id(q), None) is not None:
+                found[slot + j] = (i, j)
         slot += len(group["params"])
-    raise ValueError(
-        f"{type(owner).__name__}.step_parameter: a tensor of shape {list(p.shape)} is not among the parameters of "
-        "this optimizer: use add_param_group"
-    )
+    for p in missing.values():
+        raise ValueError(
+            f"{type(owner).__name__}.step_parameter: a tensor of shape {list(p.shape)} is not among the parameters of "
+            "this optimizer: use add_param_group"
+        )
+    return found
 
 
-def check_idle(owner: Owner, checked: Container[int]) -> dict[int, Checked]:
-    """Return, by slot, the parameters that have state but no gradient, and could be stepped with one as they are."""
+def check_some(owner: Owner, places: Mapping[int, tuple[int, int]]) -> dict[int, Checked]:
+    """Check the parameters at these places that have a gradient, and the options of their groups; return these by slot.
+
+    Raises as :func:`check_params` does.
+    """
+    checked: dict[int, Checked] = {}
+    good: set[int] = set()
+    for slot, (i, j) in places.items():
+        group = owner.param_groups[i]
+        if group["params"][j].grad is not None:
+            if i not in good:
+                check_group(owner, i)
+                good.add(i)
+            checked[slot] = _check_param(owner, i, j, *owner.rule_of(group))
+    return checked
+
+
+def check_idle(owner: Owner, checked: Container[int], places: Container[int] | None = None) -> dict[int, Checked]:
+    """Return, by slot, the parameters that have state but no gradient, and could be stepped with one as they are.
+
+    Of those that are not ``checked``, and at ``places`` if these are given.
+    """
     idle: dict[int, Checked] = {}
     slot = -1
     for i, group in enumerate(owner.param_groups):
@@ -83,6 +108,8 @@ def check_idle(owner: Owner, checked: Container[int]) -> dict[int, Checked]:
         for j, p in enumerate(group["params"]):
             slot += 1
             if fine is False or slot in checked or p.grad is not None or not owner.state.get(p):
+                continue
+            if places is not None and slot not in places:
                 continue
             # Whatever is wrong is raised once there is a gradient.
             with contextlib.suppress(KeyError, TypeError, ValueError, RuntimeError):

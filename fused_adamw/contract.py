@@ -252,6 +252,9 @@ class Watch(Protocol):
         is done; a graph, which copies at each replay, brings its own ``staging``.
         """
 
+    def any_live(self) -> bool:
+        """Return whether the last poll saw a gradient."""
+
     def scalars_of(self, slot: int) -> int:
         """Return the index of the row of scalars that this parameter is stepped with."""
 

@@ -5,7 +5,7 @@ a watch sees a parameter, a layout, a dtype or a gradient that it was not built 
 followed, and a row whose gradient is missing is left out of a step. A plan keeps no parameter, gradient or state alive.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,8 +94,8 @@ def scaling_of(owner: Owner) -> tuple[bool, bool, Any]:
     return owner.skips_steps, owner.scales_gradients, owner.process_group
 
 
-def build(owner: Owner, previous: Built | None = None, only: Tensor | None = None) -> Built:
-    """Check every tensor, make the missing state, and lay out the launches, of all parameters or of ``only`` one.
+def build(owner: Owner, previous: Built | None = None, only: Sequence[Tensor] | None = None) -> Built:
+    """Check every tensor, make the missing state, and lay out the launches, of all parameters or of ``only`` some.
 
     ``previous`` plans tell which gradients there were before. Raises TypeError, ValueError or RuntimeError for the
     first tensor that cannot be stepped, naming its group, index and shape; nothing has been written then.
@@ -106,16 +106,18 @@ def build(owner: Owner, previous: Built | None = None, only: Tensor | None = Non
         scales = owner.scales_gradients
         checked = checks.check_params(owner, lambda p: p.grad is not None or (scales and _is_summed(p)))
         wanted = {slot: item for slot, item in checked.items() if item.param.grad is not None}
+        places = None
     else:
-        wanted = checks.check_param(owner, only)
+        places = checks.locate(owner, only)
+        wanted = checks.check_some(owner, places)
     if any(item.param.is_cuda for item in wanted.values()) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{type(owner).__name__}: CUDA graph capture of step() needs tables on the device that cannot be made "
             "during the capture: construct the optimizer with capturable=True, call step() once before the capture, "
             "and change no parameter, state, dtype or layout in between; gradients may move, come and go"
         )
-    if only is None:
-        idle = checks.check_idle(owner, wanted)
+    if places is None or len(wanted) < len(places):
+        idle = checks.check_idle(owner, wanted, places)
         wanted = dict(
             sorted({**wanted, **{slot: item for slot, item in idle.items() if _is_ready(owner, item)}}.items())
         )
@@ -124,7 +126,7 @@ def build(owner: Owner, previous: Built | None = None, only: Tensor | None = Non
         chosen = {slot: _backend_of(owner, item) for slot, item in wanted.items()}
         init_states(owner, wanted)
         try:
-            built = _lay_out(owner, wanted, chosen, previous, only, shared)
+            built = _lay_out(owner, wanted, chosen, previous, places, shared)
         except backends.CannotRun as error:
             backends.leave_out(error)
             if owner.requested:
@@ -174,19 +176,21 @@ def _lay_out(
     wanted: dict[int, Checked],
     chosen: dict[int, backends.Backend],
     previous: Built | None,
-    only: Tensor | None,
+    places: Mapping[int, tuple[int, int]] | None,
     shared: dict[tuple[Any, ...], torch.device],
 ) -> Built:
     turn_of = _overlaps({slot: local(item.param) for slot, item in wanted.items()})
     buckets: dict[Bucket, tuple[backends.Backend, list[Row]]] = {}
     kinds: dict[int, GradientKind] = {}
     rows = []
+    slots = None if places is None else {index: slot for slot, index in enumerate(places)}
     for index, item in wanted.items():
         formats.warn_of_losses(item.param, item.group, item.names, item.storage)
         dense = dense_like(local(item.param))
         kind = _gradient_kind(item.param, dense, previous)
         as_before = previous is not None and previous.kinds.get(id(item.param)) is kind
-        row = _row_of(owner, item, 0 if only is not None else index, index, dense, kind, as_before)
+        slot = index if slots is None else slots[index]
+        row = _row_of(owner, item, slot, index, dense, kind, as_before)
         backend = chosen[index]
         bucket = Bucket(
             turn=turn_of.get(index, 0),
@@ -207,7 +211,7 @@ def _lay_out(
         owner.family,
         scalars.HYPER[owner.family],
         previous.watch if previous and isinstance(previous.watch, kind_of_watch) else None,
-        only is not None,
+        None if places is None else list(places.values()),
     )
     plans = []
     for bucket, (backend, rows) in sorted(buckets.items(), key=lambda entry: entry[0].turn):

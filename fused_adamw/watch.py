@@ -70,16 +70,13 @@ class Watch:
         family: str,
         _: Callable,
         previous: "Watch | None",
-        single: bool,
+        only: list[tuple[int, int]] | None,
     ) -> None:
         self.family = family
-        self.flat = rows[0].index if single else None
-        self.entries = [
-            Watched(id(p), i, j)
-            for i, group in enumerate(groups)
-            for j, p in enumerate(group["params"])
-            if not single or (i, j) == (rows[0].group, rows[0].position)
-        ]
+        self.partial = only is not None
+        everything = [(i, j) for i, group in enumerate(groups) for j in range(len(group["params"]))]
+        self.entries = [Watched(id(groups[i]["params"][j]), i, j) for i, j in (everything if only is None else only)]
+        self.offsets = self._offsets(groups)
         self.options = self._options(groups, plan_key)
         before = {e.param: e for e in previous.entries if e.row} if previous else {}
         for row in rows:
@@ -99,20 +96,23 @@ class Watch:
             raise ValueError("the memory of a parameter or its state is gone")
 
     def _options(self, groups: list[dict], plan_key: Callable) -> list:
-        used = {entry.group for entry in self.entries} if self.flat is not None else range(len(groups))
+        used = {entry.group for entry in self.entries} if self.partial else range(len(groups))
         return [plan_key(groups[i]) for i in used]
+
+    def _offsets(self, groups: list[dict]) -> list[int]:
+        """Return how many parameters come before each group that is watched."""
+        sizes = [len(group["params"]) for group in groups]
+        return [sum(sizes[: entry.group]) for entry in self.entries]
 
     def poll(self, groups: list[dict], state: dict, plan_key: Callable) -> bool:
         lists = [group["params"] for group in groups]
-        if self.flat is None:
+        if not self.partial:
             if [(e.group, e.param) for e in self.entries] != [(i, id(p)) for i, ps in enumerate(lists) for p in ps]:
                 return False
-        else:
-            (entry,) = self.entries
-            if len(lists) <= entry.group or len(lists[entry.group]) <= entry.position:
-                return False
-            if sum(map(len, lists[: entry.group])) + entry.position != self.flat:
-                return False
+        elif self._offsets(groups) != self.offsets or any(
+            len(lists) <= e.group or len(lists[e.group]) <= e.position for e in self.entries
+        ):
+            return False
         params = [lists[e.group][e.position] for e in self.entries]
         if any(id(p) != e.param for p, e in zip(params, self.entries, strict=True)):
             return False
@@ -205,6 +205,9 @@ class Watch:
             staging.copy_(data)
             start = 0 if every else table.nbytes
             buffer[start : start + len(data)].copy_(staging, non_blocking=True)
+
+    def any_live(self) -> bool:
+        return any(entry.live for entry in self.entries)
 
     def scalars_of(self, slot: int) -> int:
         return self.entries[slot].scalars

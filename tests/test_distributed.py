@@ -645,6 +645,19 @@ def check_training():
             p.grad = None
     compare(model)
 
+    model = Net()  # released by buckets
+    fully_shard(model.first, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = fused_adamw.AdamW(model.parameters(), **options)
+    fused_adamw.release_gradients(model, optimizer, bucket_mb=0)
+    for t in range(8):
+        train(model, None, [t], share)
+        assert all(p.grad is None for p in model.parameters())
+        optimizer.step()
+    compare(model)
+    with pytest.raises(TypeError, match="DistributedDataParallel reduces gradients after.*use fully_shard"):
+        fused_adamw.release_gradients(DistributedDataParallel(Net()), optimizer)
+
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_training(world):

@@ -1,9 +1,11 @@
-"""Gradient release: step_parameter() beside step()."""
+"""Gradient release: step_parameter(), step_parameters() and release_gradients() beside step()."""
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
 
+import fused_adamw
 from fused_adamw import backends, plan
 from tests import cases
 from tests.training import loss_of, network, ours_twice, params_of
@@ -26,6 +28,179 @@ def test_step_parameter_has_the_bits_of_step(name, options, dtype, target):
             a.step_parameter(p)
         b.step()
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@pytest.mark.parametrize(("name", "options"), [*cases.SHARED, *cases.OURS], ids=cases.name_of)
+def test_step_parameters_has_the_bits_of_step(name, options, target):
+    """In any order, across groups, with gradients that come and go; one plan for each list of parameters."""
+    shapes = [*cases.SHAPES, (40, 70)]
+    some, together = (cases.parameters(shapes, torch.bfloat16, target.device) for _ in range(2))
+    groups = [[{"params": ps[::2]}, {"params": ps[1::2], "lr": 3e-3}] for ps in (some, together)]
+    a, b = (cases.make(name, g, options, backend=target.backend) for g in groups)
+    lists = [some[3::-1], some[4:]]
+    for t in range(6):
+        for ps in (some, together):
+            cases.set_gradients(ps, t)
+            ps[t % 3].grad = None
+            if t:
+                ps[5].grad = None
+        if t == 2:
+            for o in (a, b):
+                o.param_groups[1].update(weight_decay=0.2, lr=1e-3)
+        for params in lists:
+            a.step_parameters(params)
+        b.step()
+    a.step_parameters([])
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+    assert len(a._built_some) == 2
+
+
+def test_step_parameters_sees_parameters_that_move_between_groups(target):
+    """The random bits of a parameter follow its place among all parameters."""
+    ours, twins = (cases.parameters([(40,)] * 4, torch.bfloat16, target.device) for _ in range(2))
+    options = {"rounding": "stochastic"}
+    a, b = (
+        cases.make("AdamW", [{"params": ps[:2]}, {"params": ps[2:]}], options, backend=target.backend)
+        for ps in (ours, twins)
+    )
+    for t in range(4):
+        for o in (a, b):
+            first, second = (group["params"] for group in o.param_groups)
+            if t == 1:  # the same groups and positions in the second, and other numbers
+                first.append(cases.parameters([(3,)], torch.bfloat16, target.device)[0])
+            elif t == 2:
+                second.reverse()
+            elif t == 3:
+                second.append(first.pop(0))
+        for ps in (ours, twins):
+            cases.set_gradients(ps, t)
+        a.step_parameters(ours[2:])
+        a.step_parameters(ours[:2])
+        b.step()
+        cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+def test_step_parameters_refuses_as_step_does(target):
+    p, q, other = cases.parameters([(3,)] * 3, device=target.device)
+    cases.set_gradients([p, q, other], 0)
+    optimizer = cases.make("AdamW", [p, q], {}, backend=target.backend)
+    with pytest.raises(ValueError, match="is not among the parameters of this optimizer"):
+        optimizer.step_parameters([p, other])
+    q.grad = torch.ones(3, device=target.device).to_sparse()
+    with pytest.raises(RuntimeError, match="group 0, parameter 1 .*sparse"):
+        optimizer.step_parameters([p, q])
+    assert not optimizer.state
+    optimizer.max_grad_norm = 1.0
+    with pytest.raises(RuntimeError, match="leave out max_grad_norm"):
+        optimizer.step_parameters([p])
+
+
+class Branches(torch.nn.Module):
+    """Layers, tied weights, and one that takes part at odd steps only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(7, 16)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(5))
+        self.rare = torch.nn.Linear(16, 16)
+        self.head = torch.nn.Linear(16, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def loss(self, t):
+        tokens = torch.arange(7, device=self.head.weight.device)
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        x = self.rare(x) if t % 2 else x
+        return torch.nn.functional.cross_entropy(self.head(x), tokens.roll(t))
+
+
+def released_and_twin(target, bucket_mb=25, **options):
+    models = [Branches().to(target.device) for _ in range(2)]
+    pairs = [(m, cases.make("AdamW", m.parameters(), {"lr": 1e-2, **options}, backend=target.backend)) for m in models]
+    return *pairs[0], *pairs[1], fused_adamw.release_gradients(*pairs[0], bucket_mb)
+
+
+KB = 2**-10
+
+
+@pytest.mark.parametrize("bucket_mb", [0, 1 * KB, 3 * KB, 25], ids=["each", "1 KB", "3 KB", "one"])
+def test_released_gradients_have_the_bits_of_an_ordinary_loop(bucket_mb, target):
+    """With accumulation, tied weights, a schedule, and a layer without a gradient at every other step."""
+    model, a, twin, b, released = released_and_twin(target, bucket_mb)
+    schedules = [lr_scheduler.StepLR(o, 2, 0.5) for o in (a, b)]
+    alive = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda p: alive.append(sum(q.grad.nbytes for q in model.parameters() if q.grad is not None))
+        )
+    for t in range(6):
+        if t in (2, 3):
+            with released.accumulate():
+                model.loss(t + 9).backward()
+            twin.loss(t + 9).backward()
+        for m, o in ((model, a), (twin, b)):
+            m.loss(t).backward()
+            o.step()
+            o.zero_grad()
+        for s in schedules:
+            s.step()
+        cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+        if t == 1:  # after two steps without accumulation
+            most = max(p.nbytes for p in model.parameters())
+            whole = sum(p.nbytes for p in model.parameters())
+            assert max(alive) <= min(whole, bucket_mb * 2**20 + 2 * most + model.rare.weight.nbytes)
+    released.remove()
+    for m, o in ((model, a), (twin, b)):
+        m.loss(1).backward()
+        assert all(p.grad is not None for p in m.parameters())
+        o.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+def test_a_second_gradient_after_a_release_is_refused(target):
+    """Of a loop without optimizer.step(), of one that accumulates, and of reentrant checkpoints: not stepped twice."""
+    model, _, _, _, _ = released_and_twin(target, 0)
+    model.loss(0).backward()
+    with pytest.raises(RuntimeError, match="a second gradient.*optimizer.step.*accumulate.*use_reentrant=False"):
+        model.loss(0).backward()
+    model, a, _, _, _ = released_and_twin(target, 0)
+    x = torch.ones(2, 16, device=target.device, requires_grad=True)
+    layer = model.layers[0]
+    twice = checkpoint(layer, checkpoint(layer, x, use_reentrant=True), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="a second gradient"):
+        twice.sum().backward()
+    a.step()
+    checkpoint(layer, checkpoint(layer, x, use_reentrant=False), use_reentrant=False).sum().backward()
+    assert a.state[layer.weight]["step"].item() == 2
+
+
+def test_what_cannot_be_released_is_refused(target):
+    model, a, _, _, _ = released_and_twin(target)
+    with pytest.raises(TypeError, match="needs an optimizer of fused_adamw, and got a SGD"):
+        fused_adamw.release_gradients(model, torch.optim.SGD(model.parameters()))
+    for bad in (-1, float("nan")):
+        with pytest.raises(ValueError, match="Invalid bucket_mb"):
+            fused_adamw.release_gradients(model, a, bad)
+    with pytest.raises(ValueError, match="no parameter of this model"):
+        fused_adamw.release_gradients(torch.nn.Linear(2, 2), a)
+    for option in ({"max_grad_norm": 1.0}, {"skip_nonfinite": True}, {"amp_scaling": True}):
+        scaling = cases.make("AdamW", model.parameters(), {}, backend=target.backend, **option)
+        with pytest.raises(RuntimeError, match="AdamW needs all gradients at once"):
+            fused_adamw.release_gradients(model, scaling)
+
+
+def test_a_step_without_gradients_launches_nothing(monkeypatch, target):
+    model, a, _, _, _ = released_and_twin(target)
+    model.loss(1).backward()
+    a.step()
+    counts = {p: own["step"].item() for p, own in a.state.items()}
+    for built in a._built:
+        for part in built.plans:
+            monkeypatch.setattr(part, "launch", None)
+    a.step()
+    assert counts == {p: own["step"].item() for p, own in a.state.items()}
 
 
 def test_gradient_release(target):

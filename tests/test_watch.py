@@ -365,7 +365,7 @@ def test_entries_of_removed_parameters_do_not_pile_up():
         cases.set_gradients([p], t)
         optimizer.step_parameter(p)
         del p
-    assert len(optimizer._built_single) <= 4
+    assert len(optimizer._built_some) <= 4
 
 
 # ---- interrupts
