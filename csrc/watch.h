@@ -49,7 +49,7 @@ public:
   Watch(const py::list& groups, const py::dict& state, const py::list& rows, const py::object& plan_key,
         const std::string& family, py::object hyper, const Watch* previous,
         const std::optional<std::vector<std::pair<size_t, Py_ssize_t>>>& only)
-      : hyper_(std::move(hyper)), adam_(family == "adam"), partial_(only) {
+      : hyper_(std::move(hyper)), adam_(family != "sgd"), partial_(only) {
     if (partial_) {
       first_ = only->front().first;
       std::vector<std::vector<Py_ssize_t>> positions(groups.size());

@@ -135,7 +135,7 @@ def _on_a_gpu(name: str, kernels: Callable[..., Any], missing: Callable[[], str]
             raise CannotRun(name, f"it failed: {type(error).__name__}: {error}") from error
         if not row.counts_on_device:
             return gpu.Launch(watch, rows, compiled, owner)
-        return gpu.CapturableLaunch(watch, rows, compiled, owner, HYPER[row.family])
+        return gpu.CapturableLaunch(watch, rows, compiled, owner, HYPER[owner.family])
 
     return Backend(
         name,

@@ -75,7 +75,8 @@ class FusedOptimizer(Optimizer):
         if backend is not None:
             backends.named(backend)
         # torch's keys, for code that reads them and for checkpoints that torch.optim loads.
-        defaults |= {"foreach": None, "differentiable": False, "fused": asked.get("fused")}
+        defaults |= {"foreach": None, "differentiable": False}
+        defaults |= {"fused": asked["fused"]} if "fused" in asked else {}
         options.check(defaults)
         ours = options.ours(self.family)
         super().__init__(params, {k: v for k, v in defaults.items() if k not in ours or v != ours[k]})

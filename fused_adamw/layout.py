@@ -46,7 +46,10 @@ HYPER_L2 = 3  # weight decay that is added to the gradient
 HYPER_SIGN = 4  # -1 to maximize
 HYPER_BETA1, HYPER_BETA2, HYPER_EPS = 5, 6, 7
 HYPER_MOMENTUM, HYPER_DAMPENING, HYPER_FLAGS = 5, 6, 7
-HYPERS = 8
+HYPER_RECTIFY = 8  # 0, or what RAdam does
+HYPERS = 9
 
 # Bits of HYPER_FLAGS.
 NESTEROV, LR_IN_MOMENTUM = 1, 2
+# Values of HYPER_RECTIFY: until the second moment tells enough, RAdam steps as SGD, or waits.
+RECTIFY, RECTIFY_OR_WAIT = 1, 2

@@ -147,6 +147,6 @@ class Launch:
 
     def _scalars_of(self, owner: Owner, row: Row, step: Tensor) -> scalars.Adam | scalars.Sgd:
         if row.counts_on_device:
-            return scalars.ROWS[row.family](owner.param_groups[row.group], step.item())
+            return scalars.ROWS[owner.family](owner.param_groups[row.group], step.item())
         kind = scalars.Adam if row.family == "adam" else scalars.Sgd
         return kind(*self.scalars[self.watch.scalars_of(row.slot)])

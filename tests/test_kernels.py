@@ -240,14 +240,14 @@ def test_bytes(compiler, sm, variant, minimum):
 
 
 @needs_ptxsim
-@pytest.mark.parametrize("adam", [True, False])
+@pytest.mark.parametrize("family", scalars.ROWS)
 @pytest.mark.parametrize("sm", EXECUTED)
-def test_scalars_on_the_device(compiler, sm, adam):
+def test_scalars_on_the_device(compiler, sm, family):
     """Equal to ``scalars.py`` in every bit, which rounds once what it has computed in double."""
-    steps = [1.0, 2.0, 7.0, 1000.0, 123457.0]
+    steps = [1.0, 2.0, 5.0, 7.0, 1000.0, 123457.0]
     base = {"lr": 3e-3, "base_lr": 0.1, "maximize": True, "decoupled_weight_decay": True, "weight_decay": 0.1}
     groups = []
-    if adam:
+    if family != "sgd":
         for decoupled, decouple_lr, betas in (
             (True, True, (0.9, 0.999)),
             (False, False, (0.0, 0.9999)),
@@ -258,6 +258,7 @@ def test_scalars_on_the_device(compiler, sm, adam):
                 "eps": 1e-8,
                 "decoupled_weight_decay": decoupled,
                 "decouple_lr": decouple_lr,
+                "degenerated_to_sgd": not decouple_lr,
             }
             groups.append(base | own)
     else:
@@ -274,21 +275,20 @@ def test_scalars_on_the_device(compiler, sm, adam):
                 "lr_in_momentum": lr_in_momentum,
             }
             groups.append(base | own | {"decouple_lr": False})
-    rule = "adam" if adam else "sgd"
     cases_of = [(group, step) for group in groups for step in steps]
     mem = gpu_kernels.ptxsim.GlobalMemory(1 << 24)
     counters = mem.upload(np.array([step - 1 for _, step in cases_of], np.float32), "counters")
     out = mem.alloc(len(cases_of) * layout.SCALARS_BYTES, "out", np.float32)
     tables = [
-        mem.upload(np.array([scalars.HYPER[rule](group) for group, _ in cases_of]), readonly=True),
+        mem.upload(np.array([scalars.HYPER[family](group) for group, _ in cases_of]), readonly=True),
         mem.upload(counters.addr + 4 * np.arange(len(cases_of)), readonly=True),
     ]
     count = [] if compiler.name == "triton" else [len(cases_of)]
     launched = [mem.upload(np.array([factor], np.float32), readonly=True) for factor in (1.0, -1.0)]
     for factor in launched:  # the second leaves all as it is
         args = [*tables, factor, out, *count]
-        compiler.scalars(sm, adam).launch(mem, compiler.blocks(len(cases_of)), args)
-    expected = [list(scalars.ROWS[rule](group, step)) for group, step in cases_of]
+        compiler.scalars(sm, family != "sgd").launch(mem, compiler.blocks(len(cases_of)), args)
+    expected = [list(scalars.ROWS[family](group, step)) for group, step in cases_of]
     np.testing.assert_array_equal(out.get().reshape(-1, 9), np.array(expected, np.float32))
     np.testing.assert_array_equal(counters.get(), np.array([step for _, step in cases_of], np.float32))
 
