@@ -1,4 +1,4 @@
-"""Steps all tensors in one launch for each compiled kernel, on the best backend: what the four classes share.
+"""Steps all tensors in one launch for each compiled kernel, on the best backend: what the classes share.
 
 The module is long because a third of it documents methods that users call.
 """
@@ -30,7 +30,7 @@ def _is_captured(part: plan.Plan) -> bool:
 
 
 class FusedOptimizer(Optimizer):
-    """Steps all tensors in one launch per device, on the best backend there; the base of the four classes."""
+    """Steps all tensors in one launch per device, on the best backend there; the base of the classes."""
 
     family: str  # a key of scalars.ROWS
     _decoupled: bool | None = None  # None: the group says

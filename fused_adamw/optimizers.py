@@ -1,4 +1,4 @@
-"""Defines the four classes: torch.optim's arguments, the formula, and which rule steps a group."""
+"""Defines the classes: torch.optim's arguments, the formula, and which rule steps a group."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Defines the arguments of the four classes: types, texts for docstrings, a table of those that are ours, one check."""
+"""Defines the arguments of the classes: types, texts for docstrings, a table of those that are ours, one check."""
 
 import functools
 import inspect
