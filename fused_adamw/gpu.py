@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fused_adamw.contract import Owner, Row, Scalars, Watch
+from fused_adamw.contract import Clipping, Owner, Row, Scalars, Watch
 from fused_adamw.layout import (
     COL_FLAGS,
     COL_INDEX,
@@ -41,6 +41,12 @@ class Kernels(Protocol):
 
     def sum_squares(self, rows: Tensor, chunks: Tensor, chunk: int, sums: Tensor) -> None:
         """Write the sums of the squares of the gradients of each chunk, float64."""
+
+    def totals(self, sums: Tensor, bounds: Tensor, found: Tensor | None, totals: Tensor, flag: Tensor) -> None:
+        """Do what ``contract.Summed`` says."""
+
+    def factor(self, sums: Tensor, clipping: Clipping, factor: Tensor, norm: Tensor | None) -> None:
+        """Write the factor, float32, and the norm, float32, unless that is None, from the sum of ``sums``."""
 
     def scalars(self, hyper: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
         """Advance the float32 counters at the addresses ``steps``, and compute their rows of scalars from ``hyper``.
@@ -95,8 +101,12 @@ class Launch:
         self.scalars = scalars.view(torch.float32).view(-1, SCALARS)
         self.chunks = chunk_table.view(torch.int32).view(-1, 2)
         self.ones = torch.ones((), device=self.device)
+        # torch may not reuse the memory of these while a kernel on another stream reads it.
+        self.on_device = [self.buffer, self.ones]
         self.uploaded = False
-        self.stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        on_gpu = self.device.type == "cuda"  # else this is Triton's interpreter, on CPU tensors
+        self.stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else None
+        self.guard: Any = torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext()
 
     @staticmethod
     def _row(row: Row) -> list[int]:
@@ -112,39 +122,53 @@ class Launch:
 
     def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
         """Bring the tables to the coming step, in the current stream."""
-        if self.stream is None:  # Triton's interpreter, on CPU tensors
+        if self.stream is None:
             self._upload(owner, scalars)
             return
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            if stream != self.stream:
-                for tensor in self._on_device():
+        with self.guard:
+            # An object for the stream takes 1.6 us, its address 0.1.
+            if torch._C._cuda_getCurrentRawStream(self.device.index) != self.stream:
+                stream = torch.cuda.current_stream()
+                for tensor in self.on_device:
                     tensor.record_stream(stream)
             if torch.cuda.is_current_stream_capturing():
                 self._capture(owner)
             else:
                 self._upload(owner, scalars)
 
-    def _on_device(self) -> list[Tensor]:
-        """Return the tensors that kernels read: torch may not reuse their memory while another stream steps."""
-        return [self.buffer, self.ones]
+    @property
+    def parts(self) -> int:
+        """How many numbers ``sum_squares`` writes."""
+        return len(self.chunks)
 
-    def sum_squares(self, owner: Owner) -> Tensor:
-        """Return the sum of the squares of the gradients, float64, 0-dim, always added in the same order."""
-        sums = torch.empty(len(self.chunks), dtype=torch.float64, device=self.device)
-        with self._guard():
+    def sum_squares(self, owner: Owner, sums: Tensor) -> None:
+        """Write the sums of the squares of the gradients of each chunk, float64."""
+        with self.guard:
             self.kernels.sum_squares(self.rows, self.chunks, self.chunk, sums)
-        return sums.sum()
+
+    def keep(self, sums: Tensor) -> None:
+        """Keep a tensor that kernels read and write, for as long as the launch or a graph of it lives."""
+        self.on_device.append(sums)
+
+    def totals(self, sums: Tensor, bounds: Tensor, found: Tensor | None, totals: Tensor, flag: Tensor) -> None:
+        """Do what ``contract.Summed`` says."""
+        with self.guard:
+            self.kernels.totals(sums, bounds, found, totals, flag)
+
+    def factor(self, sums: Tensor, clipping: Clipping, factor: Tensor, norm: Tensor | None) -> Tensor:
+        """Write the factor and the norm, and return the factor."""
+        with self.guard:
+            self.kernels.factor(sums, clipping, factor, norm)
+        return factor
 
     def run(self, owner: Owner, factor: float | Tensor, count: bool) -> None:
         """Step, with gradients multiplied by ``factor``; where that is negative nothing is done."""
-        with self._guard():
-            self._launch(owner, factor.float() if isinstance(factor, Tensor) else self.ones)
+        with self.guard:
+            if not isinstance(factor, Tensor):
+                factor = self.ones if factor == 1 else torch.full_like(self.ones, factor)
+            self._launch(owner, factor if factor.dtype is torch.float32 else factor.float())
             if count:
                 self.watch.advance()
-
-    def _guard(self) -> Any:
-        return contextlib.nullcontext() if self.stream is None else torch.cuda.device(self.device)
 
     def _upload(self, owner: Owner, scalars: Scalars, staging: Tensor | None = None) -> None:
         self.watch.upload(self.host, self.slots, scalars, self.buffer, not self.uploaded, staging)
@@ -187,9 +211,7 @@ class CapturableLaunch(Launch):
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
         self.captured_lr: list[tuple[int, Tensor]] = []  # and from these: (group, its learning rate)
         self.spare: Tensor | None = self._staging()  # allocated now: not within a capture
-
-    def _on_device(self) -> list[Tensor]:
-        return [*super()._on_device(), self.table]
+        self.on_device.append(self.table)
 
     def _staging(self) -> Tensor:
         return torch.empty(self.host.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)

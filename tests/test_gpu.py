@@ -153,6 +153,64 @@ def test_a_steady_step_does_not_synchronise(backend):
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
 
+def check_all_kernels():
+    """A step that clips and skips, whose parameters count their steps on the device, to the bits of the CPU."""
+    ours, theirs = twins([(100,), (7, 9)])
+    a = cases.make("AdamW", ours, {}, backend="triton", max_grad_norm=0.5, skip_nonfinite=True)
+    b = cases.make("AdamW", theirs, {}, max_grad_norm=0.5)
+    for t in range(3):
+        same_gradients(ours, theirs, t)
+        a.step()
+        b.step()
+    torch.testing.assert_close(a.grad_norm.cpu(), b.grad_norm, rtol=1e-6, atol=0)
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+    return a
+
+
+@gpu
+def test_a_launch_goes_past_tritons_front_end(monkeypatch):
+    """Which the first step runs through; hooks see each launch."""
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    optimizer, names = check_all_kernels(), []
+
+    def refuse(*_, **__):
+        raise AssertionError("the front end was called")
+
+    monkeypatch.setattr(JITFunction, "run", refuse)
+    optimizer.step()
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: names.append(metadata.get()["name"]))
+    optimizer.step()
+    assert names == ["square_kernel", "factor_kernel", "scalars_kernel", "step_kernel"]
+
+
+@gpu
+def test_where_compiled_kernels_are_launched_in_another_way(monkeypatch):
+    """As by a version of Triton that this was not written for: the front end launches them."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    launched, true, front_end = [], CompiledKernel.run.fget, JITFunction.run
+
+    def other(kernel):
+        def launch(programs, *args):
+            if not programs:
+                raise TypeError("it takes other arguments")
+            return true(kernel)(programs, *args)
+
+        return launch
+
+    def run(self, *args, warmup, **kwargs):
+        launched.extend([self.__name__] * (not warmup))
+        return front_end(self, *args, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(CompiledKernel, "run", property(other))
+    monkeypatch.setattr(JITFunction, "run", run)
+    check_all_kernels()
+    assert launched == ["square_kernel", "factor_kernel", "scalars_kernel", "step_kernel"] * 3
+
+
 # ---- training, devices, streams
 
 
