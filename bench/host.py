@@ -18,9 +18,9 @@ from fused_adamw import backends
 
 OURS, TORCH = "fused_adamw, triton", "torch fused"
 NOTE = """\
-CPU tensors of 64 elements stand in for CUDA's. Ours launches its Triton kernels into a driver of CUDA that does nothing;
-torch's kernel is left out, and so is what its launch costs. On a GPU each side adds what the driver takes, and ours the
-guards of the device. moved = every gradient lies at a new address at every step."""
+CPU tensors of 64 elements stand in for CUDA's. Ours launches its Triton kernels into a driver of CUDA that does
+nothing; torch's kernel is left out, and so is what its launch costs. On a GPU each side adds what the driver takes, and
+ours the guards of the device. moved = every gradient lies at a new address at every step."""
 KINDS = {
     "plain": {},
     "clipped": {"max_grad_norm": 1.0},

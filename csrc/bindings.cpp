@@ -55,11 +55,11 @@ public:
                       stream()));
   }
 
-  void scalars(const at::Tensor& hyper, const at::Tensor& steps, const at::Tensor& factor,
-               const at::Tensor& scalars) const {
-    check(scalars_cuda(variant_, hyper.const_data_ptr<double>(), steps.const_data_ptr<int64_t>(),
-                       steps.size(0), factor.const_data_ptr<float>(), scalars.mutable_data_ptr<float>(),
-                       stream()));
+  void scalars(const at::Tensor& hyper, const at::Tensor& rates, const at::Tensor& steps,
+               const at::Tensor& factor, const at::Tensor& scalars) const {
+    check(scalars_cuda(variant_, hyper.const_data_ptr<double>(), rates.const_data_ptr<int64_t>(),
+                       steps.const_data_ptr<int64_t>(), steps.size(0), factor.const_data_ptr<float>(),
+                       scalars.mutable_data_ptr<float>(), stream()));
   }
 
 private:
@@ -99,6 +99,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("poll", &Watch::poll)
       .def("scalar_rows", &Watch::scalar_rows)
       .def("advance", &Watch::advance)
+      .def("device_hypers", &Watch::device_hypers)
       .def("upload", &upload)
       .def("scalars_of", &Watch::scalars_of);
   py::class_<CpuStep>(m, "CpuStep")

@@ -273,6 +273,15 @@ class Watch(Protocol):
     def scalar_rows(self, groups: list[dict]) -> Scalars:
         """Return the rows of scalars of the coming step, one for each distinct (group, step); a slot knows its own."""
 
+    def device_hypers(
+        self, groups: list[dict], some: list[int], values: Tensor, rates: Tensor, device: torch.device
+    ) -> tuple[bool, list[int]]:
+        """Bring numbers of ``layout.HYPER_LR`` and on to the rows of ``values`` of some groups; see ``csrc/watch.h``.
+
+        Addresses of learning rates that are tensors on ``device`` go to ``rates``. Return whether anything changed, and
+        the groups whose rate is one that kernels there cannot read.
+        """
+
     def advance(self) -> None:
         """Count the step of the parameters that have a gradient, and tell autograd that they have changed."""
 

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,6 @@ from fused_adamw.layout import (
     COL_SEED,
     COL_SKIP,
     COLUMNS,
-    HYPER_LR,
     HYPERS,
     SCALARS,
     SCALARS_BYTES,
@@ -48,8 +46,10 @@ class Kernels(Protocol):
     def factor(self, sums: Tensor, clipping: Clipping, factor: Tensor, norm: Tensor | None) -> None:
         """Write the factor, float32, and the norm, float32, unless that is None, from the sum of ``sums``."""
 
-    def scalars(self, hyper: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
+    def scalars(self, hyper: Tensor, rates: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
         """Advance the float32 counters at the addresses ``steps``, and compute their rows of scalars from ``hyper``.
+
+        ``rates`` has the addresses of learning rates that are tensors.
 
         An address of 0 is of a row without a gradient, which has no scalars in this step.
 
@@ -187,27 +187,26 @@ class Launch:
 class CapturableLaunch(Launch):
     """Computes the scalars on the device, so that a CUDA graph of the launch replays with the coming steps.
 
-    Every tensor has a row of scalars of its own, since only the device knows its step. ``hyper(group)`` returns the
-    hyperparameters for ``Kernels.scalars``; they go up when they changed, outside of any capture.
+    Every tensor has a row of scalars of its own, since only the device knows its step. Hyperparameters go up when they
+    changed, outside of any capture. A learning rate that is a tensor is read where it lies, and kept for that.
     """
 
-    def __init__(
-        self,
-        watch: Watch,
-        rows: list[Row],
-        kernels: Kernels,
-        owner: Owner,
-        hyper: Callable[[dict], Sequence[float]],
-    ) -> None:
+    def __init__(self, watch: Watch, rows: list[Row], kernels: Kernels, owner: Owner) -> None:
         self.counters = -(-len(rows) // 2) * 2  # so that the scalars behind them are aligned to 16 bytes
         super().__init__(watch, rows, kernels, owner)
-        self.hyper = hyper
         self.group_of = torch.tensor([row.group for row in rows], device="cpu")
-        ends = torch.bincount(self.group_of, minlength=len(owner.param_groups)).cumsum(0).tolist()
-        self.spans = list(zip([0, *ends], ends, strict=False))  # the rows of each group, which are neighbours
+        self.groups = self.group_of.unique().tolist()
         self.host[: -self.counters].view(-1, COLUMNS)[:, COL_SCALARS] = torch.arange(len(rows), device="cpu")
-        self.table = torch.empty(len(rows), HYPERS, dtype=torch.float64, device=self.device)
-        self.current: list[Sequence[float]] = []
+        self.hyper_of_group = torch.zeros(len(owner.param_groups), HYPERS, dtype=torch.float64, device="cpu")
+        self.rate_of_group = torch.zeros(len(owner.param_groups), dtype=torch.int64, device="cpu")
+        self.table = torch.empty(len(rows) * (HYPERS + 1), dtype=torch.float64, device=self.device)
+        self.hyper, rates = self.table.split([len(rows) * HYPERS, len(rows)])
+        self.rates = rates.view(torch.int64)
+        self.current = False  # whether the table has what the groups had when they were last read
+        self.rate_tensors: list[Tensor] = []  # whose addresses are in the table
+        # Of groups whose rate is a tensor of another device or dtype than kernels read: each step copies it to these.
+        self.copied_rates: dict[int, Tensor] = {}
+        self.to_copy: list[int] = []
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
         self.captured_lr: list[tuple[int, Tensor]] = []  # and from these: (group, its learning rate)
         self.spare: Tensor | None = self._staging()  # allocated now: not within a capture
@@ -230,23 +229,26 @@ class CapturableLaunch(Launch):
         for i, lr in self.captured_lr:
             if groups[i]["lr"] is not lr:
                 lr.detach().fill_(groups[i]["lr"])
-        self._copy_lr(groups)
+        self._copy_rates(groups)
 
     def _refresh(self, groups: list[dict]) -> None:
-        new = [self._hyper_of(i, group) for i, group in enumerate(groups[: len(self.spans)])]
-        if new != self.current:
-            values = torch.tensor(new, dtype=torch.float64, device="cpu")[self.group_of]
-            self.table.copy_(values.pin_memory() if self.stream else values, non_blocking=True)
-            self.current = new
-
-    def _hyper_of(self, i: int, group: dict) -> Sequence[float]:
-        first, last = self.spans[i]
-        try:
-            return self.hyper(group) if first < last else (0.0,) * HYPERS
-        except (KeyError, TypeError, ValueError):  # nobody reads the options of a group without gradients
-            if any(p.grad is not None for p in group["params"]):
-                raise
-            return self.current[i] if self.current else (0.0,) * HYPERS
+        was_current, self.current = self.current, False
+        changed, self.to_copy = self.watch.device_hypers(
+            groups, self.groups, self.hyper_of_group, self.rate_of_group, self.device
+        )
+        for i in self.to_copy:
+            if i not in self.copied_rates:
+                self.copied_rates[i] = torch.zeros((), dtype=torch.float64, device=self.device)
+                self.on_device.append(self.copied_rates[i])
+            address = self.copied_rates[i].data_ptr()
+            changed |= bool(self.rate_of_group[i] != address)
+            self.rate_of_group[i] = address
+        if changed or not was_current:
+            parts = self.hyper_of_group[self.group_of], self.rate_of_group[self.group_of].view(torch.float64)
+            values = torch.cat([part.view(-1) for part in parts])
+            self.table.copy_(values if self.stream is None else values.pin_memory(), non_blocking=True)
+            self.rate_tensors = [group["lr"] for group in groups if is_on_device(group.get("lr"))]
+        self.current = True
 
     def _capture(self, owner: Owner) -> None:
         if self.spare is None or not self.current:
@@ -254,17 +256,14 @@ class CapturableLaunch(Launch):
         self.uploaded = False
         super()._upload(owner, [], self.spare)
         self.captured.append(self.spare)
-        self.captured_lr += [
-            (i, group["lr"]) for i, group in enumerate(owner.param_groups) if is_on_device(group["lr"])
-        ]
+        self.captured_lr += [(i, owner.param_groups[i]["lr"]) for i in self.to_copy]
         self.spare = None
 
-    def _copy_lr(self, groups: list[dict]) -> None:
-        for (first, last), group in zip(self.spans, groups, strict=False):  # groups may have been added since
-            if first < last and is_on_device(group["lr"]):
-                self.table[first:last, HYPER_LR].copy_(group["lr"].detach(), non_blocking=True)
+    def _copy_rates(self, groups: list[dict]) -> None:
+        for i in self.to_copy:
+            self.copied_rates[i].copy_(groups[i]["lr"].detach().view(()), non_blocking=True)
 
     def _launch(self, owner: Owner, factor: Tensor) -> None:
-        self._copy_lr(owner.param_groups)
-        self.kernels.scalars(self.table, self.steps, factor, self.scalars)
+        self._copy_rates(owner.param_groups)
+        self.kernels.scalars(self.hyper, self.rates, self.steps, factor, self.scalars)
         super()._launch(owner, factor)

@@ -163,7 +163,7 @@ class Triton:
         return self._compile(self.kernels.step_kernel, target, signature, constexprs, options)
 
     def scalars(self, sm: int, adam: bool) -> Compiled:
-        signature = {"hyper": "*fp64", "steps": "*i64", "factor": "*fp32", "scalars": "*fp32"}
+        signature = {"hyper": "*fp64", "rates": "*i64", "steps": "*i64", "factor": "*fp32", "scalars": "*fp32"}
         kernel, options = self.kernels.scalars_kernel, self.kernels.SCALARS_OPTIONS
         return self._compiled(self._compile(kernel, self._target(sm), signature, {"ADAM": adam}, options))
 
@@ -304,7 +304,7 @@ class Cuda:
                     "(const int64_t*, const int32_t*, const float*, const float*, int);\n"
                 )
             for adam in ("true", "false"):
-                args = "const double*, const int64_t*, const float*, float*, int64_t"
+                args = "const double*, const int64_t*, const int64_t*, const float*, float*, int64_t"
                 source += f"template __global__ void scalars_kernel<{adam}>({args});\n"
             for g in list(names.values())[:3]:
                 args = "const int64_t*, const int32_t*, double*, int"

@@ -21,6 +21,7 @@ KINDS = {
     "skipping": ({"skip_nonfinite": True}, ["sum_squares", "factor", "scalars", "step"], 0, 0),
     "amp": ({"amp_scaling": True}, ["factor", "scalars", "step"], 0, 0),
     "capturable": ({"capturable": True}, ["scalars", "step"], 0, 0),
+    "tensor_lr": ({"capturable": True}, ["scalars", "step"], 0, 0),
     "dtensor": ({"max_grad_norm": 0.5}, ["sum_squares", "totals", "factor", "step"], 1, 1),
 }
 SHAPES = [(1000,), (7, 9), (3,)]
@@ -75,6 +76,8 @@ def counted(kind, device, backend, mesh):
         params = [torch.nn.Parameter(distribute_tensor(p.detach(), on, [Shard(0)])) for p in params]
     for p in params:
         p.grad = torch.ones_like(p)
+    if kind == "tensor_lr":
+        params = [{"params": [p], "lr": torch.tensor(1e-3, device=device)} for p in params]
     optimizer = cases.make("AdamW", params, capturable, backend=backend, **options)
     if kind == "amp":
         optimizer.grad_scale = torch.full((1,), 1024.0, device=device)
@@ -92,7 +95,7 @@ def counted(kind, device, backend, mesh):
     return operators.counts, vgpu and vgpu.stats()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "capturable"])
+@pytest.mark.parametrize("kind", [kind for kind, (options, *_) in KINDS.items() if "capturable" not in options])
 def test_a_step_on_the_cpu(kind, mesh):
     """It takes no operator of torch but the reduction over ranks."""
     operators, _ = counted(kind, "cpu", "cpu", mesh)

@@ -245,7 +245,10 @@ def test_bytes(compiler, sm, variant, minimum):
 @pytest.mark.parametrize("adam", [True, False])
 @pytest.mark.parametrize("sm", EXECUTED)
 def test_scalars_on_the_device(compiler, sm, adam):
-    """Equal to ``scalars.py`` in every bit, which rounds once what it has computed in double."""
+    """Equal to ``scalars.py`` in every bit, which rounds once what it has computed in double.
+
+    A third of the learning rates are float64 tensors, and a third float32.
+    """
     steps = [1.0, 2.0, 7.0, 1000.0, 123457.0]
     base = {"lr": 3e-3, "base_lr": 0.1, "maximize": True, "decoupled_weight_decay": True, "weight_decay": 0.1}
     groups = []
@@ -279,10 +282,20 @@ def test_scalars_on_the_device(compiler, sm, adam):
     rule = "adam" if adam else "sgd"
     cases_of = [(group, step) for group in groups for step in steps]
     mem = gpu_kernels.ptxsim.GlobalMemory(1 << 24)
+    numbers = np.array([scalars.HYPER[rule](group) for group, _ in cases_of])
+    rates = np.zeros(len(cases_of), np.int64)
+    for i, dtype in enumerate((None, np.float64, np.float32)):
+        if dtype:
+            lr = dtype(groups[0]["lr"] * (1 + i))
+            address = mem.upload(np.array([lr]), readonly=True).addr
+            rates[i::3] = address if dtype is np.float64 else ~address
+            numbers[i::3, layout.HYPER_LR] = 0
+            cases_of[i::3] = [(group | {"lr": float(lr)}, step) for group, step in cases_of[i::3]]
     counters = mem.upload(np.array([step - 1 for _, step in cases_of], np.float32), "counters")
     out = mem.alloc(len(cases_of) * layout.SCALARS_BYTES, "out", np.float32)
     tables = [
-        mem.upload(np.array([scalars.HYPER[rule](group) for group, _ in cases_of]), readonly=True),
+        mem.upload(numbers, readonly=True),
+        mem.upload(rates, readonly=True),
         mem.upload(counters.addr + 4 * np.arange(len(cases_of)), readonly=True),
     ]
     count = [] if compiler.name == "triton" else [len(cases_of)]

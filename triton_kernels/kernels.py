@@ -130,7 +130,7 @@ class TritonKernels:
 
     @functools.cached_property
     def _scalars(self) -> Compiled:
-        arguments = (torch.float64, torch.int64, torch.float32, torch.float32)
+        arguments = (torch.float64, torch.int64, torch.int64, torch.float32, torch.float32)
         return Compiled(scalars_kernel, arguments, {"ADAM": self.variant.is_adam}, SCALARS_OPTIONS)
 
     def step(self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor) -> None:
@@ -148,8 +148,8 @@ class TritonKernels:
         bits, addresses = bits_of(max_norm or 0.0), map(address, (scale, found, norm))
         self._factor(1, sums, factor, sums.shape[0], bits, flags, *addresses)
 
-    def scalars(self, hyper: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
-        self._scalars(steps.shape[0], hyper, steps, factor, scalars)
+    def scalars(self, hyper: Tensor, rates: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
+        self._scalars(steps.shape[0], hyper, rates, steps, factor, scalars)
 
 
 @functools.lru_cache
