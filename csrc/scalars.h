@@ -28,10 +28,10 @@ enum Hyper {
 enum SgdFlag { NESTEROV = 1, LR_IN_MOMENTUM = 2 };
 enum Rectify { RECTIFY = 1, RECTIFY_OR_WAIT = 2 };
 
-// Computes the row of the `count`-th step, 1 at the first; `power(x, n)` is x to the n-th.
+// Computes the row of the `count`-th step, 1 at the first; `power(x, n)` is x to the n-th. `lr` is that of
+// `hyper`, or what a tensor says that only the device reads.
 template <bool kAdam, typename T, typename Power>
-FUSED_HD void scalars_of(const double* hyper, double count, const Power& power, T* row) {
-  const double lr = hyper[HYPER_LR];
+FUSED_HD void scalars_of(const double* hyper, double lr, double count, const Power& power, T* row) {
   row[SCALAR_DECAY] = T(lr / hyper[HYPER_BASE_LR] * hyper[HYPER_DECAY]);
   row[SCALAR_L2] = T(hyper[HYPER_L2]);
   row[SCALAR_GRAD_FACTOR] = T(hyper[HYPER_SIGN]);

@@ -6,6 +6,8 @@ rows     int64 [., COLUMNS], one for each tensor
 chunks   int32 [., 2]: a row, and the index of the chunk in its tensor; one program (a block of threads) each
 scalars  float32 [., SCALARS]: the scalars of a rule, and the step
 hyper    float64 [., HYPERS]: what scalars are computed from, where only the device knows the step
+rates    int64 [.]: beside hyper, addresses of learning rates that are tensors: of a float64, or the complement of a
+         float32's; 0 where hyper has the rate
 """
 
 # Columns of rows.
@@ -39,7 +41,7 @@ SCALARS = 9
 SCALARS_BYTES = 4 * SCALARS
 
 # Columns of hyper, by family. The decay is lr / base_lr * HYPER_DECAY, so a base_lr of 1 makes it torch's.
-HYPER_LR = 0  # 0 where only the device can read it
+HYPER_LR = 0  # 0 where only the device can read it, by its address in rates
 HYPER_BASE_LR = 1
 HYPER_DECAY = 2  # decoupled weight decay
 HYPER_L2 = 3  # weight decay that is added to the gradient

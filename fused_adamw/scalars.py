@@ -137,7 +137,7 @@ def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     return numbers
 
 
-def is_on_device(lr: float | Tensor) -> bool:
+def is_on_device(lr: float | Tensor | None) -> bool:
     """Return whether a learning rate is a tensor that only its device can read without a synchronisation."""
     return isinstance(lr, Tensor) and not lr.is_cpu
 

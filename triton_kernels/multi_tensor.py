@@ -241,7 +241,7 @@ def power(x, n):
 
 
 @triton.jit
-def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
+def scalars_kernel(hyper, rates, steps, factor, scalars, ADAM: tl.constexpr):
     """Compute the scalar rows on the device: ``fused_adamw/scalars.py`` in Triton, for ``gpu.Kernels.scalars``."""
     if tl.load(factor) < 0:
         return
@@ -255,6 +255,11 @@ def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
     tl.store(counter, count)
     step = count.to(tl.int32)
     lr = tl.load(h + HYPER_LR)
+    rate = tl.load(rates + row)
+    if rate > 0:
+        lr = tl.load(rate.to(tl.pointer_type(tl.float64)))
+    elif rate < 0:
+        lr = tl.load((~rate).to(tl.pointer_type(tl.float32))).to(tl.float64)
     to = scalars + row * SCALARS
     tl.store(to + SCALAR_STEP, count)
     decay = lr / tl.load(h + HYPER_BASE_LR) * tl.load(h + HYPER_DECAY)
