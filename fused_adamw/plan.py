@@ -188,7 +188,7 @@ def _lay_out(
     rows = []
     for index, item in wanted.items():
         formats.warn_of_losses(item.param, item.group, item.names, item.storage)
-        dense = dense_like(local(item.param))
+        dense = dense_like(item.param, item.storage.ordered)
         kind = _gradient_kind(item.param, dense, previous)
         as_before = previous is not None and previous.kinds.get(id(item.param)) is kind
         row = _row_of(owner, item, 0 if only is not None else index, index, dense, kind, as_before)
@@ -261,8 +261,8 @@ def _row_of(
         numel=p.numel() * (2 if p.is_complex() else 1),
         names=item.names,
         storage=storage,
-        p_copy=None if same_layout(p, dense) else real(torch.empty_like(p)),
-        g_copy=real(torch.empty_like(p, dtype=_like(p, kind.dtype))) if kind.copied else None,
+        p_copy=None if same_layout(p, dense) else real(torch.empty_like(dense, device=p.device)),
+        g_copy=real(torch.empty_like(dense, dtype=_like(p, kind.dtype), device=p.device)) if kind.copied else None,
         counts_on_device=counts_on_device(owner, item.group, item.param),
         seed=int(item.group.get("seed", 0)),
         numbering=shard_numbering(item.param) if storage.stochastic else NOT_SHARDED,
