@@ -81,19 +81,8 @@ def _master_dtype(p: Tensor, storage: Storage) -> torch.dtype:
 
 
 def _init_moment(param_state: ParamState, name: str, p: Tensor, storage: Storage, declared: Any) -> None:
-    coded = [name + part for part in CODED]
     if storage.int8:
-        dtype = _code_dtype(name)
-        if not all(isinstance(param_state.get(key), Tensor) for key in coded) or not _fits(
-            param_state[coded[0]], p, dtype, storage
-        ):
-            have = _as_float(param_state, name)
-            param_state[coded[0]] = _empty_like(p, dtype, storage).zero_()
-            param_state[coded[1]] = _scales_of(param_state[coded[0]])
-            if have is not None:
-                x = torch.empty_like(local(param_state[coded[0]]), dtype=torch.float32).copy_(local(have))
-                for key, values in zip(coded, codecs.encode(x, name == formats.SECOND), strict=True):
-                    flat(local(param_state[key])).copy_(values)
+        _init_codes(param_state, name, p, storage)
         param_state.pop(name, None)
         return
     have, dtype = _as_float(param_state, name), formats.state_dtype_of(p, declared)
@@ -102,8 +91,28 @@ def _init_moment(param_state: ParamState, name: str, p: Tensor, storage: Storage
     elif not _fits(have, p, dtype, storage) or have is not param_state.get(name):
         param_state[name] = _empty_like(p, dtype, storage)
         local(param_state[name]).copy_(local(have))
-    for key in coded:
-        param_state.pop(key, None)
+    for part in CODED:
+        param_state.pop(name + part, None)
+
+
+def _init_codes(param_state: ParamState, name: str, p: Tensor, storage: Storage) -> None:
+    key_of_codes, key_of_scales = (name + part for part in CODED)
+    old: Any = param_state.get(key_of_codes)
+    dtype = _code_dtype(name)
+    coded = isinstance(old, Tensor) and isinstance(param_state.get(key_of_scales), Tensor)
+    if coded and _fits(old, p, dtype, storage):
+        return
+    codes = _empty_like(p, dtype, storage).zero_()
+    if coded and old.dtype is dtype and old.device == p.device and same_layout(old, codes):
+        param_state[key_of_codes] = codes
+        local(codes).copy_(local(old))  # of a whole laid out as p: the shard alone is laid out otherwise
+        return
+    have = _as_float(param_state, name)
+    param_state[key_of_codes], param_state[key_of_scales] = codes, _scales_of(codes)
+    if have is not None:
+        x = torch.empty_like(local(codes), dtype=torch.float32).copy_(local(have))
+        for key, values in zip((key_of_codes, key_of_scales), codecs.encode(x, name == formats.SECOND), strict=True):
+            flat(local(param_state[key])).copy_(values)
 
 
 def _scales_of(codes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_adamw
@@ -264,6 +264,62 @@ def test_int8_from_any_layout_into_any_other(saved, way, tmp_path):
     ranks.run(LAYOUTS[saved], check_save_layout, folder, saved, way)
     for layout, world in LAYOUTS.items():
         ranks.run(world, check_load_layout, folder, layout, way)
+
+
+def turned(placement, options):
+    """A transposed weight of shards that torch does not transpose; its twin of one process; an optimizer of each."""
+    twin, model = nn.Module(), nn.Module()
+    twin.weight = nn.Parameter(cases.parameters([(400, 70)], BF16)[0].detach().t())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model.weight = nn.Parameter(distribute_tensor(twin.weight.detach(), mesh, [placement]))
+    return model, twin, *(cases.make("AdamW", [m.weight], {"lr": 1e-2, **options}) for m in (model, twin))
+
+
+def step_turned(model, twin, a, b, t):
+    cases.set_gradients([twin.weight], t)
+    model.weight.grad = placed_like(twin.weight.grad, model.weight)
+    a.step()
+    b.step()
+    cases.assert_same_bits(*locals_of(a, b))
+
+
+def check_save_turned(folder, placement, options):
+    model, twin, a, b = turned(placement, options)
+    for t in range(3):
+        step_turned(model, twin, a, b, t)
+    save(folder, model, a, True)
+    whole = get_optimizer_state_dict(model, a, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        torch.save(whole, folder + ".pt")
+
+
+def check_load_turned(folder, placement, options, way):
+    model, twin, a, b = turned(placement, options)
+    for t in range(3):
+        cases.set_gradients([twin.weight], t)
+        b.step()
+    a.init_state()
+    load(folder, model, a, True)
+    if way == "whole":
+        a.state[model.weight]["step"].zero_()
+        how = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, a, torch.load(folder + ".pt"), options=how)
+    cases.assert_same_bits(*locals_of(a, b))
+    for t in range(3, 5):
+        step_turned(model, twin, a, b, t)
+
+
+@pytest.mark.parametrize("way", ["flat", "whole"])
+@pytest.mark.parametrize(
+    ("placement", "options"),
+    [(Shard(0), SPLIT16), (Shard(1), {"rounding": "stochastic"}), (Replicate(), INT8)],
+    ids=["rows", "columns", "int8"],
+)
+def test_transposed_weight_resumes(placement, options, way, tmp_path):
+    folder = str(tmp_path / "saved")
+    ranks.run(2, check_save_turned, folder, placement, options)
+    for world in (2, 3):
+        ranks.run(world, check_load_turned, folder, placement, options, way)
 
 
 # ---- partial loads
