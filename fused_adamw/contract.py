@@ -55,6 +55,11 @@ class Storage(NamedTuple):
         return tuple(f"{name}_scales" for name in names) if self.int8 else ()
 
     @property
+    def ordered(self) -> bool:
+        """Whether the order of memory matters: random bits are drawn, and blocks of codes lie, in that of the whole."""
+        return self.stochastic or self.int8
+
+    @property
     def master_key(self) -> str | None:
         """The key in the state of the master's data."""
         return MASTER_KEYS.get(self.master)

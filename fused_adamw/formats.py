@@ -11,7 +11,10 @@ from torch import Tensor
 from fused_adamw.contract import Storage, random_streams
 from fused_adamw.options import INT8
 
-SMALL = 4096  # elements; moments of fewer are float32 where int8 is asked for
+# Moments of fewer elements are float32 where int8 is asked for. On many numbers of ranks the shards of a vector end
+# within a block, and all vectors of a model take little memory; a longer one is a buffer of many parameters.
+SMALL = 4096
+SMALL_VECTOR = 1 << 20
 NARROW = (torch.bfloat16, torch.float16)
 SECOND = "exp_avg_sq"
 
@@ -28,9 +31,8 @@ def storage_of(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...]) -> S
             'rounding="stochastic" rounds to bfloat16, and this parameter is float16: give its group master="fp32", '
             'or rounding="nearest"'
         )
-    int8 = group.get("state_dtype") in INT8 and bool(names) and p.numel() >= SMALL
-    if p.dim() == 1 and any(not placement.is_replicate() for placement in getattr(p, "placements", ())):
-        int8 = False  # a sharded vector, whose blocks ranks would share
+    int8 = group.get("state_dtype") in INT8 and bool(names)
+    int8 = int8 and p.numel() >= (SMALL_VECTOR if p.dim() == 1 else SMALL)  # of the whole, sharded or not
     if int8 and (p.is_complex() or p.dtype is torch.float64):
         raise TypeError(f"{p.dtype} with int8 moments is not supported: give this group another state_dtype")
     declared = group.get("state_dtype")

@@ -101,7 +101,8 @@ made with; torch's is lr times λ.""",
     "lr_in_momentum": "the paper's momentum, in which a change of the learning rate acts on new gradients only.",
     "state_dtype": """\
 storage of the moments, a dtype or its name; by default float32, or float64 for float64 parameters. ``"int8"``:
-codes of one byte, with a scale for every 128 of them; moments of fewer than 4096 elements stay float32.""",
+codes of one byte, with a scale for every 128 of them; moments of fewer than 4096 elements, or in one dimension of
+fewer than 2**20, stay float32.""",
     "rounding": """\
 ``"nearest"``, or ``"stochastic"``: bfloat16 parameters, and second moments in bfloat16 or int8, are rounded up or
 down with the probability that makes the mean right, by random bits of Philox 4x32-10, a function of seed, step,

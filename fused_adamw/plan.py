@@ -188,7 +188,7 @@ def _lay_out(
     slots = None if places is None else {index: slot for slot, index in enumerate(places)}
     for index, item in wanted.items():
         formats.warn_of_losses(item.param, item.group, item.names, item.storage)
-        dense = dense_like(local(item.param))
+        dense = dense_like(item.param, item.storage.ordered)
         kind = _gradient_kind(item.param, dense, previous)
         as_before = previous is not None and previous.kinds.get(id(item.param)) is kind
         slot = index if slots is None else slots[index]
@@ -268,8 +268,8 @@ def _row_of(
         numel=p.numel() * (2 if p.is_complex() else 1),
         names=item.names,
         storage=storage,
-        p_copy=None if same_layout(p, dense) else real(torch.empty_like(p)),
-        g_copy=real(torch.empty_like(p, dtype=_like(p, kind.dtype))) if kind.copied else None,
+        p_copy=None if same_layout(p, dense) else real(torch.empty_like(dense, device=p.device)),
+        g_copy=real(torch.empty_like(dense, dtype=_like(p, kind.dtype), device=p.device)) if kind.copied else None,
         counts_on_device=counts_on_device(owner, item.group, item.param),
         seed=int(item.group.get("seed", 0)),
         numbering=shard_numbering(item.param) if storage.stochastic else NOT_SHARDED,

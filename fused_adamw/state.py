@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_adamw import codecs, formats
 from fused_adamw.contract import MASTER_KEYS, Storage
-from fused_adamw.tensors import dense_like, flat, is_dtensor, local, same_layout
+from fused_adamw.tensors import dense_like, flat, in_order, is_dtensor, local, same_layout
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
@@ -42,7 +42,7 @@ def init(
     elif step.dim():
         param_state["step"] = step.view(())  # of the same memory, which processes may share
     for name in names:
-        _init_moment(param_state, name, p, storage.int8, declared)
+        _init_moment(param_state, name, p, storage, declared)
     _init_master(param_state, p, storage)
 
 
@@ -67,7 +67,9 @@ def is_ready(
     wrong -= {*needed, *storage.scales(names)}
     if not wrong.isdisjoint(param_state) or any(key not in param_state for key in storage.scales(names)):
         return False
-    return all(isinstance(t := param_state.get(key), Tensor) and _fits(t, p, dtype) for key, dtype in needed.items())
+    return all(
+        isinstance(t := param_state.get(key), Tensor) and _fits(t, p, dtype, storage) for key, dtype in needed.items()
+    )
 
 
 def _code_dtype(name: str) -> torch.dtype:
@@ -78,30 +80,39 @@ def _master_dtype(p: Tensor, storage: Storage) -> torch.dtype:
     return torch.float32 if storage.master == "fp32" else p.dtype
 
 
-def _init_moment(param_state: ParamState, name: str, p: Tensor, int8: bool, declared: Any) -> None:
-    coded = [name + part for part in CODED]
-    if int8:
-        dtype = _code_dtype(name)
-        if not all(isinstance(param_state.get(key), Tensor) for key in coded) or not _fits(
-            param_state[coded[0]], p, dtype
-        ):
-            have = _as_float(param_state, name)
-            param_state[coded[0]] = _empty_like(p, dtype).zero_()
-            param_state[coded[1]] = _scales_of(param_state[coded[0]])
-            if have is not None:
-                x = torch.empty_like(local(param_state[coded[0]]), dtype=torch.float32).copy_(local(have))
-                for key, values in zip(coded, codecs.encode(x, name == formats.SECOND), strict=True):
-                    flat(local(param_state[key])).copy_(values)
+def _init_moment(param_state: ParamState, name: str, p: Tensor, storage: Storage, declared: Any) -> None:
+    if storage.int8:
+        _init_codes(param_state, name, p, storage)
         param_state.pop(name, None)
         return
     have, dtype = _as_float(param_state, name), formats.state_dtype_of(p, declared)
     if have is None:
-        param_state[name] = _empty_like(p, dtype).zero_()
-    elif not _fits(have, p, dtype) or have is not param_state.get(name):
-        param_state[name] = _empty_like(p, dtype)
+        param_state[name] = _empty_like(p, dtype, storage).zero_()
+    elif not _fits(have, p, dtype, storage) or have is not param_state.get(name):
+        param_state[name] = _empty_like(p, dtype, storage)
         local(param_state[name]).copy_(local(have))
-    for key in coded:
-        param_state.pop(key, None)
+    for part in CODED:
+        param_state.pop(name + part, None)
+
+
+def _init_codes(param_state: ParamState, name: str, p: Tensor, storage: Storage) -> None:
+    key_of_codes, key_of_scales = (name + part for part in CODED)
+    old: Any = param_state.get(key_of_codes)
+    dtype = _code_dtype(name)
+    coded = isinstance(old, Tensor) and isinstance(param_state.get(key_of_scales), Tensor)
+    if coded and _fits(old, p, dtype, storage):
+        return
+    codes = _empty_like(p, dtype, storage).zero_()
+    if coded and old.dtype is dtype and old.device == p.device and same_layout(old, codes):
+        param_state[key_of_codes] = codes
+        local(codes).copy_(local(old))  # of a whole laid out as p: the shard alone is laid out otherwise
+        return
+    have = _as_float(param_state, name)
+    param_state[key_of_codes], param_state[key_of_scales] = codes, _scales_of(codes)
+    if have is not None:
+        x = torch.empty_like(local(codes), dtype=torch.float32).copy_(local(have))
+        for key, values in zip((key_of_codes, key_of_scales), codecs.encode(x, name == formats.SECOND), strict=True):
+            flat(local(param_state[key])).copy_(values)
 
 
 def _scales_of(codes: Tensor) -> Tensor:
@@ -130,16 +141,21 @@ def scales_placements(codes: "DTensor") -> tuple["Placement", ...]:
     return tuple(codes.placements) if is_cut(codes) else (Replicate(),) * codes.device_mesh.ndim
 
 
-def _empty_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+def _empty_like(p: Tensor, dtype: torch.dtype, storage: Storage) -> Tensor:
     """Return an uninitialised state of p, laid out as the dense p."""
-    return torch.empty_like(p, dtype=dtype, requires_grad=False)
+    made, dense = torch.empty_like(p, dtype=dtype, requires_grad=False), dense_like(p, storage.ordered)
+    if not is_dtensor(made) or same_layout(local(made), dense):
+        return made
+    shard = torch.empty_like(dense, dtype=dtype, device=made.device)
+    mesh, placements = made.device_mesh, made.placements
+    return type(made).from_local(shard, mesh, placements, run_check=False, shape=made.shape, stride=made.stride())
 
 
-def _fits(t: Tensor, p: Tensor, dtype: torch.dtype) -> bool:
-    t, p = local(t), local(p)
+def _fits(t: Tensor, p: Tensor, dtype: torch.dtype, storage: Storage) -> bool:
+    t, dense = local(t), dense_like(p, storage.ordered)
     if t.dtype is not dtype or t.device != p.device:
         return False
-    return (t.is_contiguous() and p.is_contiguous()) or same_layout(t, dense_like(p))
+    return (t.is_contiguous() and dense.is_contiguous()) or same_layout(t, dense)
 
 
 def _as_float(param_state: ParamState, name: str) -> Tensor | None:
@@ -148,7 +164,7 @@ def _as_float(param_state: ParamState, name: str) -> Tensor | None:
     if not isinstance(codes, Tensor) or not isinstance(scales, Tensor):
         return param_state[name] if isinstance(param_state.get(name), Tensor) else None
     x = torch.empty_like(codes, dtype=torch.float32)
-    local(x).copy_(codecs.decode(local(codes), local(scales), name == formats.SECOND))
+    local(x).copy_(codecs.decode(in_order(codes), local(scales), name == formats.SECOND))
     return x
 
 
@@ -161,9 +177,9 @@ def _init_master(param_state: ParamState, p: Tensor, storage: Storage) -> None:
         return
     dtype = _master_dtype(p, storage)
     have = param_state.get(storage.master_key, old)
-    if isinstance(have, Tensor) and _fits(have, p, dtype):
+    if isinstance(have, Tensor) and _fits(have, p, dtype, storage):
         return
-    param_state[storage.master_key] = _empty_like(p, dtype)
+    param_state[storage.master_key] = _empty_like(p, dtype, storage)
     refresh_master(param_state, p, storage)
     if isinstance(have, Tensor) and have.dtype in (dtype, torch.int16 if have is old else dtype):
         local(param_state[storage.master_key]).copy_(local(have).view(dtype))

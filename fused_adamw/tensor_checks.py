@@ -11,14 +11,15 @@ from fused_adamw import codecs, options, state
 from fused_adamw.contract import Storage
 from fused_adamw.formats import storage_of
 from fused_adamw.tensors import (
+    cut_dims,
     dense_like,
     has_memory,
     is_dtensor,
     is_meta,
-    largest_numbering,
     local,
     same_layout,
     shard_numbering,
+    shares,
 )
 
 if TYPE_CHECKING:
@@ -72,12 +73,28 @@ def check_step(step: Any) -> None:
 
 
 def _check_blocks(p: "DTensor") -> None:
-    if state.is_cut(p) and (largest_numbering(p).skip or codecs.blocks_across(p) is None):
+    if not _leaves_blocks_whole(p):
         raise TypeError(
             f"it is placed {p.placements}, which cuts the blocks of {codecs.BLOCK} elements that share a scale of "
-            "int8 moments: shard it along the first dimension, the others a multiple of that, or give its group "
+            "int8 moments: shard it along the first dimension, into multiples of that, or give its group "
             "state_dtype=torch.bfloat16"
         )
+
+
+def _leaves_blocks_whole(p: "DTensor") -> bool:
+    """Return whether no block lies on two ranks, and the scales can be sharded as p is; all ranks say the same."""
+    if not (dims := cut_dims(p)):
+        return True
+    if dims != {0} or not p.is_contiguous():
+        return False
+    if codecs.blocks_across(p) is not None:
+        return True
+    n, inner, blocks = p.numel(), math.prod(p.shape[1:]), codecs.scales_shape(p)[0]
+    of_elements, of_scales = (
+        [[range(r.start * unit, min(r.stop * unit, n)) for r in held] for held in shares(p, 0, size)]
+        for size, unit in ((p.shape[0], inner), (blocks, codecs.BLOCK))
+    )
+    return of_elements == of_scales
 
 
 def _check_codes(p: Tensor, param_state: Mapping) -> None:

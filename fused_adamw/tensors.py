@@ -1,7 +1,9 @@
 """Finds the memory behind a tensor: the shard of this rank, its layout, the numbers of its elements in the whole."""
 
+import itertools
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
@@ -19,6 +21,8 @@ class Numbering(NamedTuple):
     skip: int
 
 
+Ranges = tuple[range, ...]
+Cuts = tuple[tuple[int, int], ...]
 _PLAIN = (Tensor, torch.nn.Parameter)
 NOT_SHARDED = Numbering(offset=0, run=1 << 62, skip=0)
 
@@ -76,44 +80,140 @@ def _is_outside(p: "DTensor") -> bool:
 
 
 def shard_numbering(p: Tensor) -> Numbering:
-    """Return how the elements of this rank are numbered in the whole of p.
+    """Return how the elements of this rank are numbered in the whole of p, both in the whole's order of memory.
 
     Raises TypeError for pieces of pieces, on all ranks if one holds such, whatever this one holds.
     """
     if not is_dtensor(p):
         return NOT_SHARDED
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    steps, cuts = _whole_strides(p), [_cuts(p, d) for d in range(p.dim())]
+    for held in itertools.product(*map(_kinds, p.shape, cuts)):
+        _run_and_skip(p, held, steps)
+    coordinate = p.device_mesh.get_coordinate()
+    if coordinate is None:
+        return NOT_SHARDED
+    here = [_here(p, d, [coordinate[i] for i in _cutting(p, d)]) for d in range(p.dim())]
+    if not all(here):
+        return NOT_SHARDED
+    offset = sum(ranges[0].start * step for ranges, step in zip(here, steps, strict=True))
+    return Numbering(offset, *_run_and_skip(p, [_from_zero(ranges) for ranges in here], steps))
 
-    largest_numbering(p)
-    shape, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return NOT_SHARDED if _is_outside(p) or 0 in shape else _numbering(p, shape, start)
+
+def shares(p: "DTensor", d: int, size: int) -> tuple[Ranges, ...]:
+    """Return the indices of a dimension of this size that each rank holds, if it is cut as dimension d of p is."""
+    return _shares(size, _cuts(p, d))
 
 
-def largest_numbering(p: "DTensor") -> Numbering:
-    """Return the numbering of the first shard, which all ranks can tell: if it is in one piece, so are the others.
+def cut_dims(p: "DTensor") -> set[int]:
+    """Return the dimensions of p that several ranks share."""
+    return {d for d in range(p.dim()) if any(p.device_mesh.size(i) > 1 for i in _cutting(p, d))}
 
-    It has the most elements along each dimension. Raises as :func:`shard_numbering` does.
+
+def _cutting(p: "DTensor", d: int) -> list[int]:
+    """Return the dimensions of the mesh over which dimension d of p is cut."""
+    # is_shard() may not be true of torch's _StridedShard; a Partial has no dim.
+    return [i for i, placement in enumerate(p.placements) if getattr(placement, "dim", None) == d]
+
+
+def _cuts(p: "DTensor", d: int) -> Cuts:
+    """Return how dimension d of p is cut, in turn: into so many parts, and each of these among so many ranks.
+
+    torch's _StridedShard makes several parts, Shard one.
     """
-    shape = list(p.shape)
-    for size, placement in zip(p.device_mesh.shape, p.placements, strict=True):
-        if (d := getattr(placement, "dim", None)) is not None:  # is_shard() may not be true of torch's _StridedShard
-            shape[d] = -(-shape[d] // size)
-    return _numbering(p, shape, [0] * p.dim())
+    return tuple((getattr(p.placements[i], "split_factor", 1), p.device_mesh.size(i)) for i in _cutting(p, d))
 
 
-def _numbering(p: "DTensor", shape: Sequence[int], start: Sequence[int]) -> Numbering:
-    offset, run, skip, inner = 0, NOT_SHARDED.run, NOT_SHARDED.skip, 1
-    for d in reversed(range(p.dim())):
-        offset += start[d] * inner
-        if shape[d] != p.shape[d] and any(size != 1 for size in shape[:d]):
-            if skip:
-                raise TypeError(
-                    f"it is placed {p.placements}, which leaves a rank pieces of pieces, and stochastic rounding "
-                    'numbers the elements: give its group rounding="nearest", or shard it along one dimension'
-                )
-            run, skip = shape[d] * inner, (p.shape[d] - shape[d]) * inner
-        inner *= p.shape[d]
-    return Numbering(offset, max(run, 1), skip)
+def _here(p: "DTensor", d: int, coordinate: list[int]) -> Ranges:
+    """Return the indices of dimension d that this rank holds."""
+    cuts = _cuts(p, d)
+    held = _held(p.shape[d], cuts, coordinate)
+    if sum(map(len, held)) == local(p).shape[d]:
+        return held
+    # FSDP2 cuts what tensor parallelism left on this rank, and the placements say otherwise where that is uneven.
+    return _held(p.shape[d], tuple((1, ranks) for _, ranks in reversed(cuts)), coordinate[::-1])
+
+
+def _held(size: int, cuts: Cuts, coordinate: Sequence[int]) -> Ranges:
+    """Return the indices of a dimension that a rank holds, in its order; the coordinate has an entry for each cut."""
+    held: Ranges = (range(size),)
+    for (parts, ranks), i in zip(cuts, coordinate, strict=True):
+        held = _cut(held, parts, ranks, i)
+    return _merged(held)
+
+
+def _cut(held: Ranges, parts: int, ranks: int, i: int) -> Ranges:
+    return tuple(r for part in range(parts) for r in _chunk(_chunk(held, parts, part), ranks, i))
+
+
+def _chunk(held: Ranges, n: int, i: int) -> Ranges:
+    """Return chunk i of n, as torch.chunk cuts them, empty where it makes fewer."""
+    each, before, found = -(-sum(map(len, held)) // n), 0, []
+    for r in held:
+        found.append(r[max(i * each - before, 0) : max((i + 1) * each - before, 0)])
+        before += len(r)
+    return tuple(filter(None, found))
+
+
+def _merged(held: Ranges) -> Ranges:
+    """Return the same indices with ranges that follow one another made one."""
+    merged: list[range] = []
+    for r in held:
+        follows = merged and merged[-1].stop == r.start
+        merged.append(range(merged.pop().start, r.stop) if follows else r)
+    return tuple(merged)
+
+
+@cache
+def _shares(size: int, cuts: Cuts) -> tuple[Ranges, ...]:
+    every: list[Ranges] = [(range(size),)]
+    for parts, ranks in cuts:
+        every = [_cut(held, parts, ranks, i) for held in every for i in range(ranks)]
+    return tuple(map(_merged, every))
+
+
+@cache
+def _kinds(size: int, cuts: Cuts) -> frozenset[Ranges]:
+    """Return what the ranks that hold any of a dimension hold, each counted from its first index.
+
+    Where no cut makes parts the first rank stands for all: the others hold one range too, and none a longer one.
+    """
+    alone = all(parts == 1 for parts, _ in cuts)
+    every = [_held(size, cuts, [0] * len(cuts))] if alone else _shares(size, cuts)
+    return frozenset(_from_zero(held) for held in every if held)
+
+
+def _from_zero(held: Ranges) -> Ranges:
+    return tuple(range(r.start - held[0].start, r.stop - held[0].start) for r in held)
+
+
+def _run_and_skip(p: "DTensor", held: Sequence[Ranges], steps: Sequence[int]) -> tuple[int, int]:
+    """Return the numbering's run and skip for a shard that holds these indices of each dimension, counted from 0."""
+    levels, regular, ragged = [(1, 1)], True, False  # levels: how many, how far apart in the whole; the inner first
+    for d in sorted(range(p.dim()), key=steps.__getitem__):
+        ranges, n, length = held[d], len(held[d]), len(held[d][0])
+        apart = ranges[1].start if n > 1 else 0
+        for count, step in (length, steps[d]), (n, apart * steps[d]):
+            if count == 1:
+                continue
+            regular &= not ragged  # a last piece that is shorter is the end of the shard
+            if levels[-1][0] * levels[-1][1] == step:
+                count, step = count * levels[-1][0], levels.pop()[1]
+            levels.append((count, step))
+        ragged |= len(ranges[-1]) < length
+        full = (*ranges[:-1], range(ranges[-1].start, ranges[-1].start + max(length, len(ranges[-1]))))
+        regular &= full == tuple(range(i * apart, i * apart + length) for i in range(n))
+    if not regular or len(levels) > 2:
+        raise TypeError(
+            f"it is placed {p.placements}, which leaves a rank pieces of pieces, and stochastic rounding numbers the "
+            'elements: give its group rounding="nearest", or shard it along one dimension'
+        )
+    (run, _), *outer = levels
+    return (run, outer[0][1] - run) if outer else (NOT_SHARDED.run, NOT_SHARDED.skip)
+
+
+def _whole_strides(p: "DTensor") -> tuple[int, ...]:
+    """Return the strides of the whole of p, made dense, as one process would."""
+    return torch.empty_like(torch.empty_strided(p.shape, p.stride(), device="meta")).stride()
 
 
 def has_memory(t: Tensor) -> bool:
@@ -141,9 +241,24 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-def dense_like(p: Tensor) -> Tensor:
-    """Return a tensor in the dense layout nearest to p's: p itself, or one without memory."""
-    return p if p.is_contiguous() else torch.empty_like(p, device="meta")
+def dense_like(p: Tensor, ordered: bool = False) -> Tensor:
+    """Return a tensor in the dense layout nearest to that of p's shard: the shard itself, or one without memory.
+
+    If ``ordered`` the layout has the order of the whole, which a shard need not have: torch transposes the whole alone.
+    """
+    t = local(p)
+    if ordered and is_dtensor(p) and t.numel():
+        strides = _whole_strides(p)
+        order = sorted(range(t.dim()), key=strides.__getitem__, reverse=True)
+        dense = torch.empty_permuted(t.shape, order, dtype=t.dtype, device="meta")
+        return t if same_layout(t, dense) else dense
+    return t if t.is_contiguous() else torch.empty_like(t, device="meta")
+
+
+def in_order(t: Tensor) -> Tensor:
+    """Return the shard of t in the whole's order of memory, copied if it has another."""
+    shard, dense = local(t), dense_like(t, ordered=True)
+    return shard if same_layout(shard, dense) else torch.empty_like(dense, device=shard.device).copy_(shard)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

@@ -28,6 +28,7 @@ from bench.memory import FORMS
 from bench.paper import claims, digits, experiments
 from bench.studies import demo, gpt
 from bench.studies.formats import Run
+from fused_adamw import formats
 from tests import cases
 
 ROOT = Path(__file__).parent.parent
@@ -529,7 +530,8 @@ TINY = experiments.Plan(
 )
 
 
-def test_memory(here: Callable[..., str]) -> None:
+def test_memory(here: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "SMALL_VECTOR", formats.SMALL)
     out = here("memory", "--workload", "1x131k", "--threads", "1")
     found = {}
     for line in out.splitlines():

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import itertools
 import math
 import os
 import resource
@@ -25,6 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_adamw
@@ -41,6 +44,9 @@ RULES = [
 
 
 BF16 = torch.bfloat16
+INT8 = {"state_dtype": "int8", "rounding": "stochastic", "seed": 7}
+LONG_VECTOR = 128 * 12 * 683  # enough for int8, and whole blocks on 2, 3 and 4 ranks
+CUT = "cuts the blocks of 128 elements"
 FORMATS = [
     ("AdamW", {"lr": 1e-2, "rounding": "stochastic", "state_dtype": BF16}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "rounding": "stochastic", "seed": 1 << 40}),
@@ -72,11 +78,13 @@ def shard(model, mesh=None, **options):
     return fully_shard(model, mesh=mesh, ignored_params={model.scale}, **options)
 
 
-def check_shards_of(shape, placements, sizes, options, refused=""):
-    """A matrix cut so has the bits of the whole one."""
+def check_shards_of(shape, placements, sizes, options, refused="", turned=False, scattered=False):
+    """A parameter cut so has the bits of the whole one, which may be the transpose of a contiguous one."""
     mesh = init_device_mesh("cpu", sizes)
     whole = cases.parameters([shape], BF16)[0]
-    ours = nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, placements, src_data_rank=None))
+    whole = nn.Parameter(whole.detach().t()) if turned else whole
+    source = 0 if scattered else None  # a scattered shard is contiguous, whatever the whole is
+    ours = nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, placements, src_data_rank=source))
     a, b = cases.make("AdamW", [ours], {"lr": 1e-2, **options}), cases.make("AdamW", [whole], {"lr": 1e-2, **options})
     for t in range(3):
         cases.set_gradients([whole], t)
@@ -88,6 +96,7 @@ def check_shards_of(shape, placements, sizes, options, refused=""):
         a.step()
         b.step()
     assert all(isinstance(t, DTensor) for key, t in a.state[ours].items() if key != "step")
+    assert a.state[ours].keys() == b.state[whole].keys()
     cases.assert_same_bits(*locals_of(a, b))
 
 
@@ -146,10 +155,105 @@ def reaped():
         ((Shard(1), Shard(1)), (2, 2), (7, 65)),
         ((Shard(1), Shard(2)), (2, 2), (3, 1, 6)),  # two ranks hold nothing of it, and no pieces of pieces
         ((Shard(2), Replicate()), (2, 2), (3, 5, 70)),
+        ((_StridedShard(0, split_factor=2),), (2,), (8, 5)),
+        ((_StridedShard(0, split_factor=3),), (2,), (11, 5)),  # the last of three pieces is shorter
+        ((_StridedShard(1, split_factor=2),), (2,), (7, 12)),
+        ((_StridedShard(0, split_factor=2), Shard(0)), (2, 2), (9, 5)),  # FSDP2 over tensor parallelism
+        ((Shard(0), _StridedShard(0, split_factor=2)), (2, 2), (16, 3)),
     ],
 )
 def test_random_bits_do_not_depend_on_the_placement(placements, sizes, shape):
     ranks.run(math.prod(sizes), check_shards_of, shape, placements, sizes, FORMATS[0][1])
+
+
+@pytest.mark.parametrize("options", [FORMATS[0][1], FORMATS[3][1]], ids=cases.name_of)
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()], ids=str)
+def test_random_bits_of_a_transposed_weight(placement, scattered, options):
+    """Numbered in the order of memory of the whole, in which torch does not lay out every shard."""
+    ranks.run(2, check_shards_of, (7, 65), [placement], (2,), options, "", True, scattered)
+
+
+def numbers_of(p):
+    """The numbers that a shard's elements have by its Numbering, in the shape of the shard."""
+    offset, run, skip = tensors.shard_numbering(p)
+    i = torch.arange(tensors.local(p).numel())
+    numbers = torch.empty_like(tensors.dense_like(p, ordered=True), device="cpu")
+    tensors.flat(numbers).copy_(offset + i + i // run * skip)
+    return numbers
+
+
+def check_numbering(sizes, shape, turned):
+    """Every element has the number that it has in the memory of the whole, or no rank has a numbering."""
+    mesh = init_device_mesh("cpu", sizes)
+    whole = torch.arange(math.prod(shape)).view(shape)
+    whole = whole.t() if turned else whole
+    split = [_StridedShard(d, split_factor=n) for d in range(len(shape)) for n in (2, 3)]
+    every = [Replicate(), *map(Shard, range(len(shape))), *split]
+    numbered = []
+    for placements in itertools.product(every, repeat=len(sizes)):
+        p = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        try:
+            numbers = numbers_of(p)
+        except TypeError:
+            numbered.append(False)
+            continue
+        numbered.append(True)
+        assert torch.equal(numbers, tensors.local(p)), (placements, tensors.shard_numbering(p))
+    return numbered
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 2)], ids=str)
+@pytest.mark.parametrize(("shape", "turned"), [((8, 12), False), ((8, 12), True), ((7, 5), True), ((11,), False)])
+def test_numbering_of_every_placement(sizes, shape, turned):
+    first, *others = ranks.run(4, check_numbering, sizes, shape, turned)
+    assert all(other == first for other in others)
+    assert sum(first) > len(first) / 3
+
+
+def check_tensor_parallel(options, widths):
+    """FSDP2 over tensor parallelism, on a mesh of two dimensions."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(*widths), nn.Linear(widths[1], 6)).bfloat16()
+
+    twin, model = net(), net()
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    assert isinstance(model[0].weight.placements[0], _StridedShard)
+    a, b = (cases.make("AdamW", list(m.parameters()), {"lr": 1e-2, **options}) for m in (model, twin))
+    for t in range(3):
+        cases.set_gradients(twin.parameters(), t)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = placed_like(q.grad, p)
+        a.step()
+        b.step()
+        cases.assert_same_bits(*locals_of(a, b))
+    return "exp_avg_codes" in a.state[model[0].weight]
+
+
+def check_uneven():
+    """What FSDP2 makes of an uneven shard of tensor parallelism is not what its placements say."""
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("data", "tensor"))
+    model = nn.Sequential(nn.Linear(2, 7))
+    whole = torch.arange(14.0).view(7, 2)
+    model[0].weight.data.copy_(whole)
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    assert torch.equal(numbers_of(model[0].weight), tensors.local(model[0].weight).detach())
+    return tensors.local(model[0].weight).numel()
+
+
+def test_numbering_of_an_uneven_shard_of_an_uneven_shard():
+    assert ranks.run(6, check_uneven) == [4, 2, 4, 2, 0, 2]
+
+
+@pytest.mark.parametrize("widths", [(5, 8), (5, 7), (128, 70)], ids=str)
+def test_random_bits_of_fsdp2_over_tensor_parallelism(widths):
+    ranks.run(4, check_tensor_parallel, FORMATS[0][1], widths)
+    assert all(ranks.run(4, check_tensor_parallel, INT8, widths)) == (widths == (128, 70))
 
 
 @pytest.mark.parametrize(
@@ -158,12 +262,44 @@ def test_random_bits_do_not_depend_on_the_placement(placements, sizes, shape):
         ((Shard(0),), (77, 256), {}, ""),
         ((Shard(0),), (77, 256), {"master": "split16", "rounding": "stochastic"}, ""),
         ((Replicate(),), (77, 65), {}, ""),
-        ((Shard(0),), (77, 65), {}, "cuts the blocks of 128 elements .* state_dtype=torch.bfloat16"),
-        ((Shard(1),), (77, 256), {}, "cuts the blocks of 128 elements"),
+        ((Shard(0),), (77, 65), {}, CUT + ".* state_dtype=torch.bfloat16"),
+        ((Shard(1),), (77, 256), {}, CUT),
+        ((Shard(0),), (128, 66), {}, ""),  # 33 blocks a rank, though rows are no multiple of one
+        ((Shard(0),), (126, 66), {}, CUT),
+        ((Shard(0),), (4100,), {}, ""),
+        ((Shard(0),), (LONG_VECTOR,), {"rounding": "stochastic"}, ""),
+        ((Shard(0),), (LONG_VECTOR - 200,), {}, CUT),
+        ((Shard(0),), (LONG_VECTOR + 200,), {}, CUT),
+        ((Shard(0),), (LONG_VECTOR - 1,), {}, ""),  # the last block is shorter
+        ((Replicate(),), (LONG_VECTOR - 200,), {}, ""),
+        ((_StridedShard(0, split_factor=2),), (76, 128), {}, ""),
+        ((_StridedShard(0, split_factor=2),), (128, 66), {}, CUT),
     ],
 )
 def test_int8_moments_are_sharded_by_blocks(placements, shape, options, refused):
     ranks.run(2, check_shards_of, shape, placements, (2,), {"state_dtype": "int8", **options}, refused)
+
+
+@pytest.mark.parametrize(
+    ("placements", "shape", "refused"),
+    [
+        ((Replicate(), Shard(0)), (LONG_VECTOR,), ""),
+        ((Shard(0), Shard(0)), (LONG_VECTOR,), ""),
+        ((Shard(0), Shard(0)), (LONG_VECTOR - 200,), CUT),
+        ((_StridedShard(0, split_factor=2), Shard(0)), (LONG_VECTOR,), ""),
+        ((Shard(0), Shard(1)), (64, 256), CUT),
+    ],
+)
+def test_int8_moments_on_a_mesh_of_two_dimensions(placements, shape, refused):
+    ranks.run(4, check_shards_of, shape, placements, (2, 2), INT8, refused)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_int8_moments_of_a_transposed_weight(scattered):
+    """Its blocks lie along columns: whole as on one process, and refused if cut."""
+    ranks.run(2, check_shards_of, (80, 70), [Replicate()], (2,), INT8, "", True, scattered)
+    ranks.run(1, check_shards_of, (80, 70), [Shard(0)], (1,), INT8, "", True, scattered)
+    ranks.run(2, check_shards_of, (80, 128), [Shard(0)], (2,), INT8, CUT, True, scattered)
 
 
 def test_pieces_of_pieces_are_not_numbered():
@@ -526,9 +662,13 @@ def check_refused_everywhere():
     plain = parameter((5, 2), Shard(0), Replicate())
     three = DeviceMesh("cpu", [0, 1, 2])
     columns = nn.Parameter(distribute_tensor(torch.ones(40, 256), three, [Shard(1)], src_data_rank=None))
+    vector = parameter((LONG_VECTOR - 128,), Shard(0), Replicate())  # half a block more than whole ones
+    strided = parameter((3, 9), _StridedShard(1, split_factor=2), Replicate()).to(BF16)  # one rank has one piece
     bad = [
-        (rows, {"state_dtype": "int8"}, TypeError, "cuts the blocks of 128 elements"),
-        (columns, {"state_dtype": "int8"}, TypeError, "cuts the blocks of 128 elements"),
+        (rows, {"state_dtype": "int8"}, TypeError, CUT),
+        (columns, {"state_dtype": "int8"}, TypeError, CUT),
+        (vector, {"state_dtype": "int8"}, TypeError, CUT),
+        (nn.Parameter(strided.detach()), {"rounding": "stochastic"}, TypeError, "pieces of pieces"),
         (nn.Parameter(pieces.detach()), {"rounding": "stochastic"}, TypeError, "pieces of pieces"),
         (nn.Parameter(partial.detach()), {}, ValueError, "a sum cannot be stepped by its terms"),
         (plain, {"betas": (2.0, 0.9)}, ValueError, "Invalid beta"),

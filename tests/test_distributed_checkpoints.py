@@ -7,22 +7,25 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import fused_adamw
-from fused_adamw import state, tensors
+from fused_adamw import formats, state, tensors
 from tests import cases, ranks
-from tests.test_distributed import inject, load, locals_of, placed_like, save, trainable
+from tests.test_distributed import INT8, LONG_VECTOR, inject, load, locals_of, placed_like, save, trainable
 
 BF16 = torch.bfloat16
-INT8 = {"state_dtype": "int8", "rounding": "stochastic", "seed": 7}
 SPLIT16 = {"master": "split16", "state_dtype": BF16, "rounding": "stochastic"}
 PARTIAL = dcp.DefaultLoadPlanner(allow_partial_load=True)
 
@@ -34,14 +37,18 @@ def reaped():
 
 
 class Net(nn.Module):
-    """A matrix and a vector that are large enough for int8, a row for one rank alone, and a late parameter."""
+    """Matrices and vectors, of which all but one are int8, a row for one rank alone, and a late parameter."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
         torch.manual_seed(0)
-        self.matrix, self.vector = nn.Parameter(torch.randn(34, 128)), nn.Parameter(torch.randn(4100))
+        self.matrix, self.odd = nn.Parameter(torch.randn(34, 128)), nn.Parameter(torch.randn(96, 96))
+        self.vector, self.long = nn.Parameter(torch.randn(4100)), nn.Parameter(torch.randn(LONG_VECTOR))
         self.row, self.late = nn.Parameter(torch.randn(1, 3)), nn.Parameter(torch.randn(5))
         self.to(dtype)
+
+
+CODED = ("matrix", "odd", "long")
 
 
 def shard(model):
@@ -83,18 +90,15 @@ def check_load_whole(file, options, dtype, plain, used):
         tensors.local(p.detach()).copy_(tensors.local(placed_like(whole, p)))
     how = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(model, optimizer, copy.deepcopy(saved["optimizer"]), options=how)
-    floating = {**options, "state_dtype": None} if options.get("state_dtype") == "int8" else options
-    for i, p in enumerate(model.parameters()):
-        coded = "exp_avg_codes" in optimizer.state[p]
-        twin = Net(dtype)
-        twin.load_state_dict(saved["model"])
-        reference = cases.make("AdamW", trainable(twin), options if coded else floating)
-        reference.load_state_dict(copy.deepcopy(saved["optimizer"]))
-        q = list(twin.parameters())[i]
+    twin = Net(dtype)
+    twin.load_state_dict(saved["model"])
+    reference = cases.make("AdamW", trainable(twin), options)
+    reference.load_state_dict(saved["optimizer"])
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         mine, theirs = optimizer.state[p], reference.state[q]
         assert mine.keys() == theirs.keys()
         assert mine["step"] == (2 if p is model.late else 3)
-        assert coded == (options.get("state_dtype") == "int8" and (i == 0 or (i == 1 and plain)))
+        assert ("exp_avg_codes" in mine) == (options.get("state_dtype") == "int8" and name in CODED)
         ours = {key: tensors.local(t) for key, t in mine.items()}
         cases.assert_same_bits(ours, {key: tensors.local(placed_like(t, mine[key])) for key, t in theirs.items()})
         moment = state._as_float(theirs, "exp_avg")
@@ -122,20 +126,47 @@ def test_whole_states_between_formats(saved, loaded, dtype, tmp_path):
             ranks.run(world, check_load_whole, file, loaded, dtype, plain, used)
 
 
-def check_save_plain(file, options):
-    twin = Net()
-    optimizer = cases.make("AdamW", trainable(twin), {"lr": 1e-2, **options})
-    for t in range(3):
-        inject(twin, twin, t)
-        optimizer.step()
-    torch.save({"model": twin.state_dict(), "optimizer": get_optimizer_state_dict(twin, optimizer)}, file)
+def check_save_old(file, smallest, sharded):
+    """As when vectors of one process were int8 from 4096 elements on, and those of shards never."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "SMALL_VECTOR", smallest)
+        twin, model = Net(), shard(Net()) if sharded else Net()
+        optimizer = cases.make("AdamW", trainable(model), {"lr": 1e-2, **INT8})
+        for t in range(3):
+            inject(model, twin, t)
+            optimizer.step()
+        whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+        assert ("exp_avg_codes" in whole["state"]["vector"]) == (not sharded)
+        assert ("exp_avg_codes" in whole["state"]["long"]) == (not sharded)
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if dist.get_rank() == 0:
+            torch.save({"model": weights, "optimizer": whole}, file)
+        if not sharded:
+            save(file + ".dcp", model, optimizer, False)
 
 
-def test_codes_of_a_vector_of_one_process_are_sharded_as_floats(tmp_path):
-    file = str(tmp_path / "plain.pt")
-    ranks.run(1, check_save_plain, file, INT8)
+def check_load_old(folder):
+    """What a distributed checkpoint has in another form is named."""
+    model = Net()
+    optimizer = cases.make("AdamW", trainable(model), INT8)
+    optimizer.init_state()
+    with pytest.raises(dcp.CheckpointException, match=r"Missing key .*optimizer\.state\.vector\.exp_avg"):
+        load(folder, model, optimizer, False)
+    with pytest.raises(ValueError, match=r"parameter 2 .*: its state 'exp_avg' was not loaded"):
+        load(folder, model, optimizer, False, PARTIAL)
+
+
+@pytest.mark.parametrize(("smallest", "sharded"), [(4096, False), (1 << 40, True)], ids=["plain", "sharded"])
+def test_vectors_of_the_older_form_are_converted(smallest, sharded, tmp_path):
+    file = str(tmp_path / "old.pt")
+    ranks.run(2 if sharded else 1, check_save_old, file, smallest, sharded)
     for loaded in (INT8, {}):
-        ranks.run(2, check_load_whole, file, loaded, torch.float32, False, True)
+        for world, plain in ((1, True), (2, False)):
+            ranks.run(world, check_load_whole, file, loaded, torch.float32, plain, True)
+    if not sharded:
+        ranks.run(1, check_load_old, file + ".dcp")
+        dcp_to_torch_save(file + ".dcp", file)
+        ranks.run(2, check_load_whole, file, INT8, torch.float32, False, True)
 
 
 def check_broadcast(file, options):
@@ -159,8 +190,136 @@ def test_whole_state_from_one_rank(tmp_path):
     """torch hands the other ranks no moment of another form; these say so."""
     file = str(tmp_path / "whole.pt")
     ranks.run(2, check_save_whole, file, INT8, torch.float32, False)
-    assert ranks.run(2, check_broadcast, file, INT8) == [[3.0, 3.0, 3.0, 2.0]] * 2
+    assert ranks.run(2, check_broadcast, file, INT8) == [[3.0] * 5 + [2.0]] * 2
     ranks.run(2, check_broadcast, file, {})
+
+
+# ---- any layout into any other
+
+LAYOUTS = {"plain": 1, "ddp": 2, "fsdp2": 2, "fsdp3": 3}  # on so many ranks
+WAYS = {
+    "nested": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "offloaded": StateDictOptions(cpu_offload=True),
+    "whole": StateDictOptions(full_state_dict=True, cpu_offload=True),
+}
+
+
+def laid_out(layout):
+    """A model laid out so, its parameters' owner, and an int8 optimizer."""
+    inner = Net()
+    model = DistributedDataParallel(inner) if layout == "ddp" else inner if layout == "plain" else shard(inner)
+    return model, inner, cases.make("AdamW", trainable(inner), {"lr": 1e-2, **INT8})
+
+
+def check_save_layout(folder, layout, way):
+    model, inner, optimizer = laid_out(layout)
+    for t in range(3):
+        inject(inner, Net(), t)
+        optimizer.step()
+    saved = {
+        "model": get_model_state_dict(model, options=WAYS[way]),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=WAYS[way]),
+    }
+    if way != "whole":
+        dcp.save(saved, checkpoint_id=folder)
+    elif dist.get_rank() == 0:
+        torch.save(saved, folder + ".pt")
+
+
+def check_load_layout(folder, layout, way):
+    """The bits of one process, at once and two steps later."""
+    twin = Net()
+    b = cases.make("AdamW", trainable(twin), {"lr": 1e-2, **INT8})
+    for t in range(3):
+        inject(twin, twin, t)
+        b.step()
+    model, inner, a = laid_out(layout)
+    with torch.no_grad():
+        for p in inner.parameters():
+            p.zero_()
+    a.init_state()
+    if way == "whole":
+        saved = torch.load(folder + ".pt")
+    else:
+        saved = {
+            "model": get_model_state_dict(model, options=WAYS[way]),
+            "optimizer": get_optimizer_state_dict(model, a, options=WAYS[way]),
+        }
+        dcp.load(saved, checkpoint_id=folder)
+    set_model_state_dict(model, saved["model"], options=WAYS[way])
+    set_optimizer_state_dict(model, a, saved["optimizer"], options=WAYS[way])
+    for t in range(3, 6):
+        assert {name for name, p in inner.named_parameters() if "exp_avg_codes" in a.state[p]} == set(CODED)
+        cases.assert_same_bits(*locals_of(a, b))
+        inject(inner, twin, t)
+        a.step()
+        b.step()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("saved", LAYOUTS)
+def test_int8_from_any_layout_into_any_other(saved, way, tmp_path):
+    folder = str(tmp_path / "saved")
+    ranks.run(LAYOUTS[saved], check_save_layout, folder, saved, way)
+    for layout, world in LAYOUTS.items():
+        ranks.run(world, check_load_layout, folder, layout, way)
+
+
+def turned(placement, options):
+    """A transposed weight of shards that torch does not transpose; its twin of one process; an optimizer of each."""
+    twin, model = nn.Module(), nn.Module()
+    twin.weight = nn.Parameter(cases.parameters([(400, 70)], BF16)[0].detach().t())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model.weight = nn.Parameter(distribute_tensor(twin.weight.detach(), mesh, [placement]))
+    return model, twin, *(cases.make("AdamW", [m.weight], {"lr": 1e-2, **options}) for m in (model, twin))
+
+
+def step_turned(model, twin, a, b, t):
+    cases.set_gradients([twin.weight], t)
+    model.weight.grad = placed_like(twin.weight.grad, model.weight)
+    a.step()
+    b.step()
+    cases.assert_same_bits(*locals_of(a, b))
+
+
+def check_save_turned(folder, placement, options):
+    model, twin, a, b = turned(placement, options)
+    for t in range(3):
+        step_turned(model, twin, a, b, t)
+    save(folder, model, a, True)
+    whole = get_optimizer_state_dict(model, a, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        torch.save(whole, folder + ".pt")
+
+
+def check_load_turned(folder, placement, options, way):
+    model, twin, a, b = turned(placement, options)
+    for t in range(3):
+        cases.set_gradients([twin.weight], t)
+        b.step()
+    a.init_state()
+    load(folder, model, a, True)
+    if way == "whole":
+        a.state[model.weight]["step"].zero_()
+        how = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, a, torch.load(folder + ".pt"), options=how)
+    cases.assert_same_bits(*locals_of(a, b))
+    for t in range(3, 5):
+        step_turned(model, twin, a, b, t)
+
+
+@pytest.mark.parametrize("way", ["flat", "whole"])
+@pytest.mark.parametrize(
+    ("placement", "options"),
+    [(Shard(0), SPLIT16), (Shard(1), {"rounding": "stochastic"}), (Replicate(), INT8)],
+    ids=["rows", "columns", "int8"],
+)
+def test_transposed_weight_resumes(placement, options, way, tmp_path):
+    folder = str(tmp_path / "saved")
+    ranks.run(2, check_save_turned, folder, placement, options)
+    for world in (2, 3):
+        ranks.run(world, check_load_turned, folder, placement, options, way)
 
 
 # ---- partial loads

@@ -27,7 +27,7 @@ MOMENTS = [
     {"state_dtype": "int8", "rounding": "stochastic", "master": "split16"},
 ]
 ALL = [*CURES, *MOMENTS]
-LONG = (5003,)  # more than formats.SMALL, and no multiple of a block
+LONG = (5003, 1)  # more than formats.SMALL, no vector, and no multiple of a block
 
 
 def trained(name, options, target, steps=3, shapes=(LONG, (7, 9), ()), dtype=BF16, params=None, first=0):
@@ -390,8 +390,8 @@ def test_codes_of_every_magnitude_are_those_of_every_instruction_set(spread, rou
     try:
         for isa in C.cpu_isas():
             C.use_cpu_isa(isa)
-            p = torch.nn.Parameter(torch.zeros(n))
-            p.grad = g.clone()
+            p = torch.nn.Parameter(torch.zeros(n, 1))
+            p.grad = g[:, None].clone()
             optimizer = cases.make("AdamW", [p], {"betas": (0.0, 0.0), "state_dtype": "int8", "rounding": rounding})
             optimizer.step()
             kept.append(cases.tensors_of(optimizer))
@@ -441,7 +441,7 @@ def test_each_step_of_int8_moments_is_within_the_bounds_of_their_codes(name, tar
             codes, scales = (optimizer.state[p][f"{key}_{part}"].cpu() for part in ("codes", "scales"))
             before[key], scales = (
                 codecs.decode(codes, scales, key == "exp_avg_sq"),
-                scales.repeat_interleave(128)[: LONG[0]],
+                scales.repeat_interleave(128)[: LONG[0], None],
             )
             error = (before[key] - exact[key]).abs()
             if key == "exp_avg_sq":
@@ -496,7 +496,7 @@ def test_a_nan_stays_where_it_is(target):
             optimizer.step()
         found.append(p.detach())
     clean, poisoned = found
-    assert poisoned.isnan().nonzero().tolist() == [[700]]
+    assert poisoned.isnan().nonzero().tolist() == [[700, 0]]
     poisoned[700] = clean[700]
     assert torch.equal(clean, poisoned)
 
@@ -511,7 +511,7 @@ def test_same_bits_for_every_instruction_set_and_number_of_threads(options, name
     if options.get("state_dtype") == "int8" and "amsgrad" in more:
         return  # refused: test_what_is_refused
     C, threads = backends.native(), torch.get_num_threads()
-    shapes = [(40_000,), (127,), (128,), (129,), (64, 65), (0,), ()]
+    shapes = [(40_000, 1), (127,), (128,), (129,), (64, 65), (0,), ()]
     found = []
     try:
         for isa, n in [("generic", 1), *((isa, n) for isa in C.cpu_isas() for n in (1, 2))]:
@@ -710,7 +710,7 @@ def test_a_checkpoint_that_cannot_be_kept_is_refused_and_changes_nothing():
         broken = copy.deepcopy(good)
         broken["state"][0]["exp_avg_scales"] = scales
         bad.append(
-            (broken, r"parameter 0 \(shape \[5003\]\): its state 'exp_avg_scales' .* 'exp_avg_codes', .* \[40\]")
+            (broken, r"parameter 0 \(shape \[5003, 1\]\): its state 'exp_avg_scales' .* 'exp_avg_codes', .* \[40\]")
         )
     before = {key: t.clone() for key, t in cases.tensors_of(optimizer).items()}
     lr = optimizer.param_groups[0]["lr"]
@@ -805,6 +805,6 @@ def test_what_there_is_not(options, text):
 def test_what_is_refused(dtype, options, text):
     p = torch.nn.Parameter(torch.ones(LONG, dtype=dtype))
     p.grad = torch.ones_like(p)
-    with pytest.raises(TypeError, match=rf"AdamW: group 0, parameter 0 \(shape \[5003\]\): {text}"):
+    with pytest.raises(TypeError, match=rf"AdamW: group 0, parameter 0 \(shape \[5003, 1\]\): {text}"):
         cases.make("AdamW", [p], options).step()
     assert (p == 1).all()

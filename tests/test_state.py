@@ -116,7 +116,7 @@ def test_the_default_dtype_changes_nothing(name, options, dtype, target):
     """Neither the state's dtypes nor a bit: where it is made, stepped, saved, loaded and exported."""
     found = []
     for default in (torch.float32, dtype):
-        params = cases.parameters([(5003,), (7, 9), ()], torch.bfloat16, target.device)
+        params = cases.parameters([(5003, 1), (7, 9), ()], torch.bfloat16, target.device)
         torch.set_default_dtype(default)
         try:
             optimizer = cases.make(name, params, {**options, "max_grad_norm": 0.5}, backend=target.backend)

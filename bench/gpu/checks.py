@@ -21,8 +21,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 TOOLS = ("nvcc", "g++", "ninja", "ncu", "compute-sanitizer", "cuobjdump", "nvidia-smi")
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "setuptools")
 
-SHAPES: cases.Shapes = [*cases.SHAPES, (20_003,)]
-LONG: cases.Shapes = [(1_000_003,), (4096, 513)]
+SHAPES: cases.Shapes = [*cases.SHAPES, (20_003, 1)]
+LONG: cases.Shapes = [(1_000_003, 1), (4096, 513)]
 CLIPPED = {"max_grad_norm": 0.5}
 FORMATS: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("AdamW", BF16, {}),

@@ -113,7 +113,7 @@ def output(record: Record, command: list[str], environment: dict[str, str] | Non
 def small_steps(record: Record, backend: str) -> None:
     """Make two steps of tensors of awkward sizes with each kind of kernel, for compute-sanitizer."""
     bf16, f32 = torch.bfloat16, torch.float32
-    shapes = [(n,) for n in (1, 7, 64, 127, 128, 129, 511, 513, 4096, 5003, 20_011)]
+    shapes = [(n, 1) for n in (1, 7, 64, 127, 128, 129, 511, 513, 4096, 5003, 20_011)]
     for name, dtype, options in (
         ("AdamW", f32, {}),
         ("SGDW", f32, {"momentum": 0.9}),

@@ -99,7 +99,8 @@ def digits_error(form: Form, seed: int) -> float:
     """Return the percentage of the test images that the network gets wrong."""
     x, y, test_x, test_y = digits.digits(seed)
     model = digits.network(seed).to(form.dtype)
-    small, formats.SMALL = formats.SMALL, 1
+    sizes = formats.SMALL, formats.SMALL_VECTOR
+    formats.SMALL = formats.SMALL_VECTOR = 1
     try:
         optimizer = fused_adamw.AdamW(model.parameters(), DIGITS_LR, weight_decay=DIGITS_DECAY, **form.options)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * digits.STEPS_PER_EPOCH)
@@ -111,7 +112,7 @@ def digits_error(form: Form, seed: int) -> float:
                 optimizer.step()
                 schedule.step()
     finally:
-        formats.SMALL = small
+        formats.SMALL, formats.SMALL_VECTOR = sizes
     with torch.no_grad():
         return 100 * (logits(model, test_x).argmax(1) != test_y).double().mean().item()
 
