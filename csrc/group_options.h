@@ -57,7 +57,7 @@ public:
   }
 
   // Reads the numbers that enum Hyper names, which hyper(group) returns; returns whether Python code ran for
-  // it. Without `on_host` a learning rate that lies on a device counts as 0 there; it is not read.
+  // it. Without `on_host` a learning rate that lies on a device is not read, and its multiplier stands there.
   bool read(PyObject* group, const py::object& hyper, bool on_host = true) {
     const at::Tensor* const lr = lr_is_tensor_ && !lr_is_read_ ? rate_of(group) : nullptr;
     if (hyper_is_read_ && !(lr && (on_host || lr->is_cpu()))) return false;
@@ -137,14 +137,14 @@ private:
       if (ptrdiff_t(k) != lr_ || !is_rate(value) || !is_rate(options_[k].held.ptr())) return false;
       options_[k].value = value;
       options_[k].held = py::reinterpret_borrow<py::object>(value);
-      hyper_[HYPER_LR] = PyFloat_AS_DOUBLE(value);
+      hyper_[HYPER_LR] = PyFloat_AS_DOUBLE(value) * lr_mult_;
     }
     return true;
   }
 
   void read_hyper(PyObject* group, const py::object& hyper, bool on_host) {
     auto options = py::reinterpret_borrow<py::dict>(group);
-    // hyper() returns 0 for a tensor that lies on a device; here its value is needed.
+    // Of a tensor that lies on a device hyper() returns the multiplier; here its value is needed.
     const at::Tensor* lr = tensor_of(py::object(options["lr"]).ptr());
     if (on_host && lr && !lr->is_cpu()) {
       options = options.attr("copy")();
@@ -152,12 +152,14 @@ private:
     }
     const auto numbers = py::tuple(hyper(options));
     for (int i = 0; i < HYPERS; ++i) hyper_[i] = py::float_(py::object(numbers[i]));
+    lr_mult_ = options.contains("lr_mult") ? double(py::float_(py::object(options["lr_mult"]))) : 1;
     hyper_is_read_ = lr_is_read_ = true;
   }
 
   std::vector<Option> options_;
   py::object plan_key_;
   std::array<double, HYPERS> hyper_;
+  double lr_mult_ = 1;
   ptrdiff_t lr_;    // which of the options it is
   bool immutable_;  // the values of all options are, but for an lr that is a tensor
   bool lr_is_tensor_, lr_is_read_;

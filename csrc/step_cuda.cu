@@ -332,8 +332,8 @@ __global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* 
   *counter = count;
   const int64_t rate = rates[row];
   double lr = hyper[row * HYPERS + HYPER_LR];
-  if (rate > 0) lr = *reinterpret_cast<const double*>(rate);
-  if (rate < 0) lr = *reinterpret_cast<const float*>(~rate);
+  if (rate > 0) lr *= *reinterpret_cast<const double*>(rate);
+  if (rate < 0) lr *= *reinterpret_cast<const float*>(~rate);
   scalars_of<kAdam>(hyper + row * HYPERS, lr, count, Power(), scalars + row * SCALARS);
 }
 

@@ -41,7 +41,7 @@ SCALARS = 9
 SCALARS_BYTES = 4 * SCALARS
 
 # Columns of hyper, by family. The decay is lr / base_lr * HYPER_DECAY, so a base_lr of 1 makes it torch's.
-HYPER_LR = 0  # 0 where only the device can read it, by its address in rates
+HYPER_LR = 0  # what multiplies it where only the device can read it, by its address in rates
 HYPER_BASE_LR = 1
 HYPER_DECAY = 2  # decoupled weight decay
 HYPER_L2 = 3  # weight decay that is added to the gradient

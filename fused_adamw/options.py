@@ -46,6 +46,8 @@ OPTIONS = {
     "state_dtype": Option(None, ours=("adam", "radam", "sgd"), kept=True, replans=True),
     "rounding": Option("nearest", ours=("adam", "radam", "sgd"), kept=True, replans=True),
     "master": Option(None, ours=("adam", "radam", "sgd"), kept=True, replans=True),
+    "lr_mult": Option(1.0, ours=("adam", "radam", "sgd")),
+    "wd_mult": Option(1.0, ours=("adam", "radam", "sgd")),
     "seed": Option(0, ours=("adam", "radam", "sgd"), replans=True),
 }
 KEPT = tuple(name for name, option in OPTIONS.items() if option.kept)
@@ -72,7 +74,9 @@ def ours(family: str) -> dict[str, Any]:
 
 
 _TEXTS = {
-    "params": "parameters, named parameters, or dicts of parameter groups.",
+    "params": """\
+parameters, named parameters, or dicts of parameter groups. Groups may have an ``lr_mult`` and a ``wd_mult``, numbers
+of at least 0 that each step multiplies their ``lr`` and ``weight_decay`` by.""",
     "lr": """\
 learning rate γ, a float or a tensor of one element. It may not be negative; if one is set by hand later, steps
 ascend as in torch, with a warning, but for one of rounding size, with which a schedule may end, and which counts as 0:
@@ -211,6 +215,9 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
             continue
         if at != "loading" or number(group, name) != 0.0:
             raise ValueError(f"Invalid {text}: {group[name]}")
+    for name in ("lr_mult", "wd_mult"):
+        if not 0 <= as_float(name, group.get(name, 1.0)) < math.inf:
+            raise ValueError(f"Invalid {name}: {group[name]}, it must be a number of at least 0")
     betas = group.get("betas", (0.0, 0.0))
     if not hasattr(betas, "__len__"):
         raise TypeError(f"betas must be two numbers, and is {betas!r}")

@@ -148,13 +148,17 @@ def _on_host(group: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _decay_hyper(group: Mapping[str, Any], decoupled: bool) -> tuple[float, ...]:
     """Return the columns HYPER_LR to HYPER_SIGN of ``layout.py``."""
-    lr = 0.0 if is_on_device(group["lr"]) else options.number(group, "lr")
+    lr_mult, wd_mult = (options.as_float(name, group.get(name, 1.0)) for name in ("lr_mult", "wd_mult"))
+    if not (lr_mult >= 0 and wd_mult >= 0):
+        options.check_hyperparameters(group, at="step")
+    lr = lr_mult if is_on_device(group["lr"]) else options.number(group, "lr") * lr_mult
     base_lr = 1.0
     if group.get("decouple_lr"):
         base_lr = options.as_float("base_lr", group.get("base_lr", 0.0))
         if not base_lr > 0:
             options.check_hyperparameters(group, at="step")
-    weight_decay = options.number(group, "weight_decay")
+        base_lr *= lr_mult or 1.0  # a multiplier of 0 stops the decay as well
+    weight_decay = options.number(group, "weight_decay") * wd_mult
     parts = (weight_decay, 0.0) if decoupled else (0.0, weight_decay)
     return (lr, base_lr, *parts, -1.0 if group["maximize"] else 1.0)
 

@@ -7,6 +7,8 @@ works with torch's optimizers too. Source: Loshchilov & Hutter, *Decoupled Weigh
 
 import math
 import warnings
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -179,18 +181,32 @@ class CosineWarmRestarts(LRScheduler):
         return cycle, length, max(epoch - start, 0.0)
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameters of a model in two groups: those to decay, and biases, norms and scalars, which are not.
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    no_decay: Iterable[str] = (),
+    lr_mult: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    r"""Return the parameters of a model in the fewest groups of equal decay and learning rate.
 
     Not decayed are the parameters of normalization layers, those with "bias" in their own name, and all with fewer than
-    two dimensions. A group that would be empty, or equal in its options to the other (``weight_decay=0``), is left out,
-    so that there are as few as there can be.
+    two dimensions.
 
     Args:
         model: shared parameters are taken once, frozen ones too.
-        weight_decay: of the first group.
+        weight_decay: of those that are decayed.
+        no_decay: patterns of names that are not decayed either: ``["*embedding*"]``, say, as ``fnmatch`` reads it.
+        lr_mult: multipliers of the learning rate by patterns of names: ``{"head.*": 10.0}``. Those of all patterns that
+            match are multiplied.
+        layer_decay: a multiplier :math:`d^{L+1-i}` for the i-th of L layers, those of the ModuleList or Sequential with
+            the most entries. What comes before the layers in ``model.named_parameters()`` has i = 0, what comes after
+            them has the full rate.
 
-    Returns dicts with "params" and "weight_decay", for any optimizer.
+    Returns dicts with "params" and "weight_decay", for any optimizer, and with "lr_mult" where that is not 1, which the
+    optimizers of this package multiply the group's ``lr`` by. Raises ValueError for a pattern that matches nothing, for
+    a multiplier that is not above 0, and for ``layer_decay`` where the model has no such list.
 
     >>> import torch, fused_adamw
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
@@ -198,11 +214,42 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     [(1, 0.1), (3, 0.0)]
     """
     norms = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters(False)}
-    groups: dict[float, list[Tensor]] = {weight_decay: [], 0.0: []}
-    for name, p in model.named_parameters():
+    named = list(model.named_parameters())
+    kept, multipliers = list(no_decay), dict(lr_mult or {})
+    for pattern in (*kept, *multipliers):
+        if not any(fnmatchcase(name, pattern) for name, _ in named):
+            raise ValueError(f"param_groups: {pattern!r} matches no parameter: the first is {named[0][0]!r}")
+    for what, value in (*multipliers.items(), *([] if layer_decay is None else [("layer_decay", layer_decay)])):
+        _check_positive(f"multiplier of {what!r}", value)
+    exponents = {} if layer_decay is None else _distances_to_the_end(model, [name for name, _ in named])
+    groups: dict[tuple[float, float], list[Tensor]] = {(weight_decay, 1.0): [], (0.0, 1.0): []}
+    for name, p in named:
         plain = p.dim() < 2 or id(p) in norms or "bias" in name.rpartition(".")[2]
-        groups[0.0 if plain else weight_decay].append(p)
-    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+        plain |= any(fnmatchcase(name, pattern) for pattern in kept)
+        mult = (layer_decay or 1.0) ** exponents.get(name, 0)
+        mult *= math.prod(value for pattern, value in multipliers.items() if fnmatchcase(name, pattern))
+        groups.setdefault((0.0 if plain else weight_decay, mult), []).append(p)
+    return [
+        {"params": params, "weight_decay": decay, **({} if mult == 1 else {"lr_mult": mult})}
+        for (decay, mult), params in groups.items()
+        if params
+    ]
+
+
+def _distances_to_the_end(model: nn.Module, names: list[str]) -> dict[str, int]:
+    """Return for each parameter how many layers come after its own, the head counted as one."""
+    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
+    if not lists:
+        raise ValueError("param_groups: layer_decay needs layers in a ModuleList or a Sequential: give lr_mult instead")
+    longest = max(lists, key=lambda name: lists[name])
+    prefix, n = f"{longest}." if longest else "", lists[longest]
+    distances, reached = {}, False
+    for name in names:
+        entry = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+        inside = entry.isdecimal()
+        reached |= inside
+        distances[name] = n - int(entry) if inside else 0 if reached else n + 1
+    return distances
 
 
 _NORMS = (

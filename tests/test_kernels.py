@@ -280,6 +280,7 @@ def test_scalars_on_the_device(compiler, sm, family):
                 "lr_in_momentum": lr_in_momentum,
             }
             groups.append(base | own | {"decouple_lr": False})
+    groups.append(groups[0] | {"lr_mult": 0.3, "wd_mult": 0.7})
     cases_of = [(group, step) for group in groups for step in steps]
     mem = gpu_kernels.ptxsim.GlobalMemory(1 << 24)
     numbers = np.array([scalars.HYPER[family](group) for group, _ in cases_of])
@@ -289,7 +290,7 @@ def test_scalars_on_the_device(compiler, sm, family):
             lr = dtype(groups[0]["lr"] * (1 + i))
             address = mem.upload(np.array([lr]), readonly=True).addr
             rates[i::3] = address if dtype is np.float64 else ~address
-            numbers[i::3, layout.HYPER_LR] = 0
+            numbers[i::3, layout.HYPER_LR] = [group.get("lr_mult", 1.0) for group, _ in cases_of[i::3]]
             cases_of[i::3] = [(group | {"lr": float(lr)}, step) for group, step in cases_of[i::3]]
     counters = mem.upload(np.array([step - 1 for _, step in cases_of], np.float32), "counters")
     out = mem.alloc(len(cases_of) * layout.SCALARS_BYTES, "out", np.float32)

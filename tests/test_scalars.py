@@ -43,6 +43,9 @@ CHANGES = [
     {},
     {"lr": 0.25},
     {"lr": 1},
+    {"lr_mult": 0.3},
+    {"lr": 0.7},
+    {"wd_mult": 1.7},
     {"lr": torch.tensor(0.125)},
     {"lr": -5e-21},
     {"lr": -0.25},
@@ -134,3 +137,53 @@ def test_negative_numbers_of_rounding_size():
     assert row(lr=1.0, weight_decay=-1e-12).decay == 0.0
     assert row(lr=1.0, weight_decay=-1e-11, initial_lr=1e9).decay == -1e-11
     assert row(eps=-1e-13).eps == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "decouple_lr"),
+    [*((name, False) for name in ("AdamW", "Adam", "RAdam", "SGD", "SGDW")), ("AdamW", True), ("SGDW", True)],
+)
+def test_multipliers_of_a_group(name, decouple_lr, target):
+    """They multiply rate and decay, whatever a schedule sets; the paper's decay does not depend on that of the rate."""
+    ours, twins = (cases.parameters([(5,), (6,)], device=target.device) for _ in range(2))
+    options = {"lr": 0.5, "weight_decay": 0.25, **({"decouple_lr": True} if decouple_lr else {})}
+    groups = [{"params": ours[:1]}, {"params": ours[1:], "lr_mult": 0.25, "wd_mult": 0.5}]
+    a = cases.make(name, groups, options, backend=target.backend)
+    b = cases.make(name, [{"params": [p]} for p in twins], options, backend=target.backend)
+    for t in range(5):
+        for params in (ours, twins):
+            cases.set_gradients(params, t)
+        for group in a.param_groups:
+            group["lr"] = 0.5 / (t + 1)
+        b.param_groups[0]["lr"] = 0.5 / (t + 1)
+        b.param_groups[1].update(lr=0.125 / (t + 1), weight_decay=0.125)
+        if decouple_lr:
+            b.param_groups[1]["base_lr"] = 0.125
+        if t == 3:
+            for o in (a, b):
+                o.load_state_dict(o.state_dict())
+        a.step()
+        b.step()
+        cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+    a.param_groups[1]["lr_mult"] = 0
+    before = ours[1].detach().clone()
+    a.step()
+    assert torch.equal(ours[1], before)
+
+
+@pytest.mark.parametrize("name", ["lr_mult", "wd_mult"])
+def test_multipliers_that_are_no_numbers(name, target):
+    """Refused when they are given, and when they are set by hand."""
+    p = cases.parameters([(3,)], device=target.device)[0]
+    for bad, error in ((-1.0, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("1", TypeError)):
+        with pytest.raises(error, match=rf"{name}.*\(group 0\)"):
+            fused_adamw.AdamW([{"params": [p], name: bad}])
+        optimizer = cases.make("AdamW", [p], {}, backend=target.backend)
+        cases.set_gradients([p], 0)
+        optimizer.step()
+        before = p.detach().clone()
+        optimizer.param_groups[0][name] = bad
+        for _ in range(2):
+            with pytest.raises(error, match=rf"{name}.*\(group 0\)"):
+                optimizer.step()
+        assert torch.equal(p, before)

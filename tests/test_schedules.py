@@ -330,3 +330,62 @@ def test_docstring_examples():
     results = doctest.testmod(schedules)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+class Blocks(nn.Module):
+    """An embedding, three layers of two parameters, a norm and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+
+
+def options_by_name(model, groups):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: (g["weight_decay"], g.get("lr_mult", 1)) for g in groups for p in g["params"]}
+
+
+def test_param_groups_of_layers_and_patterns():
+    model = Blocks()
+    groups = param_groups(
+        model, 0.1, no_decay=["embedding.*"], lr_mult={"head.*": 10.0, "*.bias": 2.0}, layer_decay=0.5
+    )
+    found = options_by_name(model, groups)
+    assert found == {
+        "embedding.weight": (0.0, 0.0625),
+        **{f"blocks.{i}.0.weight": (0.1, 0.5 ** (3 - i)) for i in range(3)},
+        **{f"blocks.{i}.0.bias": (0.0, 2 * 0.5 ** (3 - i)) for i in range(3)},
+        "norm.weight": (0.0, 1),
+        "norm.bias": (0.0, 2),
+        "head.weight": (0.1, 10),
+        "head.bias": (0.0, 20),
+    }
+    assert len(groups) == len(set(found.values()))
+    fused_adamw.AdamW(groups)
+    with pytest.raises(ValueError, match=r"'heads\.\*' matches no parameter: the first is 'embedding.weight'"):
+        param_groups(model, 0.1, lr_mult={"heads.*": 2.0})
+    with pytest.raises(ValueError, match="'nothing' matches no parameter"):
+        param_groups(model, 0.1, no_decay=["nothing"])
+    for bad in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match="Invalid multiplier of 'layer_decay'"):
+            param_groups(model, 0.1, layer_decay=bad)
+        with pytest.raises(ValueError, match="Invalid multiplier of 'head"):
+            param_groups(model, 0.1, lr_mult={"head.*": bad})
+    with pytest.raises(ValueError, match="layer_decay needs layers in a ModuleList or a Sequential"):
+        param_groups(nn.Linear(2, 2), 0.1, layer_decay=0.5)
+    deep = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
+    assert options_by_name(deep, param_groups(deep, 0.1, layer_decay=0.5)) == {
+        f"{i}.weight": (0.1, 0.5 ** (3 - i)) for i in range(3)
+    }
+
+
+def test_many_groups_of_layers_are_one_launch():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(200)))
+    optimizer = fused_adamw.AdamW(param_groups(model, 0.1, layer_decay=0.99))
+    assert len(optimizer.param_groups) == 400
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len(optimizer._plans) == 1

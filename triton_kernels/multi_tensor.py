@@ -257,9 +257,9 @@ def scalars_kernel(hyper, rates, steps, factor, scalars, ADAM: tl.constexpr):
     lr = tl.load(h + HYPER_LR)
     rate = tl.load(rates + row)
     if rate > 0:
-        lr = tl.load(rate.to(tl.pointer_type(tl.float64)))
+        lr = lr * tl.load(rate.to(tl.pointer_type(tl.float64)))
     elif rate < 0:
-        lr = tl.load((~rate).to(tl.pointer_type(tl.float32))).to(tl.float64)
+        lr = lr * tl.load((~rate).to(tl.pointer_type(tl.float32))).to(tl.float64)
     to = scalars + row * SCALARS
     tl.store(to + SCALAR_STEP, count)
     decay = lr / tl.load(h + HYPER_BASE_LR) * tl.load(h + HYPER_DECAY)
