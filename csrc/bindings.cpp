@@ -101,6 +101,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("scalar_rows", &Watch::scalar_rows)
       .def("advance", &Watch::advance)
       .def("device_hypers", &Watch::device_hypers)
+      .def("update", &update)
       .def("upload", &upload)
       .def("any_live", &Watch::any_live)
       .def("scalars_of", &Watch::scalars_of);

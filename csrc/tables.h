@@ -6,13 +6,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 
 #include "watch.h"
 
 namespace fused_adamw {
 
-// Returns whether any row changed.
+// Brings a table on the host to this step; returns whether any row changed.
 inline bool update(const Watch& watch, const at::Tensor& table, const at::Tensor& slots) {
   int64_t* row = table.mutable_data_ptr<int64_t>();
   const int64_t* const slot = slots.const_data_ptr<int64_t>();
@@ -47,17 +46,15 @@ inline bool update(const Watch& watch, const at::Tensor& table, const at::Tensor
 // `all_rows` is set, and the rows of scalars, which follow them in `buffer`. `table` is a copy of the rows
 // on the host, and of the addresses of their counters if these are on the device; `slots` has the parameter
 // of each row. torch's caching allocator of pinned memory does not hand the staging memory out again before
-// the copy is done; a graph, which copies from it at each replay, brings its own.
+// the copy is done.
 inline void upload(const Watch& watch, const at::Tensor& table, const at::Tensor& slots,
-                   const py::list& scalar_rows, const at::Tensor& buffer, bool all_rows,
-                   const std::optional<at::Tensor>& own_staging) {
+                   const py::list& scalar_rows, const at::Tensor& buffer, bool all_rows) {
   const bool rows = update(watch, table, slots) || all_rows;
   const size_t n = scalar_rows.size(), start = rows ? 0 : table.nbytes();
   const size_t bytes = table.nbytes() - start + n * SCALARS * sizeof(float);
   if (!bytes) return;
   const at::Tensor staging =
-      own_staging ? *own_staging
-                  : at::empty({int64_t(bytes)}, at::TensorOptions(at::kByte).pinned_memory(buffer.is_cuda()));
+      at::empty({int64_t(bytes)}, at::TensorOptions(at::kByte).pinned_memory(buffer.is_cuda()));
   char* to = static_cast<char*>(staging.mutable_data_ptr());
   if (rows) to = std::copy_n(static_cast<const char*>(table.const_data_ptr()), table.nbytes(), to);
   for (const py::handle& row : scalar_rows) {

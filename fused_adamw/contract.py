@@ -253,8 +253,8 @@ class Launch(Protocol):
 class Summed(Protocol):
     """Does for all launches of a device what ``clipping.factor_of`` does with torch's operators."""
 
-    def keep(self, sums: Tensor) -> None:
-        """Keep a tensor that kernels read and write, for as long as the launch or a graph of it lives."""
+    def keep(self, tensor: Tensor) -> None:
+        """Keep a tensor, just allocated, that kernels read or write, as long as the launch or a graph of it lives."""
 
     def totals(self, sums: Tensor, bounds: Tensor, found: Tensor | None, totals: Tensor, flag: Tensor) -> None:
         """Write the sum of each segment of ``sums``, and to ``flag`` whether an infinity was found, 0 or 1.
@@ -291,14 +291,16 @@ class Watch(Protocol):
     def advance(self) -> None:
         """Count the step of the parameters that have a gradient, and tell autograd that they have changed."""
 
-    def upload(
-        self, table: Tensor, slots: Tensor, scalars: Scalars, buffer: Tensor, every: bool, staging: Tensor | None
-    ) -> None:
-        """Bring the tables of a launch to this step: the rows, if any changed or ``every``, and the rows of scalars.
+    def update(self, table: Tensor, slots: Tensor) -> bool:
+        """Bring the rows of a launch, on the host, to this step; return whether any changed.
 
-        ``table`` is a copy of the rows on the host, and of the addresses of their counters where these are on the
-        device. One copy goes up, from pinned memory, which torch's caching allocator does not hand out again before it
-        is done; a graph, which copies at each replay, brings its own ``staging``.
+        ``table`` has the rows, and behind them the addresses of their counters where these are on the device.
+        """
+
+    def upload(self, table: Tensor, slots: Tensor, scalars: Scalars, buffer: Tensor, every: bool) -> None:
+        """Update ``table``, and bring it to its copy on the device if any row changed or ``every``; and the scalars.
+
+        One copy goes up, from pinned memory, which torch's caching allocator does not hand out again before it is done.
         """
 
     def any_live(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_adamw.contract import Clipping, Owner, Row, Scalars, Watch
 from fused_adamw.layout import (
     COL_FLAGS,
+    COL_GRAD,
     COL_INDEX,
     COL_NUMEL,
     COL_OFFSET,
@@ -26,6 +27,8 @@ from fused_adamw.layout import (
     SHARD_ALIGNED,
 )
 from fused_adamw.scalars import is_on_device
+
+NO_STREAM = -1  # of tensors of several streams
 
 
 class Kernels(Protocol):
@@ -92,21 +95,25 @@ class Launch:
         # All launches of a step share its rows of scalars, at most one for each parameter. There is room for a multiple
         # of 4, so that the chunks behind them are aligned to 16 bytes: Triton compiles anew for less.
         count = -(-sum(len(group["params"]) for group in owner.param_groups) // 4) * 4
-        sizes = [table.nbytes, self.host.nbytes - table.nbytes, count * SCALARS_BYTES, chunks.nbytes]
-        self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-        on_device, counters, scalars, chunk_table = self.buffer.split(sizes)
-        chunk_table.copy_(chunks.view(-1).view(torch.uint8))
-        self.rows = on_device.view(torch.int64).view(-1, COLUMNS)
-        self.steps = counters.view(torch.int64)[: len(rows)]
-        self.scalars = scalars.view(torch.float32).view(-1, SCALARS)
-        self.chunks = chunk_table.view(torch.int32).view(-1, 2)
-        self.ones = torch.ones((), device=self.device)
-        # torch may not reuse the memory of these while a kernel on another stream reads it.
-        self.on_device = [self.buffer, self.ones]
-        self.uploaded = False
+        self.sizes = [table.nbytes, self.host.nbytes - table.nbytes, count * SCALARS_BYTES, chunks.nbytes]
         on_gpu = self.device.type == "cuda"  # else this is Triton's interpreter, on CPU tensors
-        self.stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else None
         self.guard: Any = torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext()
+        self.stream = self._current_stream()  # of all the tensors below
+        self.kept: list[tuple[Tensor, int | None]] = []  # each with its stream
+        self.ones = torch.ones((), device=self.device)
+        self._use(torch.empty(sum(self.sizes), dtype=torch.uint8, device=self.device))
+        self.chunks.copy_(chunks)
+        self.keep(self.ones)
+        self.uploaded = False
+
+    def _use(self, buffer: Tensor) -> None:
+        self.keep(buffer)
+        rows, counters, scalars, chunks = buffer.split(self.sizes)
+        self.buffer = buffer
+        self.rows = rows.view(torch.int64).view(-1, COLUMNS)
+        self.steps = counters.view(torch.int64)[: len(self.slots)]
+        self.scalars = scalars.view(torch.float32).view(-1, SCALARS)
+        self.chunks = chunks.view(torch.int32).view(-1, 2)
 
     @staticmethod
     def _row(row: Row) -> list[int]:
@@ -126,15 +133,30 @@ class Launch:
             self._upload(owner, scalars)
             return
         with self.guard:
-            # An object for the stream takes 1.6 us, its address 0.1.
-            if torch._C._cuda_getCurrentRawStream(self.device.index) != self.stream:
+            current = self._current_stream()
+            if current != self.stream:
                 stream = torch.cuda.current_stream()
-                for tensor in self.on_device:
-                    tensor.record_stream(stream)
+                for tensor, own in self.kept:
+                    if own != current:
+                        tensor.record_stream(stream)
             if torch.cuda.is_current_stream_capturing():
                 self._capture(owner)
             else:
                 self._upload(owner, scalars)
+
+    def _current_stream(self) -> int | None:
+        """Return the address of the current stream: its object takes 1.6 us, this 0.1."""
+        return torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else None
+
+    def keep(self, tensor: Tensor) -> None:
+        """Keep a tensor, just allocated, that kernels read or write, as long as the launch or a graph of it lives.
+
+        torch may not reuse its memory while a kernel on another stream than its own uses it.
+        """
+        own = self._current_stream()
+        self.kept.append((tensor, own))
+        if own != self.stream:
+            self.stream = NO_STREAM
 
     @property
     def parts(self) -> int:
@@ -145,10 +167,6 @@ class Launch:
         """Write the sums of the squares of the gradients of each chunk, float64."""
         with self.guard:
             self.kernels.sum_squares(self.rows, self.chunks, self.chunk, sums)
-
-    def keep(self, sums: Tensor) -> None:
-        """Keep a tensor that kernels read and write, for as long as the launch or a graph of it lives."""
-        self.on_device.append(sums)
 
     def totals(self, sums: Tensor, bounds: Tensor, found: Tensor | None, totals: Tensor, flag: Tensor) -> None:
         """Do what ``contract.Summed`` says."""
@@ -170,9 +188,9 @@ class Launch:
             if count:
                 self.watch.advance()
 
-    def _upload(self, owner: Owner, scalars: Scalars, staging: Tensor | None = None) -> None:
-        self.watch.upload(self.host, self.slots, scalars, self.buffer, not self.uploaded, staging)
-        self.uploaded = staging is None
+    def _upload(self, owner: Owner, scalars: Scalars) -> None:
+        self.watch.upload(self.host, self.slots, scalars, self.buffer, not self.uploaded)
+        self.uploaded = True
 
     def _capture(self, owner: Owner) -> None:
         raise RuntimeError(
@@ -189,6 +207,9 @@ class CapturableLaunch(Launch):
 
     Every tensor has a row of scalars of its own, since only the device knows its step. Hyperparameters go up when they
     changed, outside of any capture. A learning rate that is a tensor is read where it lies, and kept for that.
+
+    A graph takes the buffer with it. What the rows lacked of the step that was captured it copies at each replay:
+    nothing, or addresses of gradients. Steps outside of it go on with a copy of the buffer.
     """
 
     def __init__(self, watch: Watch, rows: list[Row], kernels: Kernels, owner: Owner) -> None:
@@ -209,17 +230,19 @@ class CapturableLaunch(Launch):
         self.copied_rates: dict[int, Tensor] = {}
         self.to_copy: list[int] = []
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
+        self.is_taken = False  # the buffer is a graph's
         self.captured_lr: list[tuple[int, Tensor]] = []  # and from these: (group, its learning rate)
         self.spare: Tensor | None = self._staging()  # allocated now: not within a capture
-        self.on_device.append(self.table)
+        self.keep(self.table)
 
     def _staging(self) -> Tensor:
         return torch.empty(self.host.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
 
-    def _upload(self, owner: Owner, scalars: Scalars, staging: Tensor | None = None) -> None:
+    def _upload(self, owner: Owner, scalars: Scalars) -> None:
         self._refresh(owner.param_groups)
-        if self.captured:  # a replay has put the graph's gradients into the rows
-            self.uploaded = False
+        if self.is_taken:
+            self._use(self.buffer.clone())
+            self.is_taken = self.uploaded = False
         super()._upload(owner, [])
         if self.spare is None:
             self.spare = self._staging()
@@ -240,7 +263,7 @@ class CapturableLaunch(Launch):
         for i in self.to_copy:
             if i not in self.copied_rates:
                 self.copied_rates[i] = torch.zeros((), dtype=torch.float64, device=self.device)
-                self.on_device.append(self.copied_rates[i])
+                self.keep(self.copied_rates[i])
             address = self.copied_rates[i].data_ptr()
             changed |= bool(self.rate_of_group[i] != address)
             self.rate_of_group[i] = address
@@ -255,9 +278,18 @@ class CapturableLaunch(Launch):
     def _capture(self, owner: Owner) -> None:
         if self.spare is None or not self.current:
             raise RuntimeError("CUDA graph capture of step(): call step() once between two captures, outside of both")
-        self.uploaded = False
-        super()._upload(owner, [], self.spare)
+        before = self.host.clone()
+        self.watch.update(self.host, self.slots)
+        moved = self.host != before
+        moved[: -self.counters].view(-1, COLUMNS)[:, COL_GRAD] = False
+        if moved.any() or not self.uploaded:
+            self.buffer[: self.host.nbytes].copy_(self.spare.copy_(self.host.view(torch.uint8)), non_blocking=True)
+        elif not torch.equal(self.host, before):
+            rows = self.host[: -self.counters].view(-1, COLUMNS)
+            addresses = self.spare.view(torch.int64)[: len(rows)]
+            self.rows[:, COL_GRAD].copy_(addresses.copy_(rows[:, COL_GRAD]), non_blocking=True)
         self.captured.append(self.spare)
+        self.is_taken = True
         self.captured_lr += [(i, owner.param_groups[i]["lr"]) for i in self.to_copy]
         self.spare = None
 

@@ -198,9 +198,7 @@ class Watch:
             step += 1
         self.params, self.steps = [], []
 
-    def upload(
-        self, table: Tensor, slots: Tensor, scalars: list, buffer: Tensor, every: bool, staging: Tensor | None
-    ) -> None:
+    def update(self, table: Tensor, slots: Tensor) -> bool:
         before, n = table.clone(), len(slots)
         rows, steps = table[: n * COLUMNS].view(n, COLUMNS), table[n * COLUMNS :]
         for i, slot in enumerate(slots.tolist()):
@@ -216,13 +214,14 @@ class Watch:
             shard_aligned = row[COL_FLAGS] & SHARD_ALIGNED
             aligned = shard_aligned and not any(int(row[i]) % 16 for i in ADDRESSES)
             row[COL_FLAGS] = shard_aligned | ALIGNED * bool(aligned)
-        every = every or not torch.equal(before, table)
+        return not torch.equal(before, table)
+
+    def upload(self, table: Tensor, slots: Tensor, scalars: list, buffer: Tensor, every: bool) -> None:
+        every = self.update(table, slots) or every
         values = torch.tensor(scalars, dtype=torch.float32, device="cpu")
         data = torch.cat([t.view(-1).view(torch.uint8) for t in ([table] if every else []) + [values]])
         if len(data):
-            if staging is None:
-                staging = torch.empty(len(data), dtype=torch.uint8, device="cpu", pin_memory=buffer.is_cuda)
-            staging.copy_(data)
+            staging = data.pin_memory() if buffer.is_cuda else data
             start = 0 if every else table.nbytes
             buffer[start : start + len(data)].copy_(staging, non_blocking=True)
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamw import backends, formats, watch
 from fused_adamw.gpu import Launch
@@ -293,25 +294,36 @@ def test_side_streams(launches, backend):
 
 
 @gpu
-@pytest.mark.parametrize("capturable", [True, False])
-def test_tables_outlive_a_step_on_another_stream(capturable, backend):
+@pytest.mark.parametrize(("capturable", "captured"), [(True, False), (True, True), (False, False)])
+def test_tables_outlive_a_step_on_another_stream(capturable, captured, backend):
     """The optimizer is gone before its step has run: what it frees may not be handed out until then."""
     ours, theirs = twins([(1000,), (7, 9)])
     a, b = cases.make("AdamW", ours, {"capturable": capturable}, backend=backend), cases.make("AdamW", theirs, {})
-    for t in range(2):
-        same_gradients(ours, theirs, t)
-        if t == 0:
+    same_gradients(ours, theirs, 0)
+    a.step()
+    b.step()
+    side = torch.cuda.Stream()
+    last = side
+    if captured:  # a graph takes the tables; new ones are allocated on the stream of the step that follows
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            a.step()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             a.step()
         b.step()
+        torch.cuda.current_stream().wait_stream(side)
+        last = torch.cuda.current_stream()
+    same_gradients(ours, theirs, 1)
+    b.step()
     states = [dict(a.state[p]) for p in ours]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    last.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(last):
         torch.cuda._sleep(100_000_000)  # cycles: 50 ms
         a.step()
     del a
     gc.collect()
-    overwritten = [torch.full((n,), 0xFF, dtype=torch.uint8, device="cuda") for n in range(1, 2000, 4)]
+    with torch.cuda.stream(side) if captured else contextlib.nullcontext():
+        overwritten = [torch.full((n,), 0xFF, dtype=torch.uint8, device="cuda") for n in range(1, 2000, 4)]
     torch.cuda.synchronize()
     del overwritten
     for p, q, state in zip(ours, theirs, states, strict=True):
@@ -489,6 +501,58 @@ def test_eager_steps_between_replays(backend):
             use(gradients)
             step()
             b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+class Copied(TorchDispatchMode):
+    """Notes the bytes of each copy to a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "aten::copy_" and args[0].is_cuda and args[1].is_cpu:
+            self.bytes.append(args[1].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("moved", "bytes_each"), [("nothing", 0), ("a gradient", 8), ("a moment", 136), ("a gradient goes", 136)]
+)
+def test_a_captured_upload_sends_what_changed_alone(moved, bytes_each, backend):
+    """And what eager steps do to their tables in between is no matter to a replay, nor a replay to them."""
+    ours, theirs = twins([(100,), (7, 9), (0,), (30,)])
+    a, b = cases.make("AdamW", ours, {"capturable": True}, backend=backend), cases.make("AdamW", theirs, {})
+
+    def use(gradients):
+        for p, q, g in zip(ours, theirs, gradients, strict=True):
+            p.grad, q.grad = g, None if g is None else g.cpu()
+
+    def step(call):
+        call()
+        b.step()
+
+    first, last = ([torch.full_like(p, value) for p in ours] for value in (1.0, -1.0))
+    captured = [last[0], *first[1:]] if moved == "a gradient" else list(first)
+    use(first)
+    step(a.step)
+    if moved == "a moment":
+        a.state[ours[1]]["exp_avg"] = a.state[ours[1]]["exp_avg"].clone()
+    if moved == "a gradient goes":
+        captured[3] = None
+    use(captured)
+    graph, copied = torch.cuda.CUDAGraph(), Copied()
+    with copied, torch.cuda.graph(graph):
+        a.step()
+    assert copied.bytes == [bytes_each * len(ours)] * bool(bytes_each)
+    for _ in range(2):
+        for gradients in ([None, *last[1:]], last, first):
+            use(captured)
+            step(graph.replay)
+            use(gradients)
+            step(a.step)
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
 

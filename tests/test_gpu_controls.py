@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_adamw import backends, gpu, layout
+from fused_adamw import backends, gpu
 from tests import cases, test_gpu
 
 vgpu = pytest.importorskip("vgpu", reason="needs the virtual GPU")
@@ -49,9 +49,12 @@ def test_a_staging_buffer_used_again_too_early(backend, monkeypatch):
         true_init(self, *args)
         shared[self] = torch.zeros(self.host.nbytes + self.scalars.nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def upload(self, owner, scalars, staging=None):
-        staging = shared[self][: self.host.nbytes + layout.SCALARS_BYTES * len(scalars)]
-        self.watch.upload(self.host, self.slots, scalars, self.buffer, True, staging)
+    def upload(self, owner, scalars):
+        self.watch.update(self.host, self.slots)
+        parts = self.host, torch.tensor(scalars, dtype=torch.float32)
+        data = torch.cat([part.view(-1).view(torch.uint8) for part in parts])
+        staging = shared[self][: len(data)].copy_(data)
+        self.buffer[: len(data)].copy_(staging, non_blocking=True)
         if early:
             staging.zero_()
 

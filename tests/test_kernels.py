@@ -358,6 +358,10 @@ def factor_by_hand(total, max_norm, skips, scale, found):
 @pytest.mark.parametrize("sm", EXECUTED)
 def test_factor_of_all_gradients(compiler, sm):
     """Equal in every bit to what torch's operators make of the same sum; each sum is read once."""
+    check_factor(compiler, sm)
+
+
+def check_factor(compiler, sm):
     launched = compiler.factor(sm)
     generator = np.random.default_rng(0)
     totals = [0.0, 0.25, 1e300, math.inf, math.nan, None]
@@ -510,6 +514,24 @@ def test_wrong_kernel_is_seen(name, file, right, wrong, seen, tmp_path, cpu_step
     except (gpu_kernels.ptxsim.PtxFault, AssertionError) as error:
         outcome = str(error)
     assert seen in outcome
+
+
+@needs_ptxsim
+@pytest.mark.parametrize(
+    ("name", "file", "right", "wrong"),
+    [
+        ("triton", "factor.py", "(root + 1e-6)", "root"),
+        ("triton", "factor.py", "own += tl.load(", "own = tl.load("),
+        ("triton", "factor.py", "skipped | (tl.load(at(found)) != 0)", "skipped | (tl.load(at(found)) > 0)"),
+        ("cuda", "factor.h", "(norm + 1e-6)", "norm"),
+        ("cuda", "factor.h", "!(norm < HUGE_VAL)", "norm == HUGE_VAL"),
+        ("cuda", "factor_cuda.cu", "width = kThreads / 2", "width = kThreads / 4"),
+    ],
+)
+def test_wrong_factor_is_seen(name, file, right, wrong, tmp_path):
+    own = changed(compiler_of(name), file, right, wrong, tmp_path)
+    with pytest.raises(AssertionError):
+        check_factor(own, 90)
 
 
 WRONG_FORMATS = [
