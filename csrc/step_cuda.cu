@@ -235,16 +235,18 @@ struct Chunk {
   const int64_t* row;
   int64_t base;
   int n;
+  bool aligned;
 
   __device__ __forceinline__ Chunk(const int64_t* rows, const int32_t* chunks, int chunk) {
     const int32_t* entry = chunks + int64_t(blockIdx.x) * 2;
     row = rows + int64_t(entry[0]) * COLUMNS;
     base = int64_t(entry[1]) * chunk;
     n = int(max(min(row[COL_NUMEL] - base, int64_t(chunk)), int64_t(0)));
+    aligned = row[COL_FLAGS] & ALIGNED;
   }
   // How many of its elements can be accessed kWidth at a time.
   template <int kWidth> __device__ __forceinline__ int whole() const {
-    return row[COL_FLAGS] & ALIGNED ? n / kWidth * kWidth : 0;
+    return aligned ? n / kWidth * kWidth : 0;
   }
 };
 
@@ -252,13 +254,12 @@ template <class R, class P, class G, class S, Master kMaster, bool kStochastic> 
 __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R::kStates == 3))
     step_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
                 const float* __restrict__ scalars, const float* __restrict__ factor, int chunk) {
-  if (*factor < 0) return;
+  const float f = *factor;
   const Chunk c(rows, chunks, chunk);
-  if (c.n == 0) return;  // of a row that the step leaves out
   using Scalars = typename R::template Scalars<float>;
   const float* numbers = scalars + c.row[COL_SCALARS] * SCALARS;
   Scalars s = *reinterpret_cast<const Scalars*>(numbers);
-  s.grad_factor *= *factor;
+  s.grad_factor *= f;
   using To = Streams<P, G, S, kMaster>;
   const To to{stream<P>(c.row, COL_PARAM, c.base),
               stream<G>(c.row, COL_GRAD, c.base),
@@ -274,9 +275,10 @@ __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R:
   // a stride of 32 bytes. With amsgrad or a master, 8 elements spill.
   constexpr bool kNarrow = sizeof(P) == 2 && sizeof(G) == 2 && sizeof(S) <= 2;
   constexpr int kWidth = kNarrow && R::kStates < 3 && kMaster == Master::none ? 8 : 4;
-  const int whole = c.whole<kCodes ? 32 * kWidth : kWidth>();
+  const bool skipped = f < 0;
+  const int n = skipped ? 0 : c.n, whole = skipped ? 0 : c.whole<kCodes ? 32 * kWidth : kWidth>();
   step_span<R, kStochastic, true, kWidth>(s, to, random, 0, whole);
-  step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, c.n);
+  step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, n);
 }
 
 // In double the square of a float is exact, and neither overflows nor underflows.

@@ -87,7 +87,8 @@ class Launch:
         # of 4, so that the chunks behind them are aligned to 16 bytes: Triton compiles anew for less.
         count = -(-sum(len(group["params"]) for group in owner.param_groups) // 4) * 4
         sizes = [table.nbytes, self.host.nbytes - table.nbytes, count * SCALARS_BYTES, chunks.nbytes]
-        self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+        # Zeros, because kernels read rows of scalars before they know whether they step by them.
+        self.buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.device)
         on_device, counters, scalars, chunk_table = self.buffer.split(sizes)
         chunk_table.copy_(chunks.view(-1).view(torch.uint8))
         self.rows = on_device.view(torch.int64).view(-1, COLUMNS)
