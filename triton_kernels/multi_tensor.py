@@ -61,6 +61,12 @@ from .layout import (
 )
 from .rules import adam, sgd
 
+# Where the sum of squares of a chunk of up to 2^16 elements is at least this, what float32 lost below its range is less
+# than a rounding. Less than it times SCALE_UP, and anything finite times SCALE_DOWN, has a square in the range.
+LEAST_SUM = tl.constexpr(2.0**-80)
+SCALE_UP = tl.constexpr(2.0**100)
+SCALE_DOWN = tl.constexpr(2.0**-70)
+
 
 @triton.jit
 def stream(address, base, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
@@ -210,29 +216,48 @@ def step_kernel(
 
 @triton.jit
 def add_squares(
-    sums, row, base, begin, end, ALIGNED: tl.constexpr, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr
+    sums, g_at, begin, end, scale,
+    ALIGNED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Add squares in double, in which the square of a float is exact, and neither overflows nor underflows."""
-    g_at = stream(tl.load(row + COL_GRAD), base, G_DTYPE, ALIGNED)
-    for start in range(begin, end, BLOCK):
+    """Add the squares of scaled elements to the sums of threads: of a tile in float32, of all tiles in double."""
+    own, _ = tile(ALIGNED, THREADS, WIDTH)
+    for start in range(begin, end, THREADS * WIDTH):
         if ALIGNED:
-            start = tl.multiple_of(start, BLOCK)
-        i = start + tl.arange(0, BLOCK)
-        g = load(g_at + i, None) if ALIGNED else tl.where(i < end, load(g_at + i, i < end), 0.0)
-        g = g.to(tl.float64)
-        sums += g * g
+            start = tl.multiple_of(start, THREADS * WIDTH)
+        i = start + own
+        g = scale * (load(g_at + i, None) if ALIGNED else tl.where(i < end, load(g_at + i, i < end), 0.0))
+        sums += tl.sum(g * g, axis=1).to(tl.float64)
     return sums
 
 
+@triton.jit
+def sum_squares(address, base, n, whole, scale, G_DTYPE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the sum of the squares of the scaled gradients of a chunk, of which ``whole`` are whole tiles."""
+    sums = tl.zeros([THREADS], tl.float64)
+    sums = add_squares(sums, stream(address, base, G_DTYPE, True), 0, whole, scale, True, THREADS, WIDTH)
+    sums = add_squares(sums, stream(address, base, G_DTYPE, False), whole, n, scale, False, THREADS, 1)
+    return tl.sum(sums)
+
+
 @triton.jit(do_not_specialize=["chunk"])
-def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """Write the sum of the squares of the gradients of each chunk, float64 [.]."""
+def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the sum of the squares of the gradients of each chunk, float64 [.].
+
+    GPUs for graphics multiply doubles so slowly that a square in double would take longer than to read the element.
+    """
     row, base, n = place(rows, chunks, chunk)
+    address = tl.load(row + COL_GRAD)
     whole = 0
     if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
-        whole = n // BLOCK * BLOCK
-    total = tl.sum(add_squares(tl.zeros([BLOCK], tl.float64), row, base, 0, whole, True, G_DTYPE, BLOCK))
-    total += tl.sum(add_squares(tl.zeros([TAIL], tl.float64), row, base, whole, n, False, G_DTYPE, TAIL))
+        whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
+    total = sum_squares(address, base, n, whole, 1.0, G_DTYPE, THREADS, WIDTH)
+    # Some square left the range of float32: again, scaled into it. A chunk of zeros is read twice, too.
+    if (total < LEAST_SUM) | (total >= float("inf")):
+        small = total < LEAST_SUM
+        scale = tl.where(small, SCALE_UP, SCALE_DOWN)
+        total = sum_squares(address, base, n, whole, scale, G_DTYPE, THREADS, WIDTH)
+        unscale = tl.where(small, 1 / SCALE_UP, 1 / SCALE_DOWN).to(tl.float64)
+        total *= unscale * unscale
     tl.store(sums + tl.program_id(0), total)
 
 
