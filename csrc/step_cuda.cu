@@ -235,16 +235,18 @@ struct Chunk {
   const int64_t* row;
   int64_t base;
   int n;
+  bool aligned;
 
   __device__ __forceinline__ Chunk(const int64_t* rows, const int32_t* chunks, int chunk) {
     const int32_t* entry = chunks + int64_t(blockIdx.x) * 2;
     row = rows + int64_t(entry[0]) * COLUMNS;
     base = int64_t(entry[1]) * chunk;
     n = int(max(min(row[COL_NUMEL] - base, int64_t(chunk)), int64_t(0)));
+    aligned = row[COL_FLAGS] & ALIGNED;
   }
   // How many of its elements can be accessed kWidth at a time.
   template <int kWidth> __device__ __forceinline__ int whole() const {
-    return row[COL_FLAGS] & ALIGNED ? n / kWidth * kWidth : 0;
+    return aligned ? n / kWidth * kWidth : 0;
   }
 };
 
@@ -252,13 +254,12 @@ template <class R, class P, class G, class S, Master kMaster, bool kStochastic> 
 __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R::kStates == 3))
     step_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
                 const float* __restrict__ scalars, const float* __restrict__ factor, int chunk) {
-  if (*factor < 0) return;
+  const float f = *factor;
   const Chunk c(rows, chunks, chunk);
-  if (c.n == 0) return;  // of a row that the step leaves out
   using Scalars = typename R::template Scalars<float>;
   const float* numbers = scalars + c.row[COL_SCALARS] * SCALARS;
   Scalars s = *reinterpret_cast<const Scalars*>(numbers);
-  s.grad_factor *= *factor;
+  s.grad_factor *= f;
   using To = Streams<P, G, S, kMaster>;
   const To to{stream<P>(c.row, COL_PARAM, c.base),
               stream<G>(c.row, COL_GRAD, c.base),
@@ -274,39 +275,66 @@ __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R:
   // a stride of 32 bytes. With amsgrad or a master, 8 elements spill.
   constexpr bool kNarrow = sizeof(P) == 2 && sizeof(G) == 2 && sizeof(S) <= 2;
   constexpr int kWidth = kNarrow && R::kStates < 3 && kMaster == Master::none ? 8 : 4;
-  const int whole = c.whole<kCodes ? 32 * kWidth : kWidth>();
+  const bool skipped = f < 0;
+  const int n = skipped ? 0 : c.n, whole = skipped ? 0 : c.whole<kCodes ? 32 * kWidth : kWidth>();
   step_span<R, kStochastic, true, kWidth>(s, to, random, 0, whole);
-  step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, c.n);
+  step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, n);
 }
 
-// In double the square of a float is exact, and neither overflows nor underflows.
-template <int kWidth, class G> __device__ __forceinline__ double square_span(G* g, int begin, int end) {
+// Adds the squares of scaled elements, those of a tile in float and the tiles in double: GPUs for graphics
+// multiply doubles so slowly that a square in double would take longer than to read the element.
+template <bool kWhole, int kWidth, class G>
+__device__ __forceinline__ double square_span(G* g, int begin, int end, float scale) {
+  using ThreadTile = Tile<kWhole, kWidth>;
   double sum = 0;
-  for (int i = begin + int(threadIdx.x) * kWidth; i < end; i += kThreads * kWidth) {
-    const Vector<G, kWidth> x = at<G, kWidth>(g, i);
+  for (ThreadTile tile{begin + ThreadTile::first(), end}; tile.any(); tile.i += kThreads * kWidth) {
+    const Vector<G, kWidth> x = tile.load(g);
+    float part = 0;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      const double y = load(x.x[k]);
-      sum = fma(y, y, sum);
+      const float y = scale * load(x.x[k]);
+      part = fma(y, y, part);
     }
+    sum += part;
   }
   return sum;
 }
 
-template <class G> __global__ void __launch_bounds__(kThreads)
-    square_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
-                  double* __restrict__ sums, int chunk) {
+// Returns the sum of the squares of a chunk's scaled gradients to all threads, always added in one order.
+template <class G> __device__ __forceinline__ double sum_squares(const Chunk& c, G* g, float scale) {
   __shared__ double parts[kThreads];
-  const Chunk c(rows, chunks, chunk);
-  G* const g = stream<G>(c.row, COL_GRAD, c.base);
   constexpr int kWidth = 16 / sizeof(G);
   const int whole = c.whole<kWidth>();
-  parts[threadIdx.x] = square_span<kWidth>(g, 0, whole) + square_span<1>(g, whole, c.n);
+  parts[threadIdx.x] =
+      square_span<true, kWidth>(g, 0, whole, scale) + square_span<false, 4>(g, whole, c.n, scale);
   for (unsigned width = kThreads / 2; width; width /= 2) {
     __syncthreads();
     if (threadIdx.x < width) parts[threadIdx.x] += parts[threadIdx.x + width];
   }
-  if (threadIdx.x == 0) sums[blockIdx.x] = parts[0];
+  __syncthreads();
+  return parts[0];
+}
+
+// Where the sum of squares of a chunk of up to 2^16 elements is at least this, what float lost below its
+// range is less than a rounding. Less than it times kScaleUp, and anything finite times kScaleDown, has a
+// square in the range.
+constexpr double kLeastSum = 0x1p-80;
+constexpr float kScaleUp = 0x1p100f, kScaleDown = 0x1p-70f;
+
+template <class G> __global__ void __launch_bounds__(kThreads)
+    square_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
+                  double* __restrict__ sums, int chunk) {
+  const Chunk c(rows, chunks, chunk);
+  G* const g = stream<G>(c.row, COL_GRAD, c.base);
+  double sum = sum_squares(c, g, 1);
+  // Some square left the range of float: again, scaled into it. A chunk of zeros is read twice, too.
+  if (sum < kLeastSum || sum == INFINITY) {
+    const bool small = sum < kLeastSum;
+    const double unscale = small ? 1 / double(kScaleUp) : 1 / double(kScaleDown);
+    __syncthreads();  // all have read the sum
+    sum = sum_squares(c, g, small ? kScaleUp : kScaleDown) * unscale * unscale;
+  }
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 // x^n for n >= 0, with the bits of `power` in triton_kernels/multi_tensor.py.

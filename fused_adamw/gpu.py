@@ -101,7 +101,8 @@ class Launch:
         self.stream = self._current_stream()  # of all the tensors below
         self.kept: list[tuple[Tensor, int | None]] = []  # each with its stream
         self.ones = torch.ones((), device=self.device)
-        self._use(torch.empty(sum(self.sizes), dtype=torch.uint8, device=self.device))
+        # Zeros, because kernels read rows of scalars before they know whether they step by them.
+        self._use(torch.zeros(sum(self.sizes), dtype=torch.uint8, device=self.device))
         self.chunks.copy_(chunks)
         self.keep(self.ones)
         self.uploaded = False

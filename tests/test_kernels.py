@@ -7,10 +7,12 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from fused_adamw import gpu, layout, scalars
 from tests import gpu_kernels
@@ -19,9 +21,12 @@ from tests.gpu_kernels import (
     ADAM_ALL_BF16,
     ADAM_BF16,
     AMSGRAD,
+    BF16,
     BLOCK,
     CHUNK,
     EXECUTED,
+    F16,
+    F32,
     FORMED,
     I8,
     INT8,
@@ -86,6 +91,15 @@ def test_compiled_code(name, sm, variant):
         assert set(accesses) == set(sizes)
         # A loop that the compiler unrolled has its accesses several times over.
         assert all(accesses.count(size) % sizes.count(size) == 0 for size in sizes)
+
+
+@pytest.mark.parametrize("variant", [ADAM, MOMENTUM, INT8_STOCHASTIC], ids=str)
+def test_tables_are_read_before_any_branch(compiler, variant):
+    """A branch before some of the loads would make a program wait for memory once more."""
+    before = re.split(r"\b(?:bra|ret)\b", compiler.step(90, variant).ptx)[0]
+    # Factor; row and number of the chunk; numel, flags, index of the scalars; addresses; scalars.
+    expected = 1 + 2 + 3 + len(variant.streams) + variant.scales + 8
+    assert len(re.findall(r"\bld\.global", before)) >= expected
 
 
 def most_registers(name, variant):
@@ -326,20 +340,35 @@ def test_factor(compiler, factor, variant, cpu_step):
 
 
 @needs_ptxsim
-@pytest.mark.parametrize("variant", [ADAM, ADAM_ALL_BF16, VARIANTS[3]], ids=str)
-@pytest.mark.parametrize("sm", EXECUTED)
-def test_sums_of_squares(compiler, sm, variant):
-    """Of each chunk, within the roundings of a sum in double; every gradient is read once, 16 bytes at a time."""
-    compiled = compiler.squares(sm, variant.g)
+@pytest.mark.parametrize("size", [1.0, 0.0, 1e-30, 1e-42, 3e22, 3e37])
+@pytest.mark.parametrize(("sm", "dtype"), [(80, F32), (90, F32), (120, BF16)])
+def test_sums_of_squares(compiler, sm, dtype, size):
+    """Of each chunk, for gradients of any size; in the usual range each is read once, 16 bytes at a time."""
+    compiled = compiler.squares(sm, dtype)
     assert max(gpu_kernels.vectors(compiled.ptx, "ld")) == 16
-    rows = scalar_rows(variant.rule)
-    given = tensors(variant, SIZES, rows) + tensors(variant, [1, 7, 600, CHUNK + 1], rows, seed=1, unaligned=True)
+    given = gradients(dtype, size)
+    sums = gpu_kernels.sums_of_squares(compiled, given, CHUNK, reads=1 if size == 1 else 2)
+    chunks = [c.double() for t in given for c in t.data[1].split(CHUNK)]
+    np.testing.assert_allclose(sums, [(c * c).sum().item() for c in chunks], rtol=8 * 2.0**-24)  # of 8 squares
+
+
+@needs_ptxsim
+@pytest.mark.parametrize("special", [float("inf"), float("nan")])
+def test_sums_of_squares_that_are_not_finite(compiler, special):
+    given = gradients(F16, 1.0)
     for t in given:
-        t.data[1] = t.data[1].nan_to_num(0.5, 60000.0, -3e-7)
-    sums = gpu_kernels.sums_of_squares(compiled, given, CHUNK)
-    chunks = [c.double() for t in given for c in (t.data[1].split(CHUNK) if len(t.data[1]) else [t.data[1]])]
-    expected = [(c * c).sum().item() for c in chunks]
-    np.testing.assert_allclose(sums, expected, rtol=1e-13)
+        t.data[1][-1] = special
+    sums = gpu_kernels.sums_of_squares(compiler.squares(90, F16), given, 1 << 14, reads=2 if special > 0 else 1)
+    assert np.array_equal(sums, np.full(len(sums), special), equal_nan=True)
+
+
+def gradients(dtype, size):
+    """Tensors of gradients of about a size, aligned and not."""
+    given = tensors(ADAM, [1, 7, *EDGES, 3 * CHUNK + 77], scalar_rows("adam"))
+    given += tensors(ADAM, [1, 7, 600, CHUNK + 1], scalar_rows("adam"), seed=1, unaligned=True)
+    for t in given:
+        t.data[1] = (torch.linspace(-1, 1, len(t.data[1])).double() * size).to(dtype)
+    return given
 
 
 def factor_by_hand(total, max_norm, skips, scale, found):
@@ -450,8 +479,8 @@ WRONG = [
     (
         "triton",
         "multi_tensor.py",
-        "if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:\n        whole = n // (",
-        "if chunk > 0:\n        whole = n // (",
+        "if flags & IS_ALIGNED != 0:",
+        "if chunk > 0:",
         "misaligned",
     ),
     ("triton", "multi_tensor.py", "if whole < n:", "if whole == 0:", "once"),
@@ -471,25 +500,25 @@ WRONG = [
         "oob",
     ),
     ("triton", "multi_tensor.py", "f * tl.load(at + SCALAR_GRAD_FACTOR)", "tl.load(at + SCALAR_GRAD_FACTOR)", "bits"),
-    ("cuda", "step_cuda.cu", "s.grad_factor *= *factor;", "", "bits"),
+    ("cuda", "step_cuda.cu", "s.grad_factor *= f;", "", "bits"),
     ("triton", "rules.py", "tl.fma(minus(s[4]), v, v)", "v - s[4] * v", "bits"),
     ("triton", "rules.py", "p = tl.fma(minus(s[0]), p, p)", "p = p - s[0] * p", "bits"),
     ("triton", "rules.py", "propagate_nan=tl.PropagateNan.ALL", "propagate_nan=tl.PropagateNan.NONE", "bits"),
     (
         "cuda",
         "step_cuda.cu",
-        "step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, c.n);",
+        "step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, n);",
         "",
         "once",
     ),
     (
         "cuda",
         "step_cuda.cu",
-        "row[COL_FLAGS] & ALIGNED ? n / kWidth * kWidth",
-        "row[COL_FLAGS] & ALIGNED ? (n + kWidth - 1) / kWidth * kWidth",
+        "aligned ? n / kWidth * kWidth",
+        "aligned ? (n + kWidth - 1) / kWidth * kWidth",
         "oob",
     ),
-    ("cuda", "step_cuda.cu", "row[COL_FLAGS] & ALIGNED ?", "true ?", "misaligned"),
+    ("cuda", "step_cuda.cu", "aligned = row[COL_FLAGS] & ALIGNED;", "aligned = true;", "misaligned"),
     ("cuda", "step_cuda.cu", "int(max(min(row[COL_NUMEL] - base, int64_t(chunk)), int64_t(0)))", "chunk", "oob"),
     ("cuda", "step_cuda.cu", "scalars + c.row[COL_SCALARS] * SCALARS", "scalars", "bits"),
     ("cuda", "step_cuda.cu", "int64_t(entry[1]) * chunk", "entry[1] * chunk", "oob"),

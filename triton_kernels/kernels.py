@@ -57,8 +57,7 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
 
 def square_constexprs(g: torch.dtype, warp_size: int) -> dict:
     """Return the constexprs of ``square_kernel``: 16 bytes per thread."""
-    threads = NUM_WARPS * warp_size
-    return {"G_DTYPE": DTYPES[g], "BLOCK": 16 // g.itemsize * threads, "TAIL": 2 * threads}
+    return {"G_DTYPE": DTYPES[g], "THREADS": NUM_WARPS * warp_size, "WIDTH": 16 // g.itemsize}
 
 
 class Compiled:

@@ -63,11 +63,17 @@ from .layout import (
 )
 from .rules import adam, sgd
 
+# Where the sum of squares of a chunk of up to 2^16 elements is at least this, what float32 lost below its range is less
+# than a rounding. Less than it times SCALE_UP, and anything finite times SCALE_DOWN, has a square in the range.
+LEAST_SUM = tl.constexpr(2.0**-80)
+SCALE_UP = tl.constexpr(2.0**100)
+SCALE_DOWN = tl.constexpr(2.0**-70)
+
 
 @triton.jit
-def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the pointer to element ``base`` of a stream of a row."""
-    address = tl.load(row + column) + base * (DTYPE.primitive_bitwidth // 8)
+def stream(address, base, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the pointer to element ``base`` of the stream at an address."""
+    address = address + base * (DTYPE.primitive_bitwidth // 8)
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:  # the hint counts on the pointer only, not on the integer
         pointer = tl.multiple_of(pointer, 16)
@@ -76,13 +82,29 @@ def stream(row, column: tl.constexpr, base, DTYPE: tl.constexpr, ALIGNED: tl.con
 
 @triton.jit
 def place(rows, chunks, chunk):
-    """Return a program's row, its first element, the number of its elements, and whether the step leaves it out."""
+    """Return a program's row, its first element, and the number of its elements: 0 where the step leaves it out."""
     entry = chunks + tl.program_id(0).to(tl.int64) * 2
     row = rows + tl.load(entry).to(tl.int64) * COLUMNS
     base = tl.load(entry + 1).to(tl.int64) * chunk
     numel = tl.load(row + COL_NUMEL)
     n = tl.minimum(numel - base, chunk).to(tl.int32)
-    return row, base, n, numel < 0
+    return row, base, tl.where(numel < 0, 0, n)
+
+
+@triton.jit
+def addresses_of(row, STATES: tl.constexpr, MASTER: tl.constexpr, CODES: tl.constexpr):
+    """Return the addresses of a row in the order of its columns; that of the parameter for what it does not have."""
+    p = tl.load(row + COL_PARAM)
+    return (
+        p,
+        tl.load(row + COL_GRAD),
+        tl.load(row + COL_STATE) if STATES > 0 else p,
+        tl.load(row + COL_STATE + 1) if STATES > 1 else p,
+        tl.load(row + COL_STATE + 2) if STATES > 2 else p,
+        tl.load(row + COL_EXTRA) if MASTER != "none" else p,
+        tl.load(row + COL_SCALES) if CODES else p,
+        tl.load(row + COL_SCALES + 1) if CODES and STATES > 1 else p,
+    )
 
 
 @triton.jit
@@ -102,30 +124,24 @@ def tile(ALIGNED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def step_span(
-    row, base, begin, end, s, at,
+    row, addresses, base, begin, end, s, at,
     ALIGNED: tl.constexpr, RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
     THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole tiles and needs no mask."""
-    ADAM: tl.constexpr = RULE == "adam" or RULE == "adam_amsgrad"
     CODES: tl.constexpr = STATE_DTYPE.is_int8()
-    p_at = stream(row, COL_PARAM, base, P_DTYPE, ALIGNED)
-    g_at = stream(row, COL_GRAD, base, G_DTYPE, ALIGNED)
-    extra_at = p_at
-    if MASTER != "none":
-        EXTRA_DTYPE: tl.constexpr = P_DTYPE if MASTER == "kahan" else tl.int16 if MASTER == "split16" else tl.float32
-        extra_at = stream(row, COL_EXTRA, base, EXTRA_DTYPE, ALIGNED)
-    if RULE != "sgd":
-        state0_at = stream(row, COL_STATE, base, STATE_DTYPE, ALIGNED)
-    if ADAM:
-        state1_at = stream(row, COL_STATE + 1, base, STATE_DTYPE, ALIGNED)
-    if RULE == "adam_amsgrad":
-        state2_at = stream(row, COL_STATE + 2, base, STATE_DTYPE, ALIGNED)
-    if CODES:
-        scales0_at = stream(row, COL_SCALES, base // QUANT_BLOCK, tl.float32, False)
-        scales1_at = stream(row, COL_SCALES + 1, base // QUANT_BLOCK, tl.float32, False)
+    param, grad, state0, state1, state2, extra, first_scales, second_scales = addresses
+    p_at = stream(param, base, P_DTYPE, ALIGNED)
+    g_at = stream(grad, base, G_DTYPE, ALIGNED)
+    EXTRA_DTYPE: tl.constexpr = P_DTYPE if MASTER == "kahan" else tl.int16 if MASTER == "split16" else tl.float32
+    extra_at = stream(extra, base, EXTRA_DTYPE, ALIGNED)
+    state0_at = stream(state0, base, STATE_DTYPE, ALIGNED)
+    state1_at = stream(state1, base, STATE_DTYPE, ALIGNED)
+    state2_at = stream(state2, base, STATE_DTYPE, ALIGNED)
+    scales0_at = stream(first_scales, base // QUANT_BLOCK, tl.float32, False)
+    scales1_at = stream(second_scales, base // QUANT_BLOCK, tl.float32, False)
 
     own, first = tile(ALIGNED, THREADS, WIDTH)
     for start in range(begin, end, THREADS * WIDTH):
@@ -176,55 +192,74 @@ def step_kernel(
 
     Gradients are multiplied by ``factor``; where that is negative nothing is done.
     """
+    # No branch before all that the tables hold is asked for: the compiler would move loads behind it. This way four
+    # loads wait for one another, of entry, row, scalars and data.
     f = tl.load(factor)
-    if f < 0:
-        return
-    row, base, n, left_out = place(rows, chunks, chunk)
-    if left_out:
-        return
-    start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
+    row, base, n = place(rows, chunks, chunk)
+    flags = tl.load(row + COL_FLAGS)
     at = scalars + tl.load(row + COL_SCALARS) * SCALARS
+    STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if RULE == "sgd_momentum" else 2 if RULE == "adam" else 3
+    addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8())
     s = (tl.load(at), tl.load(at + 1), f * tl.load(at + SCALAR_GRAD_FACTOR), tl.load(at + 3), tl.load(at + 4),
          tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8))  # fmt: skip
+    start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
+    n = tl.where(f < 0, 0, n)
     whole = 0
-    if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
+    if flags & IS_ALIGNED != 0:
         whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
-    # Two regions, so that neither keeps registers for the other: fp32 Adam takes 41 to 43 on sm_80 to 90 instead of
-    # 45 or 46.
+    # Two regions, so that neither keeps registers for the other.
     if whole > 0:
-        step_span(row, base, 0, whole, s, start, True, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
+        step_span(row, addresses, base, 0, whole, s, start, True, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
                   MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, WIDTH)  # fmt: skip
     if whole < n:
-        step_span(row, base, whole, n, s, start, False, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
+        step_span(row, addresses, base, whole, n, s, start, False, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
                   MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, TAIL)  # fmt: skip
 
 
 @triton.jit
 def add_squares(
-    sums, row, base, begin, end, ALIGNED: tl.constexpr, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr
+    sums, g_at, begin, end, scale,
+    ALIGNED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Add squares in double, in which the square of a float is exact, and neither overflows nor underflows."""
-    g_at = stream(row, COL_GRAD, base, G_DTYPE, ALIGNED)
-    for start in range(begin, end, BLOCK):
+    """Add the squares of scaled elements to the sums of threads: of a tile in float32, of all tiles in double."""
+    own, _ = tile(ALIGNED, THREADS, WIDTH)
+    for start in range(begin, end, THREADS * WIDTH):
         if ALIGNED:
-            start = tl.multiple_of(start, BLOCK)
-        i = start + tl.arange(0, BLOCK)
-        g = load(g_at + i, None) if ALIGNED else tl.where(i < end, load(g_at + i, i < end), 0.0)
-        g = g.to(tl.float64)
-        sums += g * g
+            start = tl.multiple_of(start, THREADS * WIDTH)
+        i = start + own
+        g = scale * (load(g_at + i, None) if ALIGNED else tl.where(i < end, load(g_at + i, i < end), 0.0))
+        sums += tl.sum(g * g, axis=1).to(tl.float64)
     return sums
 
 
+@triton.jit
+def sum_squares(address, base, n, whole, scale, G_DTYPE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the sum of the squares of the scaled gradients of a chunk, of which ``whole`` are whole tiles."""
+    sums = tl.zeros([THREADS], tl.float64)
+    sums = add_squares(sums, stream(address, base, G_DTYPE, True), 0, whole, scale, True, THREADS, WIDTH)
+    sums = add_squares(sums, stream(address, base, G_DTYPE, False), whole, n, scale, False, THREADS, 1)
+    return tl.sum(sums)
+
+
 @triton.jit(do_not_specialize=["chunk"])
-def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """Write the sum of the squares of the gradients of each chunk, float64 [.]."""
-    row, base, n, left_out = place(rows, chunks, chunk)
-    n = tl.where(left_out, 0, n)
+def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the sum of the squares of the gradients of each chunk, float64 [.].
+
+    GPUs for graphics multiply doubles so slowly that a square in double would take longer than to read the element.
+    """
+    row, base, n = place(rows, chunks, chunk)
+    address = tl.load(row + COL_GRAD)
     whole = 0
     if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
-        whole = n // BLOCK * BLOCK
-    total = tl.sum(add_squares(tl.zeros([BLOCK], tl.float64), row, base, 0, whole, True, G_DTYPE, BLOCK))
-    total += tl.sum(add_squares(tl.zeros([TAIL], tl.float64), row, base, whole, n, False, G_DTYPE, TAIL))
+        whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
+    total = sum_squares(address, base, n, whole, 1.0, G_DTYPE, THREADS, WIDTH)
+    # Some square left the range of float32: again, scaled into it. A chunk of zeros is read twice, too.
+    if (total < LEAST_SUM) | (total >= float("inf")):
+        small = total < LEAST_SUM
+        scale = tl.where(small, SCALE_UP, SCALE_DOWN)
+        total = sum_squares(address, base, n, whole, scale, G_DTYPE, THREADS, WIDTH)
+        unscale = tl.where(small, 1 / SCALE_UP, 1 / SCALE_DOWN).to(tl.float64)
+        total *= unscale * unscale
     tl.store(sums + tl.program_id(0), total)
 
 
