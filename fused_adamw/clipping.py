@@ -38,10 +38,10 @@ def factor_of(owner: Owner, built: Built, clipping: Clipping) -> tuple[float | T
     """Return the factor of all gradients, negative where the step is to be skipped; and their norm, float32.
 
     As ``torch.nn.utils.clip_grad_norm_`` has it: ``min(1, max_grad_norm / (norm + 1e-6))``, over the gradients divided
-    by ``grad_scale``. The sum of squares is taken in double; on a GPU that of up to 8 neighbours in float32, scaled where
-    it would leave the range. Its order follows the tensors, the backend and the ranks, but no threads; over the ranks
-    that share a parameter it is one all-reduce for each mesh dimension that
-    shards it, whether or not it has a gradient here.
+    by ``grad_scale``. The sum of squares is taken in double; on a GPU that of up to 8 neighbours in float32, scaled
+    where it would leave the range. Its order follows the tensors, the backend and the ranks, but no threads; over the
+    ranks that share a parameter it is one all-reduce for each mesh dimension that shards it, whether or not it has a
+    gradient here.
 
     Where ``built.norm`` is None (several devices, no gradient at all, the reference backend) torch's operators compute
     it: with the same roundings, and the same collectives, since another rank may do without them.
