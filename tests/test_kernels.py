@@ -466,16 +466,22 @@ WRONG_FORMATS = [
     ("cuda", "formats.h", "return word & 0xffffu;", "return word >> 16;", STOCHASTIC),
     ("cuda", "step_cuda.cu", "uint64_t(i) >> 2", "uint32_t(i) >> 2", STOCHASTIC),
     # The scale before the step, twice the scale, that of a part of the block; a code of NaN that is taken for a number.
-    ("triton", "formats.py", "scale = scale_of(magnitude, mask)", "scale = tl.load(scales, mask=some)", INT8),
+    ("triton", "formats.py", "scale = scale_of(tl.fma(x, 0.0, x), mask)", "scale = tl.load(scales, mask=some)", INT8),
     ("triton", "formats.py", "tl.where(code == 255,", "tl.where(code == 256,", INT8),
     (
         "cuda",
         "step_cuda.cu",
-        "scales[tile.i / kQuantBlock] = scale;",
-        "scales[tile.i / kQuantBlock] = 2 * scale;",
+        "scales[unsigned(tile.i) / kQuantBlock] = scale;",
+        "scales[unsigned(tile.i) / kQuantBlock] = 2 * scale;",
         INT8,
     ),
     ("cuda", "step_cuda.cu", "lanes = kLanes / 2", "lanes = kLanes / 4", INT8),
+    # The code of an infinity or NaN, of 0, of a block that is too small for a scale; an infinite scale.
+    ("triton", "formats.py", "tl.fma(x, 0.0, root), -128.0", "root, -128.0", INT8),
+    ("triton", "formats.py", "tl.minimum(part, 1.125)", "tl.minimum(part, 1.0)", INT8),
+    ("triton", "formats.py", "tl.where(factor == 0, 0, 1)", "tl.where(factor == 0, 1, 1)", INT8),
+    ("triton", "formats.py", "scale_of(tl.fma(x, 0.0, x), mask)", "scale_of(x, mask)", INT8),
+    ("cuda", "step_cuda.cu", "nan_unless_finite(x.x[k], x.x[k])", "x.x[k]", INT8),
     ("cuda", "formats.h", "return code == Q::kNaN ?", "return code == 1 ?", INT8),
     # What the master held of a parameter that something else overwrote.
     ("triton", "formats.py", "tl.where(bits(bf16(x, 0x8000)) == bits(stored), x, p)", "x", SPLIT16),
