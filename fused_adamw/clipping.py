@@ -46,9 +46,9 @@ def factor_of(
     """Return the factor of all gradients, float64, negative where the step is to be skipped; and their norm, float32.
 
     As ``torch.nn.utils.clip_grad_norm_`` has it: ``min(1, max_grad_norm / (norm + 1e-6))``, over the gradients divided
-    by ``grad_scale``. The sum of squares is taken in double; on a GPU that of up to 8 neighbours in float32, scaled where
-    it would leave the range. Its order follows the tensors, the backend and the ranks, but no threads; over the ranks
-    that share a parameter it is one all-reduce for each mesh dimension that
+    by ``grad_scale``. The sum of squares is taken in double; on a GPU that of up to 8 neighbours in float32, scaled
+    where it would leave the range. Its order follows the tensors, the backend and the ranks, but no threads; over the
+    ranks that share a parameter it is one all-reduce for each mesh dimension that
     shards it, whether or not it has a gradient here.
     """
     sharing = built.sharing
