@@ -18,6 +18,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def chunk(text: str) -> int:
+    """Parse the elements of a chunk, a multiple of 128: no two share a scale of int8 moments."""
+    if positive(text) % 128:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 128")
+    return int(text)
+
+
 def workload(text: str) -> str:
     """Parse the name of a list of shapes in tests/cases.py."""
     from tests.cases import WORKLOADS
@@ -67,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--against", choices=NAMES, nargs="+", default=["fused"], help=of)
     step.add_argument("--all", action="store_true", help="compare with all of them, slow ones too")
     step.add_argument("--warm", action="store_true", help="one set of buffers, which the caches may hold")
+    of = "also time ours with programs of so many elements (a GPU's)"
+    step.add_argument("--chunk", type=chunk, nargs="+", default=[], metavar="N", help=of)
 
     host = commands.add_parser("host", help="time what a step costs on the host, with the kernels left out")
     of = "lengths of the lists (default: 148 1000)"

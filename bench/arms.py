@@ -1,14 +1,16 @@
 """List what is compared, by name: the algorithms, our backends, and the peers."""
 
+import contextlib
 import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 import fused_adamw
-from fused_adamw import backends
+from fused_adamw import backends, gpu
 
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-2}
@@ -73,6 +75,7 @@ class Arm(NamedTuple):
     same_rule: bool = True  # else what it computes is not compared with the oracle
     foreign: bool = False  # another project's: its state may mean something else, and it may fail as it likes
     steady: bool = False  # of a list that changes between steps: on one that does not
+    chunk: int | None = None  # elements of a program of a GPU, where not those of the product
 
 
 class Missing(Exception):
@@ -211,6 +214,23 @@ def with_steady(arms: list[Arm]) -> list[Arm]:
     arms = [arm for arm in arms if not (arm.graph or arm.compiled)]
     own = [arm for arm in arms if arm.name.startswith("fused_adamw")]
     return [*own, *(arm._replace(name=f"{arm.name}, steady", steady=True) for arm in own), *arms[len(own) :]]
+
+
+def with_chunks(arms: list[Arm], chunks: list[int]) -> list[Arm]:
+    """List the arms, and after each of ours one for each size of its chunks."""
+    found = []
+    for arm in arms:
+        found.append(arm)
+        if arm.name.startswith("fused_adamw"):
+            found += [arm._replace(name=f"{arm.name}, chunk {chunk}", chunk=chunk) for chunk in chunks]
+    return found
+
+
+def chunked(chunk: int | None) -> Any:
+    """Give the programs of plans that are built in this context so many elements."""
+    if chunk is None:
+        return contextlib.nullcontext()
+    return mock.patch.object(gpu, "chunk_size", lambda numel, heavy=False: chunk)
 
 
 def step_of(arm: Arm, optimizers: list[torch.optim.Optimizer]) -> Callable[[], object]:

@@ -12,7 +12,20 @@ import torch
 from torch import Tensor
 
 from bench import measures, stream
-from bench.arms import ALGORITHMS, DTYPES, FUSED, NAMES, SHORT, Arm, Missing, arms_of, step_of, with_steady
+from bench.arms import (
+    ALGORITHMS,
+    DTYPES,
+    FUSED,
+    NAMES,
+    SHORT,
+    Arm,
+    Missing,
+    arms_of,
+    chunked,
+    step_of,
+    with_chunks,
+    with_steady,
+)
 from bench.output import Report, begin, console, finish, progress, until_interrupted
 from bench.summary import HOST, LAUNCHES, MOST_SETS, NOTES, Result, summarized, table
 from bench.timing import (
@@ -46,12 +59,14 @@ class Case(NamedTuple):
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, and write the files; after Ctrl-C with what there is."""
     device = device_of(args.device)
+    if args.chunk and device.type == "cpu":
+        raise SystemExit("--chunk: only a GPU's programs have chunks; see kTile in csrc/loops_cpu.h")
     head = begin("optimizer.step()", args.threads, device)
     report: Report = {"environment": head, "results": [], "skipped": []}
     against = NAMES if args.all else args.against
     with until_interrupted(report):
         for case in itertools.starmap(Case, itertools.product(args.workload or DEFAULT, args.algorithm, args.dtype)):
-            arms = arms_of(case.algorithm, DTYPES[case.dtypes], device, against, args.all)
+            arms = with_chunks(arms_of(case.algorithm, DTYPES[case.dtypes], device, against, args.all), args.chunk)
             measure(case, arms, device, args.rounds, args.warm, report)
     interrupted = finish(report, NOTES.format(host=HOST[device.type], launches=LAUNCHES[device.type]), args, "bars")
     ours = [r for r in report["results"] if r["arm"].startswith("fused_adamw")]
@@ -102,7 +117,8 @@ def measure(
             return
         try:
             for arm in runnable:
-                tried(arm, bench.prepare, *probed[arm.name])
+                with chunked(arm.chunk):  # plans are built here
+                    tried(arm, bench.prepare, *probed[arm.name])
             bench.add_ceilings()
             bar.update(task, total=2 * len(runnable) + rounds, completed=2 * len(runnable))
             bench.time(progress_range(rounds, advance))

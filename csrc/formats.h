@@ -208,27 +208,62 @@ FUSED_HD uint32_t scale_bits(float x) {
 // The factor that brings the magnitudes of a block to [0, 1].
 FUSED_HD float inverse(float scale) { return scale == 0 ? 0.0f : 1.0f / scale; }
 
+// The larger and the smaller of two floats; of NaN and a number, the number.
+FUSED_HD float larger(float x, float least) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(x, least);
+#else
+  return x > least ? x : least;
+#endif
+}
+FUSED_HD float smaller(float x, float most) {
+#if defined(__CUDA_ARCH__)
+  return fminf(x, most);
+#else
+  return x < most ? x : most;
+#endif
+}
+// x, or NaN where `of` is not finite.
+FUSED_HD float nan_unless_finite(float of, float x) {
+#if defined(__CUDA_ARCH__)
+  return fma(of, 0.0f, x);
+#else
+  return magnitude_bits(of) < kInfinite ? x : bit_cast<float>(0x7fc00000u);
+#endif
+}
+// The whole part of x >= 0.
+FUSED_HD float whole_part(float x) {
+#if defined(__CUDA_ARCH__)
+  return truncf(x);
+#else
+  return x < 0x1p31f ? float(int32_t(x)) : x;
+#endif
+}
+
 // A first moment is signed: code c means sign(c) * (c / 127)^2 times the scale, and -128 means NaN.
 struct FirstMoment {
-  static constexpr uint8_t kNaN = 0x80;
+  using Code = int8_t;
+  static constexpr Code kNaN = -128;
 
-  FUSED_HD static float unit(float scale) { return scale / 16129.0f; }  // decode() multiplies by it
-  FUSED_HD static float decode_number(uint8_t code, float unit) {
-    const int32_t c = int8_t(code);
-    return float(c * (c < 0 ? -c : c)) * unit;
+  FUSED_HD static float unit(float scale) { return scale * (1 / 16129.0f); }  // decode() multiplies by it
+  FUSED_HD static float decode_number(int32_t code, float unit) {
+    const float c = float(code);
+    return c * std::fabs(c) * unit;
   }
-  template <bool kRandom> FUSED_HD static uint8_t encode_number(float x, float inverse, uint32_t word) {
-    const float ratio = bit_cast<float>(magnitude_bits(x)) * inverse, root = std::sqrt(ratio) * 127.0f;
-    // The last bits of a sum with 2^23 are the nearest whole number, to even.
-    int32_t c = int32_t(bit_cast<uint32_t>(root + 8388608.0f) & 0xffu);
+  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float inverse, uint32_t word) {
+    const float ratio = std::fabs(x) * inverse;
+    // A ratio below 1e-6 has the code 0 like 1e-6, whose root takes a GPU no longer than others.
+    float root = std::sqrt(larger(ratio, 1e-6f)) * 127.0f;
     if constexpr (kRandom) {
       // Rounds up by where the value, not its root, lies between the values of two codes: only then is the
       // mean right.
-      c = int32_t(root);
-      const float below = float(c), drawn = (float(for_first_moment(word)) + 0.5f) * 0x1p-16f;
-      c += ratio * 16129.0f - below * below > drawn * (below + below + 1.0f) && c < 127;
+      const float below = whole_part(root), drawn = (float(for_first_moment(word)) + 0.5f) * 0x1p-16f;
+      root = below + (ratio * 16129.0f - below * below > drawn * (below + below + 1.0f) ? 1.0f : 0.0f);
+      root = smaller(root, 127.0f);
     }
-    return uint8_t(bit_cast<int32_t>(x) < 0 ? -c : c);
+    const float code = larger(nan_unless_finite(x, std::copysign(root, x)), -128.0f);
+    // The last bits of a sum with 1.5 * 2^23 are the nearest whole number, to even.
+    return uint8_t(bit_cast<uint32_t>(code + 12582912.0f));
   }
 };
 
@@ -236,32 +271,31 @@ struct FirstMoment {
 // digits, times the scale. That is 8 steps an octave from 2^-31.7 to 1. Code 0 means 0 and stands for 0
 // alone, so that no denominator vanishes; 255 means NaN.
 struct SecondMoment {
-  static constexpr uint8_t kNaN = 0xff;
+  using Code = uint8_t;
+  static constexpr Code kNaN = 255;
 
   FUSED_HD static float unit(float scale) { return scale; }
-  FUSED_HD static float decode_number(uint8_t code, float unit) {
-    const float x = bit_cast<float>((code + 762u) << 20) * unit;
+  FUSED_HD static float decode_number(int32_t code, float unit) {
+    const float x = bit_cast<float>((uint32_t(code) + 762u) << 20) * unit;
     return code == 0 ? 0.0f : x;
   }
-  // encode_number() cuts 20 bits off. This is what it adds before: half a step, or 20 random bits.
+  // encode() cuts 20 bits off. This is what it adds before: half a step, or 20 random bits.
   FUSED_HD static uint32_t added(bool random, uint32_t word) {
     return random ? for_second_moment(word) << 4 | 8u : 0x80000u;
   }
-  template <bool kRandom> FUSED_HD static uint8_t encode_number(float x, float inverse, uint32_t word) {
-    const float ratio = bit_cast<float>(magnitude_bits(x)) * inverse;
-    const uint32_t random = added(kRandom, word);
-    const int32_t c = int32_t((bit_cast<uint32_t>(ratio) + random) >> 20) - 762;
-    const int32_t code = c < 1 ? 1 : c > 254 ? 254 : c;
-    return uint8_t(magnitude_bits(x) == 0 || inverse == 0 ? 0 : code);
+  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float inverse, uint32_t word) {
+    // At most 1; but 1.125, whose code is 255, for infinities and NaN.
+    const float ratio = smaller(std::fabs(x) * inverse, 1.125f);
+    const int32_t code = int32_t(bit_cast<uint32_t>(ratio) + added(kRandom, word) - (762u << 20)) >> 20;
+    // 1, but 0 for 0, which has no sign here: a second moment is a sum of squares.
+    const uint32_t bits = bit_cast<uint32_t>(x), one = inverse == 0 ? 0 : 1, least = bits < one ? bits : one;
+    return uint8_t(code > int32_t(least) ? code : int32_t(least));
   }
 };
 
-template <class Q> FUSED_HD float decode(uint8_t code, float unit) {
-  return code == Q::kNaN ? bit_cast<float>(0x7fc00000u) : Q::decode_number(code, unit);
-}
-// Stochastic rounding draws by the element's `word`.
-template <class Q, bool kRandom> FUSED_HD uint8_t encode(float x, float inverse, uint32_t word) {
-  return magnitude_bits(x) >= kInfinite ? Q::kNaN : Q::template encode_number<kRandom>(x, inverse, word);
+template <class Q> FUSED_HD float decode(int32_t code, float unit) {
+  const float x = Q::decode_number(code, unit);
+  return code == Q::kNaN ? bit_cast<float>(0x7fc00000u) : x;
 }
 
 }  // namespace fused_adamw

@@ -159,8 +159,8 @@ template <bool kSecond> FUSED_HD void store_random_loop(const float* FUSED_RESTR
 
 // Decodes a block. A full one has a number of elements that the compiler knows, and a faster loop where none
 // is NaN.
-template <class Q, bool kFull> FUSED_HD void decode_block(const uint8_t* FUSED_RESTRICT from, float unit,
-                                                          float* FUSED_RESTRICT to, int64_t n) {
+template <class Q, bool kFull> FUSED_HD void decode_block(const typename Q::Code* FUSED_RESTRICT from,
+                                                          float unit, float* FUSED_RESTRICT to, int64_t n) {
   if (kFull) n = kQuantBlock;
   uint8_t nan = 0;
   for (int64_t i = 0; i < n; ++i) nan |= from[i] == Q::kNaN;
@@ -173,7 +173,7 @@ template <class Q, bool kFull> FUSED_HD void decode_block(const uint8_t* FUSED_R
 
 template <class Q>
 FUSED_HD void decode_loop(const void* codes, const float* scales, float* FUSED_RESTRICT to, int64_t n) {
-  const uint8_t* from = static_cast<const uint8_t*>(codes);
+  const auto* from = static_cast<const typename Q::Code*>(codes);
   for (; n >= kQuantBlock; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock)
     decode_block<Q, true>(from, Q::unit(*scales++), to, kQuantBlock);
   if (n) decode_block<Q, false>(from, Q::unit(*scales), to, n);
@@ -184,20 +184,10 @@ FUSED_HD void encode_block(const float* FUSED_RESTRICT from, uint8_t* FUSED_REST
                            const uint32_t* FUSED_RESTRICT words, int64_t n) {
   if (kFull) n = kQuantBlock;
   int32_t most = 0;  // signed, because AVX2 compares no unsigned integers
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, int32_t(magnitude_bits(from[i])));
-  const bool finite = kFull && uint32_t(most) < kInfinite;
-  if (!finite || uint32_t(most) < kLeastNormal) {
-    most = 0;
-    for (int64_t i = 0; i < n; ++i) most = std::max(most, int32_t(scale_bits(from[i])));
-  }
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, int32_t(scale_bits(from[i])));
   *scale = bit_cast<float>(most);
   const float by = inverse(*scale);
-  if (finite) {
-    for (int64_t i = 0; i < n; ++i)
-      to[i] = Q::template encode_number<kRandom>(from[i], by, kRandom ? words[i] : 0);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = encode<Q, kRandom>(from[i], by, kRandom ? words[i] : 0);
-  }
+  for (int64_t i = 0; i < n; ++i) to[i] = Q::template encode<kRandom>(from[i], by, kRandom ? words[i] : 0);
 }
 
 template <class Q, bool kRandom>

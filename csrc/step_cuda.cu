@@ -108,14 +108,14 @@ struct Random {
     begin = uint32_t(short_run - min(whole_run - base % whole_run, short_run));
   }
   __device__ __forceinline__ int64_t number(int i) const {
-    return first + i + int64_t((begin + uint32_t(i)) / run) * skip;
+    return first + i + (skip ? int64_t((begin + uint32_t(i)) / run) * skip : 0);
   }
 
   template <bool kWhole, int kWidth>
   __device__ __forceinline__ Vector<uint32_t, kWidth> words(const Tile<kWhole, kWidth>& tile) const {
     constexpr int kEach = kWhole ? 4 : 1;  // words taken of each counter
     Vector<uint32_t, kWidth> to{};
-#pragma unroll 1  // unrolled, the kernel spills
+#pragma unroll(kWhole ? kWidth : 1)  // the others, unrolled, take 20 registers more
     for (int k = 0; k < kWidth; k += kEach) {
       const int64_t i = number(tile.element(k));
       Words w = philox(seed, uint64_t(i) >> 2, step, index);
@@ -133,6 +133,41 @@ struct Random {
 
 using Code = uint8_t;
 
+// The codes of a tile, four to a register: of single bytes the compiler makes twice as many instructions.
+template <int kWidth> struct Codes {
+  Vector<uint32_t, (kWidth + 3) / 4> words{};
+
+  Codes() = default;
+  template <bool kWhole> __device__ __forceinline__ Codes(const Tile<kWhole, kWidth>& tile, Code* from) {
+    if constexpr (kWhole) {
+      words = *reinterpret_cast<decltype(words)*>(from + tile.i);
+    } else {
+      const Vector<Code, kWidth> stored = tile.load(from);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) set(k, stored.x[k]);
+    }
+  }
+  // Code k, extended by its sign where it is of a signed type.
+  template <class As> __device__ __forceinline__ int32_t get(int k) const {
+    const unsigned above = std::is_signed<As>::value ? 8 | k % 4 : 4;  // the sign of the byte, or a byte of 0
+    int32_t code;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(code) : "r"(words.x[k / 4]), "r"(above * 0x1110 | k % 4));
+    return code;
+  }
+  __device__ __forceinline__ void set(int k, Code code) { words.x[k / 4] |= uint32_t(code) << k % 4 * 8; }
+  template <bool kWhole>
+  __device__ __forceinline__ void store(const Tile<kWhole, kWidth>& tile, Code* to) const {
+    if constexpr (kWhole) {
+      *reinterpret_cast<decltype(words)*>(to + tile.i) = words;
+    } else {
+      Vector<Code, kWidth> stored;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) stored.x[k] = Code(get<Code>(k));
+      tile.store(to, stored);
+    }
+  }
+};
+
 template <class T> constexpr Format kFormat = Format::f32;
 template <> constexpr Format kFormat<BFloat16> = Format::bf16;
 template <> constexpr Format kFormat<Float16> = Format::f16;
@@ -140,17 +175,28 @@ template <> constexpr Format kFormat<Code> = Format::i8;
 
 template <class C, class S, bool kWhole, int kWidth> __device__ __forceinline__ Vector<float, kWidth>
 read_moment(const Tile<kWhole, kWidth>& tile, S* from, const float* scales) {
-  const Vector<S, kWidth> stored = tile.load(from);
   Vector<float, kWidth> x;
   if constexpr (sizeof(S) == sizeof(Code)) {
-    const float unit = C::unit(scales[tile.i / kQuantBlock]);
+    const float unit = C::unit(scales[unsigned(tile.i) / kQuantBlock]);
+    const Codes<kWidth> stored(tile, from);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) x.x[k] = decode<C>(stored.x[k], unit);
+    for (int k = 0; k < kWidth; ++k) x.x[k] = decode<C>(stored.template get<typename C::Code>(k), unit);
   } else {
+    const Vector<S, kWidth> stored = tile.load(from);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) x.x[k] = load(stored.x[k]);
   }
   return x;
+}
+
+// Returns the largest of 32 lanes, or of the half of them that a lane is in.
+template <int kLanes> __device__ __forceinline__ uint32_t largest(uint32_t bits) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kLanes == 32) return __reduce_max_sync(0xffffffffu, bits);
+#endif
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes; lanes /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, lanes));
+  return bits;
 }
 
 // Rounds stochastically, by `words`, where kStochastic; else to nearest.
@@ -158,22 +204,23 @@ template <class C, bool kStochastic, class S, bool kWhole, int kWidth>
 __device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S* to, float* scales,
                                              const Vector<float, kWidth>& x,
                                              const Vector<uint32_t, kWidth>& words) {
-  Vector<S, kWidth> stored;
   if constexpr (sizeof(S) == sizeof(Code)) {
-    uint32_t bits = 0;
+    float most = 0;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k)
-      if (tile.has(k)) bits = max(bits, scale_bits(x.x[k]));
+      if (tile.has(k)) most = fmaxf(most, fabsf(nan_unless_finite(x.x[k], x.x[k])));
     constexpr int kLanes = kQuantBlock / kWidth;
-#pragma unroll
-    for (int lanes = kLanes / 2; lanes; lanes /= 2)
-      bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, lanes));
-    const float scale = bit_cast<float>(bits);
-    if (threadIdx.x % kLanes == 0) scales[tile.i / kQuantBlock] = scale;
+    const uint32_t bits = largest<kLanes>(bit_cast<uint32_t>(most));
+    const float scale = bits < kLeastNormal ? 0 : bit_cast<float>(bits);
+    if (threadIdx.x % kLanes == 0) scales[unsigned(tile.i) / kQuantBlock] = scale;
     const float factor = inverse(scale);
+    Codes<kWidth> stored;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) stored.x[k] = encode<C, kStochastic>(x.x[k], factor, words.x[k]);
+    for (int k = 0; k < kWidth; ++k)
+      stored.set(k, C::template encode<kStochastic>(x.x[k], factor, words.x[k]));
+    stored.store(tile, to);
   } else {
+    Vector<S, kWidth> stored;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       if constexpr (kStochastic)
@@ -181,8 +228,8 @@ __device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S
       else
         store(x.x[k], stored.x[k]);
     }
+    tile.store(to, stored);
   }
-  tile.store(to, stored);
 }
 
 template <class R, class P, class S, Master kMaster> constexpr unsigned kRandomStreams =

@@ -162,7 +162,7 @@ def decode(codes: Tensor, scales: Tensor, second: bool) -> Tensor:
         x = torch.where(c == 0, 0, _from_bits((c + 762) << 20) * scales)
         x = torch.where(c == 255, torch.nan, x)
     else:
-        x = torch.where(c == -128, torch.nan, (c * c.abs()).float() * (scales / 16129))
+        x = torch.where(c == -128, torch.nan, (c * c.abs()).float() * (scales * (1 / 16129)))
     shaped = torch.empty_like(codes, dtype=torch.float32)
     flat(shaped).copy_(x)
     return shaped

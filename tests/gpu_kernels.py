@@ -436,6 +436,10 @@ def tensors(variant, sizes, rows, seed=0, unaligned=False, places=(NOT_SHARDED,)
         data = [make(k, n, d) for k, d in enumerate(variant.streams[: 2 + states])]
         data += [extra(data[0], d) for d in variant.streams[2 + states :]]
         data += [make(3, -(-n // QUANT_BLOCK), F32).nan_to_num(1.0, 1.0, 1.0) for _ in range(variant.scales)]
+        if variant.scales and n >= 3 * QUANT_BLOCK:  # a block whose new second moments are too small for a scale
+            data[1][2 * QUANT_BLOCK : 3 * QUANT_BLOCK] = 1e-18
+            for scales in data[-variant.scales :]:
+                scales[2] = 0
         offsets = [(1 + (i * 5 + k * 3) % 40) * x.element_size() if unaligned else 0 for k, x in enumerate(data)]
         made.append(Tensor(data, offsets, i % len(rows), i, places[i % len(places)]))
     return made

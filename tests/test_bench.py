@@ -23,12 +23,12 @@ import torch.nn.functional as F
 import fused_adamw
 from bench import measures, step, stream, timing
 from bench.__main__ import main
-from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of, with_steady
+from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of, chunked, with_chunks, with_steady
 from bench.memory import FORMS
 from bench.paper import claims, digits, experiments
 from bench.studies import demo, gpt
 from bench.studies.formats import Run
-from fused_adamw import formats
+from fused_adamw import formats, gpu
 from tests import cases
 
 ROOT = Path(__file__).parent.parent
@@ -240,6 +240,35 @@ def test_step_against_all(tmp_path: Path) -> None:
     assert extra["torch for-loop"] >= 131072 * 4
     assert extra["torch fused"] < 1024
     assert all(r["match"] for r in report["results"] if r["arm"].startswith(("fused_adamw", "torch ")))
+
+
+@pytest.mark.gpu
+def test_step_with_other_chunks(tmp_path: Path) -> None:
+    bench("step", "--workload", "148x64", "--chunk", "128", "512", *options(tmp_path, "--device", "cuda", "--warm"))
+    found = {r["arm"]: r for r in json.loads((tmp_path / "step.json").read_text())["results"]}
+    for chunk in (128, 512):
+        assert found[f"fused_adamw triton, chunk {chunk}"]["match"]
+        assert found[f"fused_adamw triton, chunk {chunk}"]["ms_median"] > 0
+
+
+def test_chunks_are_those_of_the_context() -> None:
+    arms = with_chunks(arms_of("adamw", DTYPES["fp32"], torch.device("cpu"), ["fused"], False), [128, 4096])
+    assert [a.name for a in arms] == [
+        "fused_adamw cpu", "fused_adamw cpu, chunk 128", "fused_adamw cpu, chunk 4096", "torch fused"
+    ]  # fmt: skip
+    assert [a.chunk for a in arms] == [None, 128, 4096, None]
+    before = gpu.chunk_size(1 << 20, True)
+    with chunked(128):
+        assert gpu.chunk_size(1 << 20, True) == 128
+    with chunked(None):
+        assert gpu.chunk_size(1 << 20, True) == before
+
+
+@pytest.mark.parametrize("more", [["--chunk", "100"], ["--chunk", "128", "--device", "cpu"]], ids=["100", "cpu"])
+def test_chunks_that_cannot_be(more: list[str], here: Callable[..., str], capsys) -> None:
+    with pytest.raises(SystemExit) as refused:
+        here("step", *more)
+    assert "multiple of 128" in capsys.readouterr().err or "--chunk" in str(refused.value)
 
 
 @pytest.mark.gpu

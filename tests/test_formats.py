@@ -365,6 +365,18 @@ def test_codes(second):
         assert torch.equal(y.sign()[y != 0], x.sign()[y != 0])
 
 
+def test_the_largest_number_is_kept(target):
+    """A first moment of float32's largest number is no infinity when it is read again."""
+    (p,) = cases.parameters([LONG], F32, target.device)
+    options = {"lr": 0.0, "momentum": 0.5, "dampening": 0.5, "state_dtype": "int8"}
+    optimizer = cases.make("SGD", [p], options, backend=target.backend)
+    p.grad = torch.full_like(p, torch.finfo(F32).max)
+    optimizer.step()
+    optimizer.step()
+    codes, scales = (optimizer.state[p][f"momentum_buffer_{part}"] for part in ("codes", "scales"))
+    torch.testing.assert_close(codecs.decode(codes, scales, False), p.grad)
+
+
 def test_codes_of_second_moments_have_the_right_mean():
     """Under stochastic rounding, within four standard errors, also of the decay that rounding to nearest loses."""
     x = torch.full((128 * 2000,), 0.7)

@@ -10,8 +10,8 @@ from .layout import COL_INDEX, COL_OFFSET, COL_RUN, COL_SEED, COL_SKIP
 
 QUANT_BLOCK = tl.constexpr(128)  # elements that share a scale
 NAN_BF16 = tl.constexpr(0x7FC0)
-LEAST_NORMAL = tl.constexpr(0x00800000)
-INFINITE = tl.constexpr(0x7F800000)
+LEAST_NORMAL = tl.constexpr(2.0**-126)
+SIGN = tl.constexpr(-0x80000000)
 NEAREST = tl.constexpr(0x80000)  # as if these bits had been drawn
 
 
@@ -55,7 +55,10 @@ def places(row, base):
 @triton.jit
 def number(at, i):
     first, skip, run, begin = at
-    return first + i + ((begin + i.to(tl.uint32)) // run).to(tl.int64) * skip
+    n = first + i
+    if skip != 0:  # a division takes long
+        n += ((begin + i.to(tl.uint32)) // run).to(tl.int64) * skip
+    return n
 
 
 @triton.jit
@@ -172,7 +175,8 @@ def load_moment(pointers, scales, mask, some, SECOND: tl.constexpr):
             x = tl.where(code == 0, 0.0, x)
             x = tl.where(code == 255, float("nan"), x)
         else:
-            x = (code * tl.abs(code)).to(tl.float32) * spread(tl.div_rn(scale, 16129.0), code)
+            c = code.to(tl.float32)
+            x = c * tl.abs(c) * spread(scale * (1 / 16129), code)
             x = tl.where(code == -128, float("nan"), x)
     return x
 
@@ -181,30 +185,29 @@ def load_moment(pointers, scales, mask, some, SECOND: tl.constexpr):
 def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
     """Store a moment, rounded to nearest if ``word`` is None, else stochastically."""
     if scales is not None:
-        magnitude = bits(x) & 0x7FFFFFFF
-        scale = scale_of(magnitude, mask)
+        # The sums with x * 0 are NaN where x is not finite.
+        scale = scale_of(tl.fma(x, 0.0, x), mask)
         first = tl.arange(0, scale.shape[0]) % 32 == 0
         tl.store(scales, scale, mask=first if some is None else first & some)
-        factor = spread(tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale)), x)
-        part = magnitude.to(tl.float32, bitcast=True) * factor
+        factor = tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale))
+        part = tl.abs(x) * spread(factor, x)
         if SECOND:
-            code = ((bits(part) + (NEAREST if word is None else for_second_moment(word) << 4 | 8)) >> 20) - 762
-            code = tl.minimum(tl.maximum(code, 1), 254)
-            code = tl.where((magnitude == 0) | (factor == 0), 0, code)
-            code = tl.where(magnitude >= INFINITE, 255, code)
+            add = NEAREST if word is None else for_second_moment(word) << 4 | 8
+            code = (bits(tl.minimum(part, 1.125)) + (add - (762 << 20))) >> 20  # 255 where part is NaN, or infinite
+            # At least 1, but 0 for 0, which has no sign here: a second moment is a sum of squares.
+            one = spread(tl.where(factor == 0, 0, 1).to(tl.uint32), x)
+            code = tl.maximum(code, tl.minimum(x.to(tl.uint32, bitcast=True), one).to(tl.int32, bitcast=True))
         else:
-            root = tl.sqrt_rn(part) * 127.0
-            if word is None:
-                # The last bits of a sum with 2^23 are the nearest whole number, to even.
-                code = bits(root + 8388608.0) & 0xFF
-            else:
-                code = root.to(tl.int32)
-                below = code.to(tl.float32)
-                drawn = (for_first_moment(word).to(tl.float32) + 0.5) * (1 / 65536)
-                up = part * 16129.0 - below * below > drawn * (below + below + 1.0)
-                code = tl.minimum(code + up.to(tl.int32), 127)
-            code = tl.where(bits(x) < 0, -code, code)
-            code = tl.where(magnitude >= INFINITE, -128, code)
+            # A part below 1e-6 has the code 0 like 1e-6, whose root takes no longer than others.
+            root = tl.sqrt_rn(tl.maximum(part, 1e-6)) * 127.0
+            if word is not None:
+                below = root.to(tl.int32).to(tl.float32)
+                drawn_part = (for_first_moment(word).to(tl.float32) + 0.5) * (1 / 65536)
+                up = part * 16129.0 - below * below > drawn_part * (below + below + 1.0)
+                root = tl.minimum(below + tl.where(up, 1.0, 0.0), 127.0)
+            root = (bits(root) | bits(x) & SIGN).to(tl.float32, bitcast=True)
+            # The last bits of a sum with 1.5 * 2^23 are the nearest whole number, to even.
+            code = bits(tl.maximum(tl.fma(x, 0.0, root), -128.0) + 12582912.0)
         tl.store(pointers, code.to(tl.int8), mask=mask)
     elif word is None:
         store(pointers, x, mask)
@@ -213,12 +216,12 @@ def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
 
 
 @triton.jit
-def scale_of(magnitude, mask):
+def scale_of(x, mask):
     """Return the scale of each thread's block. 32 threads share a block, so one warp finds its maximum."""
-    own = tl.where((magnitude < LEAST_NORMAL) | (magnitude >= INFINITE), 0, magnitude)
     if mask is not None:
-        own = tl.where(mask, own, 0)
-    own = tl.max(own, axis=1)
+        x = tl.where(mask, x, 0.0)
+    own = tl.max(tl.abs(x), axis=1)  # of numbers; NaN where there are none
+    own = bits(tl.where(own >= LEAST_NORMAL, own, 0.0))
     BLOCKS: tl.constexpr = own.shape[0] // 32
     largest = tl.max(own.reshape(BLOCKS, 32), axis=1)
     return tl.broadcast_to(largest[:, None], (BLOCKS, 32)).reshape(own.shape[0]).to(tl.float32, bitcast=True)

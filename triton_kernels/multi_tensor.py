@@ -125,7 +125,7 @@ def tile(ALIGNED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def step_span(
     row, addresses, base, begin, end, s, at,
-    ALIGNED: tl.constexpr, RULE: tl.constexpr,
+    ALIGNED: tl.constexpr, STATES: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
     THREADS: tl.constexpr, WIDTH: tl.constexpr,
@@ -157,27 +157,29 @@ def step_span(
             some = None if ALIGNED else block * QUANT_BLOCK < end
             scales0 = scales0_at + block
             scales1 = scales1_at + block
+        m, v, vmax = g, g, g  # what the rule does not have
+        if STATES > 0:
+            m = load_moment(state0_at + i, scales0, mask, some, SECOND=False)
+        if STATES > 1:
+            v = load_moment(state1_at + i, scales1, mask, some, SECOND=True)
+        if STATES > 2:
+            vmax = load(state2_at + i, mask)
         if RANDOM_P or RANDOM_M or RANDOM_V:
             word = words(row, at, s[SCALAR_STEP].to(tl.uint32), start + first, end - start, ALIGNED)
             random_p = for_parameter(word) if RANDOM_P else None
             word_m = word if RANDOM_M else None
             word_v = word if RANDOM_V else None
-        if RULE == "sgd":
-            p, _ = sgd(s, p, g, g, MOMENTUM=False)
-        elif RULE == "sgd_momentum":
-            b = load_moment(state0_at + i, scales0, mask, some, SECOND=False)
-            p, b = sgd(s, p, g, b, MOMENTUM=True)
-            store_moment(state0_at + i, scales0, b, word_m, mask, some, SECOND=False)
+        if STATES < 2:
+            p, m = sgd(s, p, g, m, MOMENTUM=STATES == 1)
         else:
-            m = load_moment(state0_at + i, scales0, mask, some, SECOND=False)
-            v = load_moment(state1_at + i, scales1, mask, some, SECOND=True)
-            vmax = load(state2_at + i, mask) if RULE == "adam_amsgrad" else v
-            p, m, v, vmax = adam(s, p, g, m, v, vmax, AMSGRAD=RULE == "adam_amsgrad")
-            store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=False)
-            store_moment(state1_at + i, scales1, v, word_v, mask, some, SECOND=True)
-            if RULE == "adam_amsgrad":
-                store(state2_at + i, vmax, mask)
+            p, m, v, vmax = adam(s, p, g, m, v, vmax, AMSGRAD=STATES == 3)
         write(p_at + i, extra_at + i, p, random_p, mask, MASTER)
+        if STATES > 0:
+            store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=False)
+        if STATES > 1:
+            store_moment(state1_at + i, scales1, v, word_v, mask, some, SECOND=True)
+        if STATES > 2:
+            store(state2_at + i, vmax, mask)
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -209,10 +211,12 @@ def step_kernel(
         whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
     # Two regions, so that neither keeps registers for the other.
     if whole > 0:
-        step_span(row, addresses, base, 0, whole, s, start, True, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
+        step_span(row, addresses, base, 0, whole, s, start, True, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
                   MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, WIDTH)  # fmt: skip
     if whole < n:
-        step_span(row, addresses, base, whole, n, s, start, False, RULE, P_DTYPE, G_DTYPE, STATE_DTYPE,
+        if STATE_DTYPE.is_int8():  # here, addresses that were kept would spill
+            addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8())
+        step_span(row, addresses, base, whole, n, s, start, False, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
                   MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, TAIL)  # fmt: skip
 
 

@@ -13,15 +13,15 @@ from unittest import mock
 import torch
 
 import fused_adamw
+from bench.arms import chunked
 from bench.gpu.record import Record
 from bench.gpu.times import begin, clean, timed
 from bench.measures import first_line
 from bench.stream import random
-from fused_adamw import gpu
 
 kernels = importlib.import_module("fused_adamw.triton_kernels.kernels")
 SOURCE = Path(kernels.__file__).parent
-CHUNKS = (1024, 2048, 4096, 8192, 32768, 65536)
+CHUNKS = (1024, 2048, 8192, 16384, 32768, 65536)
 CONFIGS = {"2 warps": (2, 4), "8 warps": (8, 4), "width 8": (4, 8), "2 warps, width 8": (2, 8)}
 # Every access of the streams, in triton_kernels/formats.py, ends in this.
 ACCESS = "mask=mask)"
@@ -78,11 +78,6 @@ def variants_of() -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield "triton", name, lambda warps=warps, width=width: configured(warps, width)
     for name, (load, store) in HINTS.items():
         yield "triton", name, lambda load=load, store=store: hinted(load, store)
-
-
-def chunked(chunk: int) -> Any:
-    """Give a program so many elements."""
-    return mock.patch.object(gpu, "chunk_size", lambda numel: chunk)
 
 
 def configured(warps: int, width: int) -> Any:
