@@ -1,4 +1,4 @@
-"""Make the table of README, as Markdown: the cases that matter, measured in several processes one after the other."""
+"""Make the table of docs/performance.md: the cases that matter, measured in several processes one after the other."""
 
 import argparse
 import json

@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 import torch.nn.functional as F
 
 import fused_adamw
-from bench import measures, step, stream, timing
+from bench import measures, picture, step, stream, timing
 from bench.__main__ import main
 from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of, with_steady
 from bench.memory import FORMS
@@ -304,6 +304,18 @@ def test_report(tmp_path: Path, here: Callable[..., str]) -> None:
     file.write_text("{}")
     with pytest.raises(SystemExit, match="not a file of python -m bench step --json"):
         main(["report", str(file)])
+
+
+def test_picture(tmp_path: Path) -> None:
+    """README's picture and claims come from the table of docs/performance.md."""
+    assert main(["picture", "--out", str(tmp_path / "speed.png")]) == 0
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    found = dict(picture.ratios(picture.PAGE.read_text("utf-8")))
+    assert len(found) == 15
+    assert all(len(ratios) == 3 for ratios in found.values())
+    assert min(found["GPT-2 small, clipped"]) > 1.33  # "two thirds of the time"
+    many = [ratio for name, ratios in found.items() if "s of " in name for ratio in ratios]
+    assert (min(many), max(many)) == (10, 42)
 
 
 @pytest.mark.slow
