@@ -17,7 +17,7 @@ SECOND = "exp_avg_sq"
 
 
 def storage_of(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...]) -> Storage:
-    """Return how ``group`` stores ``p`` and the moments ``names``; raises TypeError for a form that cannot be had."""
+    """Return how ``group`` stores ``p`` and the moments ``names``; raises TypeError for a form that is unavailable."""
     narrow, master = p.dtype in NARROW, group.get("master")
     master = master if narrow and master else "none"
     stochastic = group.get("rounding") == "stochastic"

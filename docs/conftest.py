@@ -1,0 +1,39 @@
+"""Runs every block of Python in these pages; the blocks of a page share their names, and find those of ``given``."""
+
+from typing import Any
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+import fused_adamw
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Let a block write its files into a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def given(names: dict[str, Any]) -> None:
+    """Give a page a small model, batches and a loss, as a reader has them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
+    x = torch.randn(12, 16, 8)
+    names |= {
+        "torch": torch,
+        "fused_adamw": fused_adamw,
+        "model": model,
+        "loader": [(batch, batch.sum(1, keepdim=True)) for batch in x],
+        "loss_of": lambda x, y: (names["model"](x) - y).square().mean(),
+    }
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["*.md"],
+    excludes=["distributed.md"],  # its blocks run on several processes: tests/test_distributed*.py
+    setup=given,
+    fixtures=["elsewhere"],
+).pytest()
