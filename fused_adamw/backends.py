@@ -226,7 +226,8 @@ def pick(
         if backend.name == "reference":
             why = why or f"there are no kernels for {device.type}"
             warn_once(
-                f"fused_adamw steps {device.type} tensors with plain PyTorch operators, correct but slower than torch.optim: {why}"
+                f"fused_adamw steps {device.type} tensors with PyTorch's operators, correct but slower than "
+                f"torch.optim: {why}"
             )
         elif why:
             warn_once(
