@@ -52,7 +52,7 @@ sanitize: build/sanitize/.ready
 
 # What the frameworks themselves warn of is not an error of ours.
 test-integrations: $(VENV)/.integrations
-	$(BIN)/python -m pytest -W default tests/integrations
+	$(BIN)/python -m pytest -W default tests/integrations docs/integrations
 
 bench: $(READY)
 	$(RUN) -m bench step

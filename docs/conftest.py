@@ -20,12 +20,13 @@ def given(names: dict[str, Any]) -> None:
     """Give a page a small model, batches and a loss, as a reader has them."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
-    x = torch.randn(12, 16, 8)
+    x = torch.randn(192, 8)
+    batches = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
     names |= {
         "torch": torch,
         "fused_adamw": fused_adamw,
         "model": model,
-        "loader": [(batch, batch.sum(1, keepdim=True)) for batch in x],
+        "loader": torch.utils.data.DataLoader(batches, batch_size=16),
         "loss_of": lambda x, y: (names["model"](x) - y).square().mean(),
     }
 
