@@ -98,8 +98,10 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--workload", type=workload, nargs="+", metavar="NAME", help="only these (default: all)")
     report.add_argument("--out", type=target_file, metavar="FILE", help="write the Markdown to FILE")
 
-    picture = commands.add_parser("picture", help="the picture of README, from the table of docs/performance.md")
-    picture.add_argument("--out", type=target_file, default=Path("docs/speed.png"), help="(default: %(default)s)")
+    picture = commands.add_parser(
+        "picture", help="the pictures of README and docs/formats.md, from the tables in docs/"
+    )
+    picture.add_argument("--out", type=existing_directory, metavar="DIR", default=Path("docs"), help="(default: docs)")
 
     gpu = commands.add_parser("gpu", help="check and measure everything on a machine with a GPU, and write a folder")
     gpu.add_argument("--minutes", type=float, default=MINUTES, help="for all stages (default: %(default)s)")

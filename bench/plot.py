@@ -36,14 +36,14 @@ def bars(report: dict[str, Any], path: Path) -> None:
 
 def speedups(rows: list[tuple[str, float, float, float]], path: Path, title: str) -> None:
     """Draw a bar for each (name, least, median, greatest ratio), from 1 to the median, and a line over the range."""
-    figure, axes = plt.subplots(figsize=(7.2, 1.3 + 0.29 * len(rows)), dpi=200, layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.6, 1.3 + 0.27 * len(rows)), dpi=200, layout="constrained")
     for y, (_, low, middle, high) in enumerate(rows):
         axes.barh(y, middle - 1, left=1, height=0.7, color=OURS if middle >= 1 else SLOWER)
         axes.plot([low, high], [y, y], color="black", linewidth=1.2)
         text = f"{middle:.2g}×" if middle >= 10 else f"{middle:.2f}×"
         axes.annotate(text, (max(high, 1), y), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="times as fast as torch's fused step (log scale): blue faster, orange slower")
+    axes.set(xscale="log", xlabel="times as fast as torch's fused step (log scale)\nblue: faster, orange: slower")
     least, most = min(row[1] for row in rows), max(row[3] for row in rows)
     axes.set_xlim(min(0.5, 0.9 * least), 1.6 * max(most, 1))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -52,6 +52,21 @@ def speedups(rows: list[tuple[str, float, float, float]], path: Path, title: str
     axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     figure.suptitle(title, fontsize=9)
+    write(figure, path)
+
+
+def differences(rows: dict[str, tuple[float, float, float]], path: Path) -> None:
+    """Draw how far the loss of each form is from that of fp32: the mean of the seeds, and a line over their range."""
+    figure, axes = plt.subplots(figsize=(5.6, 1.3 + 0.27 * len(rows)), dpi=200, layout="constrained")
+    for y, (middle, low, high) in enumerate(rows.values()):
+        axes.plot([low, high], [y, y], color=OURS, linewidth=2)
+        axes.plot(middle, y, "o", color=OURS)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(alpha=0.25, axis="x")
+    axes.set_xlabel("loss beside that of fp32 (nats per character)\nleft: better, right: worse")
+    figure.suptitle("a character GPT: mean and range of its seeds", fontsize=9)
     write(figure, path)
 
 
