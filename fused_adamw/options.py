@@ -293,7 +293,7 @@ def _check_storage(group: Mapping[str, Any]) -> None:
         raise ValueError(f"seed={seed!r}: must be a whole number from 0 to 2**63 - 1")
     if group.get("state_dtype") in INT8 and group.get("amsgrad"):
         raise ValueError(
-            "state_dtype='int8' with amsgrad=True is not supported, a running maximum only grows, with its errors: "
+            "state_dtype='int8' with amsgrad=True is not supported, because a running maximum keeps int8's errors: "
             "use state_dtype=torch.bfloat16"
         )
     declared = group.get("state_dtype")

@@ -108,8 +108,9 @@ def _numbering(p: "DTensor", shape: Sequence[int], start: Sequence[int]) -> Numb
         if shape[d] != p.shape[d] and any(size != 1 for size in shape[:d]):
             if skip:
                 raise TypeError(
-                    f"it is placed {p.placements}, which leaves a rank pieces of pieces, and stochastic rounding "
-                    'numbers the elements: give its group rounding="nearest", or shard it along one dimension'
+                    f"it is placed {p.placements}, cut along two inner dimensions, which leaves a rank pieces of "
+                    'pieces, and stochastic rounding numbers the elements: give its group rounding="nearest", or shard '
+                    "it along one dimension"
                 )
             run, skip = shape[d] * inner, (p.shape[d] - shape[d]) * inner
         inner *= p.shape[d]

@@ -85,6 +85,13 @@ def test_sam_leaves_the_weights_as_they_were():
         assert torch.equal(p.detach(), kept)
 
 
+def test_gradient_release_holds_less_and_gives_the_same_bits():
+    train = example("gradient_release")["train"]
+    (plain, most), (released, least) = train(None), train(0)
+    assert 10 * least < most
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), released.parameters(), strict=True))
+
+
 @pytest.mark.slow
 def test_train_gpt_resumes_to_the_bits(tmp_path):
     train = example("train_gpt")["train"]
