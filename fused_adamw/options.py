@@ -75,7 +75,7 @@ _TEXTS = {
 learning rate γ, a float or a tensor of one element; it may not be negative. If a group's ``lr`` is set below 0 later,
 its steps ascend, as in torch, with a warning. Schedules may end a little below 0 by rounding: down to -1e-12, or to
 -1e-6 times the group's ``initial_lr``, counts as 0. A tensor on a GPU is read by the device.""",
-    "betas": "coefficients β1, β2 of the running averages of the gradient and of its square.",
+    "betas": "β1, β2 of the running averages of the gradient and of its square.",
     "eps": "ε, added to the denominator.",
     "momentum": "momentum μ.",
     "dampening": "dampening τ of the momentum.",
