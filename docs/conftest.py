@@ -2,10 +2,9 @@
 
 from typing import Any
 
+import fused_adamw
 import pytest
 import torch
-
-import fused_adamw
 
 try:
     from sybil import Sybil
@@ -23,7 +22,9 @@ def elsewhere(tmp_path, monkeypatch):
 def given(names: dict[str, Any]) -> None:
     """Give a page a small model, batches and a loss, as a reader has them."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1)
+    )
     x = torch.randn(192, 8)
     batches = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
     names |= {
@@ -39,11 +40,15 @@ if Sybil:
     pytest_collect_file = Sybil(
         parsers=[PythonCodeBlockParser(), SkipParser()],
         patterns=["*.md"],
-        excludes=["distributed.md"],  # its blocks need several processes: tests/test_distributed*.py has their like
+        excludes=[
+            "distributed.md"
+        ],  # its blocks need several processes: tests/test_distributed*.py has their like
         setup=given,
         fixtures=["elsewhere"],
     ).pytest()
 else:
 
     def pytest_terminal_summary(terminalreporter):
-        terminalreporter.write_line("the blocks of docs/ were not run: sybil is not installed")
+        terminalreporter.write_line(
+            "the blocks of docs/ were not run: sybil is not installed"
+        )

@@ -17,17 +17,44 @@ class Markdown(griffe.Extension):
 
 def markdown(text: str) -> str:
     """Return the text with formulas as MathML, code blocks fenced, and roles as code."""
-    text = re.sub(r"^\.\. math::\n((?:[ ]+\S.*\n?)+)", _display, text, flags=re.MULTILINE)
-    text = re.sub(r"\s*\(default:\s+(?:[^()]|\([^()]*\))*\)\.$", ".", text, flags=re.MULTILINE)  # told by the site
-    text = re.sub(r":math:`([^`]+)`", lambda found: convert(found[1]), text)
+    text = re.sub(
+        r"^\.\. math::\n((?:[ ]+\S.*\n?)+)",
+        _display,
+        text,
+        flags=re.MULTILINE,
+    )
+    text = re.sub(
+        r"\s*\(default:\s+(?:[^()]|\([^()]*\))*\)\.$",
+        ".",
+        text,
+        flags=re.MULTILINE,
+    )  # told by the site
+    text = re.sub(
+        r":math:`([^`]+)`",
+        lambda found: f"<span>{convert(found[1])}</span>",
+        text,
+    )
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
-    text = re.sub(r"^( *)(\S.*):: *\n\n((?:\1    .*\n|\n)+)", _fenced, text + "\n", flags=re.MULTILINE)
-    return re.sub(r"(?:^>>> .*\n(?:.*\S.*\n)*)+", lambda found: f"```pycon\n{found[0]}```\n", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^( *)(\S.*):: *\n\n((?:\1    .*\n|\n)+)",
+        _fenced,
+        text + "\n",
+        flags=re.MULTILINE,
+    )
+    return re.sub(
+        r"(?:^>>> .*\n(?:.*\S.*\n)*)+",
+        lambda found: f"```pycon\n{found[0]}```\n",
+        text,
+        flags=re.MULTILINE,
+    )
 
 
 def _display(found: re.Match) -> str:
     lines = " ".join(found[1].replace("&", "").split()).split(r"\\")
-    return "\n\n".join(convert(line.strip(), display="block") for line in lines) + "\n"
+    return (
+        "\n\n".join(convert(line.strip(), display="block") for line in lines)
+        + "\n"
+    )
 
 
 def _fenced(found: re.Match) -> str:
