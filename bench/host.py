@@ -1,4 +1,4 @@
-"""Time what a step of the Triton backend costs on the host: all but the copy and the launches, which take a GPU."""
+"""Time what a step of the Triton backend costs on the host: all up to the calls of the driver, which take a GPU."""
 
 import argparse
 import dataclasses
@@ -11,34 +11,29 @@ import torch
 import torch.distributed as dist
 
 import fused_adamw
+from bench import no_driver
 from bench.output import begin, console, new_table
 from bench.timing import interleave
 from fused_adamw import backends
 
 OURS, TORCH = "fused_adamw, triton", "torch fused"
 NOTE = """\
-CPU tensors of 64 elements stand in for CUDA's, and the kernels of both sides are stubbed: what is left is what Python
-and C++ do before a launch. On a GPU each side adds its launches, ours one copy and one launch of a compiled Triton
-kernel besides. moved = every gradient lies at a new address at every step."""
+CPU tensors of 64 elements stand in for CUDA's. Ours launches its Triton kernels into a driver of CUDA that does
+nothing; torch's kernel is left out, and so is what its launch costs. On a GPU each side adds what the driver takes, and
+ours the guards of the device. moved = every gradient lies at a new address at every step."""
+KINDS = {
+    "plain": {},
+    "clipped": {"max_grad_norm": 1.0},
+    "capturable": {"capturable": True},
+    "capturable, clipped": {"capturable": True, "max_grad_norm": 1.0},
+}
 DTENSORS = 500
 MAKERS = {OURS: fused_adamw.AdamW, TORCH: partial(torch.optim.AdamW, fused=True)}
 
 
-class Stub:
-    """Stand in for kernels, and do nothing."""
-
-    def __init__(self, *args):
-        pass
-
-    def step(self, *args):
-        pass
-
-
-def stub_kernels() -> None:
+def leave_out_kernels() -> None:
     """Let the Triton backend's host code drive CPU tensors, and no kernel run."""
-    from fused_adamw.triton_kernels import kernels
-
-    kernels.TritonKernels = Stub
+    no_driver.install()
     triton = backends.named("triton")
     backends.BACKENDS = (dataclasses.replace(triton, devices=("cpu",)), *backends.BACKENDS)
     torch._fused_adamw_ = lambda *args, **options: None
@@ -49,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if why := backends.named("triton").missing():
         raise SystemExit(f"python -m bench host needs triton: {why}")
     fused = torch._fused_adamw_
-    stub_kernels()
+    leave_out_kernels()
     begin("Host time of AdamW.step()", 1)
     shown = new_table("tensors", "gradients", f"{OURS} (µs)", f"{TORCH} (µs)", "ratio (min)", left=2)
     for tensors, moved in itertools.product(args.tensors, (False, True)):
@@ -64,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         )
     console.print(shown)
     console.print(NOTE)
+    compare_kinds(args.tensors[0], args.rounds)
     compare_dtensors(args.rounds, fused)
     return 0
 
@@ -94,6 +90,22 @@ def compare(tensors: int, moved: bool, rounds: int) -> list[np.ndarray]:
     calls["the move"] = arm(lambda: None, params)
     times = interleave(calls, range(rounds))
     return [np.array(times[name]) - (np.array(times["the move"]) if moved else 0) for name in MAKERS]
+
+
+def compare_kinds(tensors: int, rounds: int) -> None:
+    """Measure and print what clipping and steps that the device counts add, gradients in place."""
+    arms = {}
+    for kind, options in KINDS.items():
+        params = [torch.nn.Parameter(torch.zeros(64)) for _ in range(tensors)]
+        for p in params:
+            p.grad = torch.zeros(64)
+        arms[kind] = fused_adamw.AdamW(params, **options).step
+    times = interleave(arms, range(rounds))
+    shown = new_table(f"{tensors:,} tensors, in place", f"{OURS} (µs)", "/ plain")
+    for kind in KINDS:
+        ratio = np.median(np.divide(times[kind], times["plain"]))
+        shown.add_row(kind, f"{np.median(times[kind]) * 1e6:.0f}", f"{ratio:.2f}")
+    console.print(shown)
 
 
 def compare_dtensors(rounds: int, fused: Callable[..., None]) -> None:

@@ -41,11 +41,25 @@ public:
     check(sum_squares_cuda(variant_, tables(rows, chunks, chunk), sums.mutable_data_ptr<double>(), stream()));
   }
 
-  void scalars(const at::Tensor& hyper, const at::Tensor& steps, const at::Tensor& factor,
-               const at::Tensor& scalars) const {
-    check(scalars_cuda(variant_, hyper.const_data_ptr<double>(), steps.const_data_ptr<int64_t>(),
-                       steps.size(0), factor.const_data_ptr<float>(), scalars.mutable_data_ptr<float>(),
-                       stream()));
+  void totals(const at::Tensor& sums, const at::Tensor& bounds, const std::optional<at::Tensor>& found,
+              const at::Tensor& totals, const at::Tensor& flag) const {
+    check(totals_cuda(sums.const_data_ptr<double>(), bounds.const_data_ptr<int64_t>(), totals.numel(),
+                      found ? found->const_data_ptr<float>() : nullptr, totals.mutable_data_ptr<double>(),
+                      flag.mutable_data_ptr<float>(), stream()));
+  }
+
+  void factor(const at::Tensor& sums, const py::tuple& asked, const at::Tensor& factor,
+              const std::optional<at::Tensor>& norm) const {
+    check(factor_cuda(sums.const_data_ptr<double>(), sums.numel(), clipping_of(asked),
+                      factor.mutable_data_ptr<float>(), norm ? norm->mutable_data_ptr<float>() : nullptr,
+                      stream()));
+  }
+
+  void scalars(const at::Tensor& hyper, const at::Tensor& rates, const at::Tensor& steps,
+               const at::Tensor& factor, const at::Tensor& scalars) const {
+    check(scalars_cuda(variant_, hyper.const_data_ptr<double>(), rates.const_data_ptr<int64_t>(),
+                       steps.const_data_ptr<int64_t>(), steps.size(0), factor.const_data_ptr<float>(),
+                       scalars.mutable_data_ptr<float>(), stream()));
   }
 
 private:
@@ -86,6 +100,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("poll", &Watch::poll)
       .def("scalar_rows", &Watch::scalar_rows)
       .def("advance", &Watch::advance)
+      .def("device_hypers", &Watch::device_hypers)
       .def("upload", &upload)
       .def("any_live", &Watch::any_live)
       .def("scalars_of", &Watch::scalars_of);
@@ -94,13 +109,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("prepare_step", &CpuStep::prepare_step)
       .def("step", &CpuStep::step)
       .def("run", &CpuStep::run)
-      .def("sum_squares", &CpuStep::sum_squares);
+      .def_property_readonly("parts", &CpuStep::parts)
+      .def("sum_squares", &CpuStep::sum_squares)
+      .def("keep", &CpuStep::keep)
+      .def("totals", &CpuStep::totals)
+      .def("factor", &CpuStep::factor);
 #if defined(FUSED_ADAMW_CUDA)
   py::class_<CudaKernels>(m, "CudaKernels")
       .def(py::init<at::Device, const std::string&, at::ScalarType, at::ScalarType, at::ScalarType,
                     const std::string&, bool>())
       .def("step", &CudaKernels::step)
       .def("sum_squares", &CudaKernels::sum_squares)
+      .def("totals", &CudaKernels::totals)
+      .def("factor", &CudaKernels::factor)
       .def("scalars", &CudaKernels::scalars);
 #endif
   m.def("cpu_isas", &isa_names);

@@ -51,12 +51,26 @@ public:
     return true;
   }
 
+  // Forgets the numbers of options that changed, which the next poll has yet to see.
+  void forget_changed(PyObject* group) {
+    if (!immutable_ || !unchanged(group)) hyper_is_read_ = false;
+  }
+
   // Reads the numbers that enum Hyper names, which hyper(group) returns; returns whether Python code ran for
-  // it.
-  bool read(PyObject* group, const py::object& hyper) {
-    if (hyper_is_read_) return false;
-    read_hyper(group, hyper);
+  // it. Without `on_host` a learning rate that lies on a device counts as 0 there; it is not read.
+  bool read(PyObject* group, const py::object& hyper, bool on_host = true) {
+    const at::Tensor* const lr = lr_is_tensor_ && !lr_is_read_ ? rate_of(group) : nullptr;
+    if (hyper_is_read_ && !(lr && (on_host || lr->is_cpu()))) return false;
+    read_hyper(group, hyper, on_host);
     return true;
+  }
+
+  const std::array<double, HYPERS>& numbers() const { return hyper_; }
+
+  // Returns the learning rate where it is a tensor.
+  static const at::Tensor* rate_of(PyObject* group) {
+    PyObject* const lr = PyDict_GetItemString(group, "lr");
+    return lr ? tensor_of(lr) : nullptr;
   }
 
   // Returns the row of scalars of the `count`-th step, from numbers that were read.
@@ -65,7 +79,7 @@ public:
       throw py::value_error("a parameter's 'step' is negative or no finite number");
     std::array<double, SCALARS> values;
     const auto power = [](double x, double n) { return std::pow(x, n); };
-    scalars_of<kAdam>(hyper_.data(), count, power, values.data());
+    scalars_of<kAdam>(hyper_.data(), hyper_[HYPER_LR], count, power, values.data());
     return values;
   }
 
@@ -79,7 +93,7 @@ private:
 
   void capture(PyObject* group, const py::object& plan_key) {
     options_.clear();
-    immutable_ = true, hyper_is_read_ = false, lr_ = -1;
+    immutable_ = true, lr_is_tensor_ = lr_is_read_ = hyper_is_read_ = false, lr_ = -1;
     PyObject *key, *value;
     for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value);) {
       const auto is = [key](const char* name) {
@@ -91,6 +105,8 @@ private:
         option.value = value;
         if (is_immutable(value)) {
           option.held = py::reinterpret_borrow<py::object>(value);
+        } else if (is("lr") && tensor_of(value)) {
+          lr_is_tensor_ = true;  // plans do not depend on its value, nor on which tensor it is
         } else {
           immutable_ = false;
         }
@@ -112,6 +128,11 @@ private:
     size_t k = 0;
     for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value); ++k) {
       if (key != options_[k].key.ptr()) return false;
+      if (lr_is_tensor_ && ptrdiff_t(k) == lr_) {
+        if (!tensor_of(value)) return false;
+        lr_is_read_ = false;  // it may have another value now, or be another tensor
+        continue;
+      }
       if (value == options_[k].value || !options_[k].value) continue;
       if (ptrdiff_t(k) != lr_ || !is_rate(value) || !is_rate(options_[k].held.ptr())) return false;
       options_[k].value = value;
@@ -121,24 +142,25 @@ private:
     return true;
   }
 
-  void read_hyper(PyObject* group, const py::object& hyper) {
+  void read_hyper(PyObject* group, const py::object& hyper, bool on_host) {
     auto options = py::reinterpret_borrow<py::dict>(group);
     // hyper() returns 0 for a tensor that lies on a device; here its value is needed.
     const at::Tensor* lr = tensor_of(py::object(options["lr"]).ptr());
-    if (lr && !lr->is_cpu()) {
+    if (on_host && lr && !lr->is_cpu()) {
       options = options.attr("copy")();
       options["lr"] = py::float_(py::object(options["lr"].attr("detach")()));
     }
     const auto numbers = py::tuple(hyper(options));
     for (int i = 0; i < HYPERS; ++i) hyper_[i] = py::float_(py::object(numbers[i]));
-    hyper_is_read_ = true;
+    hyper_is_read_ = lr_is_read_ = true;
   }
 
   std::vector<Option> options_;
   py::object plan_key_;
   std::array<double, HYPERS> hyper_;
-  ptrdiff_t lr_;        // which of the options it is
-  bool immutable_;      // the values of all options are
+  ptrdiff_t lr_;    // which of the options it is
+  bool immutable_;  // the values of all options are, but for an lr that is a tensor
+  bool lr_is_tensor_, lr_is_read_;
   bool hyper_is_read_;  // hyper_ has the numbers of the options
 };
 

@@ -1,12 +1,13 @@
 // The rows of one launch on the CPU, made from those of fused_adamw/contract.py.
 #pragma once
 
-#include <ATen/ops/scalar_tensor.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
+#include "factor.h"
 #include "names.h"
 #include "watch.h"
 
@@ -18,6 +19,15 @@ inline int isa = [] {
   while (cpu_isas()[last + 1]) ++last;
   return last;
 }();
+
+// contract.Clipping, whose tensors the caller holds.
+inline Clipping clipping_of(const py::tuple& asked) {
+  const auto max_norm = asked[0].cast<std::optional<double>>();
+  const auto read = [](const py::handle& t) {
+    return t.is_none() ? nullptr : THPVariable_Unpack(t.ptr()).const_data_ptr<float>();
+  };
+  return {max_norm.value_or(0), max_norm.has_value(), asked[1].cast<bool>(), read(asked[2]), read(asked[3])};
+}
 
 class CpuStep {
 public:
@@ -79,13 +89,40 @@ public:
     }
   }
 
-  at::Tensor sum_squares(const py::object&) const {
+  int parts() const { return 1; }
+  void sum_squares(const py::object&, const at::Tensor& sums) const {
     double sum = 0;
     without_gil([&] { sum = sum_squares_cpu(rows_.data(), int64_t(rows_.size())); });
-    return at::scalar_tensor(sum, at::kDouble);
+    *sums.mutable_data_ptr<double>() = sum;
+  }
+
+  // contract.Summed; nothing runs after a call has returned.
+  void keep(const at::Tensor&) const {}
+  void totals(const at::Tensor& sums, const at::Tensor& bounds, const std::optional<at::Tensor>& found,
+              const at::Tensor& totals, const at::Tensor& flag) const {
+    const double* const from = sums.const_data_ptr<double>();
+    const int64_t* const bound = bounds.const_data_ptr<int64_t>();
+    for (int64_t k = 0; k < totals.numel(); ++k)
+      totals.mutable_data_ptr<double>()[k] = total(from + bound[k], bound[k + 1] - bound[k]);
+    if (found) *flag.mutable_data_ptr<float>() = *found->const_data_ptr<float>() != 0 ? 1 : 0;
+  }
+
+  double factor(const at::Tensor& sums, const py::tuple& asked, const at::Tensor&,
+                const std::optional<at::Tensor>& norm) const {
+    double root;
+    const double factor =
+        factor_of(total(sums.const_data_ptr<double>(), sums.numel()), clipping_of(asked), root);
+    if (norm) *norm->mutable_data_ptr<float>() = float(root);
+    return factor;
   }
 
 private:
+  static double total(const double* sums, int64_t n) {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) total += sums[i];
+    return total;
+  }
+
   struct Source {
     size_t slot;  // of the parameter in the watch
     int64_t numel;

@@ -19,27 +19,43 @@ enum Hyper {
   HYPER_BETA1,
   HYPER_BETA2,
   HYPER_EPS,
-  HYPERS,  // how many there are
+  HYPER_RECTIFY,  // 0, or what RAdam does
+  HYPERS,         // how many there are
   HYPER_MOMENTUM = HYPER_BETA1,
   HYPER_DAMPENING,
   HYPER_FLAGS,  // NESTEROV, LR_IN_MOMENTUM
 };
 enum SgdFlag { NESTEROV = 1, LR_IN_MOMENTUM = 2 };
+enum Rectify { RECTIFY = 1, RECTIFY_OR_WAIT = 2 };
 
-// Computes the row of the `count`-th step, 1 at the first; `power(x, n)` is x to the n-th.
+// Computes the row of the `count`-th step, 1 at the first; `power(x, n)` is x to the n-th. `lr` is that of
+// `hyper`, or what a tensor says that only the device reads.
 template <bool kAdam, typename T, typename Power>
-FUSED_HD void scalars_of(const double* hyper, double count, const Power& power, T* row) {
-  const double lr = hyper[HYPER_LR];
+FUSED_HD void scalars_of(const double* hyper, double lr, double count, const Power& power, T* row) {
   row[SCALAR_DECAY] = T(lr / hyper[HYPER_BASE_LR] * hyper[HYPER_DECAY]);
   row[SCALAR_L2] = T(hyper[HYPER_L2]);
   row[SCALAR_GRAD_FACTOR] = T(hyper[HYPER_SIGN]);
   row[SCALAR_STEP] = T(count);
   if constexpr (kAdam) {
+    const double beta2 = hyper[HYPER_BETA2], beta2_power = power(beta2, count), bc2 = 1 - beta2_power;
+    const double step_size = lr / (1 - power(hyper[HYPER_BETA1], count));
     row[SCALAR_W1] = T(1 - hyper[HYPER_BETA1]);
-    row[SCALAR_W2] = T(1 - hyper[HYPER_BETA2]);
-    row[SCALAR_STEP_SIZE] = T(lr / (1 - power(hyper[HYPER_BETA1], count)));
-    row[SCALAR_INV_SQRT_BC2] = T(1 / std::sqrt(1 - power(hyper[HYPER_BETA2], count)));
+    row[SCALAR_W2] = T(1 - beta2);
+    row[SCALAR_STEP_SIZE] = T(step_size);
+    row[SCALAR_INV_SQRT_BC2] = T(1 / std::sqrt(bc2));
     row[SCALAR_EPS] = T(hyper[HYPER_EPS]);
+    if (hyper[HYPER_RECTIFY] != 0) {
+      const double last = 2 / (1 - beta2) - 1, rho = last - 2 * count * beta2_power / bc2;
+      if (rho > 5) {
+        const double ratio = (rho - 4) * (rho - 2) * last / ((last - 4) * (last - 2) * rho);
+        row[SCALAR_STEP_SIZE] = T(step_size * std::sqrt(ratio * bc2));
+        row[SCALAR_INV_SQRT_BC2] = 1;
+      } else {
+        row[SCALAR_INV_SQRT_BC2] = 0;
+        row[SCALAR_EPS] = 1;
+        if (hyper[HYPER_RECTIFY] != RECTIFY) row[SCALAR_STEP_SIZE] = row[SCALAR_DECAY] = 0;
+      }
+    }
   } else {
     const double momentum = hyper[HYPER_MOMENTUM], dampening = hyper[HYPER_DAMPENING];
     const int flags = int(hyper[HYPER_FLAGS]);

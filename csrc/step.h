@@ -92,9 +92,10 @@ const char* step_cuda(const Variant& variant, const Tables& tables, const float*
 // Writes for each chunk the sum of the squares of its gradients.
 const char* sum_squares_cuda(const Variant& variant, const Tables& tables, double* sums, void* stream);
 // Advances the `n` counters at the addresses in `steps` and computes their rows of scalars from rows of
-// HYPERS hyperparameters. An address of 0 leaves its row out. A negative *factor leaves all as it is.
-const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* steps, int64_t n,
-                         const float* factor, float* scalars, void* stream);
+// HYPERS hyperparameters. An address of 0 leaves its row out. A negative *factor leaves all as it is. `rates`
+// has addresses of learning rates: of a double, or the complement of a float's; 0 where `hyper` has the rate.
+const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* rates,
+                         const int64_t* steps, int64_t n, const float* factor, float* scalars, void* stream);
 // Whether a variant is compiled. step_cuda and check_cuda may be called for no other.
 bool has_cuda(const Variant& variant);
 // Returns the error of loading the variant's kernel on the current device, or nullptr.

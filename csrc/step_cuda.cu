@@ -321,15 +321,20 @@ struct Power {
 
 // A thread advances the counter at an address in `steps` and computes its row of scalars.
 template <bool kAdam>
-__global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* __restrict__ steps,
-                               const float* __restrict__ factor, float* __restrict__ scalars, int64_t n) {
+__global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* __restrict__ rates,
+                               const int64_t* __restrict__ steps, const float* __restrict__ factor,
+                               float* __restrict__ scalars, int64_t n) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= n) return;
   float* counter = stream<float>(steps + row, 0, 0);
   if (*factor < 0 || !counter) return;
   const float count = *counter + 1;
   *counter = count;
-  scalars_of<kAdam>(hyper + row * HYPERS, count, Power(), scalars + row * SCALARS);
+  const int64_t rate = rates[row];
+  double lr = hyper[row * HYPERS + HYPER_LR];
+  if (rate > 0) lr = *reinterpret_cast<const double*>(rate);
+  if (rate < 0) lr = *reinterpret_cast<const float*>(~rate);
+  scalars_of<kAdam>(hyper + row * HYPERS, lr, count, Power(), scalars + row * SCALARS);
 }
 
 using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, const float*, int);
@@ -424,11 +429,11 @@ const char* sum_squares_cuda(const Variant& variant, const Tables& t, double* su
   return text_of(cudaGetLastError());
 }
 
-const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* steps, int64_t n,
-                         const float* factor, float* scalars, void* stream) {
+const char* scalars_cuda(const Variant& variant, const double* hyper, const int64_t* rates,
+                         const int64_t* steps, int64_t n, const float* factor, float* scalars, void* stream) {
   const auto kernel = is_adam(variant.rule) ? scalars_kernel<true> : scalars_kernel<false>;
   kernel<<<unsigned((n + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      hyper, steps, factor, scalars, n);
+      hyper, rates, steps, factor, scalars, n);
   return text_of(cudaGetLastError());
 }
 

@@ -49,7 +49,7 @@ public:
   Watch(const py::list& groups, const py::dict& state, const py::list& rows, const py::object& plan_key,
         const std::string& family, py::object hyper, const Watch* previous,
         const std::optional<std::vector<std::pair<size_t, Py_ssize_t>>>& only)
-      : hyper_(std::move(hyper)), adam_(family == "adam"), partial_(only) {
+      : hyper_(std::move(hyper)), adam_(family != "sgd"), partial_(only) {
     if (partial_) {
       first_ = only->front().first;
       std::vector<std::vector<Py_ssize_t>> positions(groups.size());
@@ -134,6 +134,49 @@ public:
       ran |= options_[group - first_].read(options.ptr(), hyper_);
     }
     return ran;
+  }
+
+  // Brings the numbers of some groups that changed to their rows of `values`, and addresses of learning rates
+  // that are tensors on `device` to `rates`, as scalars_cuda takes them, without a look at their values.
+  // Returns whether anything changed, and which of the groups have a rate that no kernel there can read.
+  std::pair<bool, std::vector<size_t>> device_hypers(const py::list& groups, const std::vector<size_t>& some,
+                                                     const at::Tensor& values, const at::Tensor& rates,
+                                                     at::Device device) {
+    bool changed = false;
+    std::vector<size_t> unreadable;
+    const auto set = [&changed](auto& to, auto value) {
+      changed |= to != value;
+      to = value;
+    };
+    for (const size_t g : some) {
+      if (g >= groups.size()) continue;  // of a captured graph, which may have more groups than there are now
+      const auto group = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(groups.ptr(), g));
+      GroupOptions& options = options_.at(g - first_);
+      options.forget_changed(group.ptr());
+      try {
+        options.read(group.ptr(), hyper_, /*on_host=*/false);
+      } catch (const py::error_already_set& error) {
+        const bool of_values = error.matches(PyExc_KeyError) || error.matches(PyExc_TypeError) ||
+                               error.matches(PyExc_ValueError);
+        if (!of_values || has_gradient(group)) throw;
+        continue;  // nobody reads the options of a group without gradients
+      }
+      double* const row = values.mutable_data_ptr<double>() + g * HYPERS;
+      for (int i = 0; i < HYPERS; ++i) set(row[i], options.numbers()[i]);
+      const at::Tensor* const lr = GroupOptions::rate_of(group.ptr());
+      int64_t rate = 0;
+      if (lr && !lr->is_cpu()) {
+        const bool is_float = lr->scalar_type() == at::kFloat;
+        if (lr->device() != device || !(is_float || lr->scalar_type() == at::kDouble) || is_wrapper(*lr)) {
+          unreadable.push_back(g);
+          continue;
+        }
+        const auto address = reinterpret_cast<int64_t>(lr->const_data_ptr());
+        rate = is_float ? ~address : address;
+      }
+      set(rates.mutable_data_ptr<int64_t>()[g], rate);
+    }
+    return {changed, unreadable};
   }
 
   // Hands the same rows to add(row).
@@ -236,6 +279,14 @@ private:
     }
     if (!partial_ && before != params_.size()) return false;
     return params_.empty() || param_at(0, lists) == params_[0].param;
+  }
+
+  static bool has_gradient(const py::object& group) {
+    for (const py::handle& item : group["params"]) {
+      const at::Tensor* const p = tensor_of(item.ptr());
+      if (p && p->unsafeGetTensorImpl()->grad().defined()) return true;
+    }
+    return false;
   }
 
   PyObject* param_at(size_t i, const std::vector<py::object>& lists) const {

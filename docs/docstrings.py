@@ -50,10 +50,22 @@ def markdown(text: str) -> str:
 
 
 def _display(found: re.Match) -> str:
-    lines = " ".join(found[1].replace("&", "").split()).split(r"\\")
+    kept: list[
+        str
+    ] = []  # environments within a line, whose & and \\ are their own
+
+    def keep(part: re.Match) -> str:
+        kept.append(part[0])
+        return f"@{len(kept) - 1}@"
+
+    text = " ".join(found[1].split())
+    text = re.sub(r"\\begin\{(\w+)\}.*?\\end\{\1\}", keep, text)
+    lines = text.replace("&", "").split(r"\\")
+    lines = [
+        re.sub("@(.)@", lambda k: kept[int(k[1])], line) for line in lines
+    ]
     return (
-        "\n\n".join(convert(line.strip(), display="block") for line in lines)
-        + "\n"
+        "\n\n".join(convert(x.strip(), display="block") for x in lines) + "\n"
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path as _Path
 
 from fused_adamw._version import __version__
 from fused_adamw.backends import capabilities
-from fused_adamw.optimizers import SGD, SGDW, Adam, AdamW
+from fused_adamw.optimizers import SGD, SGDW, Adam, AdamW, RAdam
 from fused_adamw.release import release_gradients
 from fused_adamw.schedules import CosineWarmRestarts, normalized_weight_decay, param_groups
 
@@ -14,6 +14,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "CosineWarmRestarts",
+    "RAdam",
     "__version__",
     "capabilities",
     "normalized_weight_decay",

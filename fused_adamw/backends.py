@@ -20,7 +20,6 @@ from fused_adamw import build, gpu, reference
 from fused_adamw._version import __version__
 from fused_adamw.contract import Launch, Owner, Row, Variant, Watch
 from fused_adamw.formats import warn_once
-from fused_adamw.scalars import HYPER
 
 if why := build.too_old(torch.__version__):
     raise ImportError(f"fused_adamw cannot run: {why}")
@@ -135,7 +134,7 @@ def _on_a_gpu(name: str, kernels: Callable[..., Any], missing: Callable[[], str]
             raise CannotRun(name, f"it failed: {type(error).__name__}: {error}") from error
         if not row.counts_on_device:
             return gpu.Launch(watch, rows, compiled, owner)
-        return gpu.CapturableLaunch(watch, rows, compiled, owner, HYPER[row.family])
+        return gpu.CapturableLaunch(watch, rows, compiled, owner)
 
     return Backend(
         name,

@@ -1,4 +1,4 @@
-"""Steps all tensors in one launch for each compiled kernel, on the best backend: what the four classes share.
+"""Steps all tensors in one launch for each compiled kernel, on the best backend: what the classes share.
 
 The module is long because a third of it documents methods that users call.
 """
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_adamw import backends, checkpoints, checks, clipping, formats, loaded, options, plan, sharing, state
-from fused_adamw.contract import Variant
+from fused_adamw.contract import Clipping, Variant
 from fused_adamw.options import Backend, Params, ProcessGroups
 
 # Attributes that other modules read and users need not: dir() and tab completion leave them out.
@@ -30,7 +30,7 @@ def _is_captured(part: plan.Plan) -> bool:
 
 
 class FusedOptimizer(Optimizer):
-    """Steps all tensors in one launch per device, on the best backend there; the base of the four classes."""
+    """Steps all tensors in one launch per device, on the best backend there; the base of the classes."""
 
     family: str  # a key of scalars.ROWS
     _decoupled: bool | None = None  # None: the group says
@@ -75,7 +75,8 @@ class FusedOptimizer(Optimizer):
         if backend is not None:
             backends.named(backend)
         # torch's keys, for code that reads them and for checkpoints that torch.optim loads.
-        defaults |= {"foreach": None, "differentiable": False, "fused": asked.get("fused")}
+        defaults |= {"foreach": None, "differentiable": False}
+        defaults |= {"fused": asked["fused"]} if "fused" in asked else {}
         options.check(defaults)
         ours = options.ours(self.family)
         super().__init__(params, {k: v for k, v in defaults.items() if k not in ours or v != ours[k]})
@@ -243,19 +244,13 @@ class FusedOptimizer(Optimizer):
         factor: float | Tensor = 1.0
         skipped = False
         if self.scales_gradients:
-            factor, self.grad_norm = clipping.factor_of(
-                self,
-                built,
-                max_grad_norm=self.max_grad_norm,
-                skip_nonfinite=self.skip_nonfinite,
-                grad_scale=self._grad_scale,
-                found_inf=self._found_inf,
-            )
+            asked = Clipping(self.max_grad_norm, self.skip_nonfinite, self._grad_scale, self._found_inf)
+            factor, self.grad_norm = clipping.factor_of(self, built, asked)
             # If steps may be skipped, the host counts those of CPU tensors alone, and reads only their factor.
-            skipped = self.skips_steps and any(part.device.type == "cpu" for part in plans) and factor.item() < 0
+            skipped = self.skips_steps and any(part.device.type == "cpu" for part in plans) and float(factor) < 0
         last = len(plans) - 1
         for k, part in enumerate(plans):
-            on_device = clipping.moved(factor, part.device) if isinstance(factor, Tensor) else factor
+            on_device = factor if built.norm or not isinstance(factor, Tensor) else clipping.moved(factor, part.device)
             part.run(self, on_device, k == last and not skipped)
 
     def step_parameter(self, p: Tensor) -> None:

@@ -275,7 +275,8 @@ def setup_arguments(folder: str) -> dict[str, Any]:
     try:
         architectures = cuda_architectures(torch, Path(cpp_extension.CUDA_HOME or "") / "bin" / "nvcc")
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
-        arguments["sources"] = [*arguments["sources"], f"{folder}/step_cuda.cu"]
+        kernels = [f"{folder}/{name}" for name in ("factor_cuda.cu", "step_cuda.cu")]
+        arguments["sources"] = [*arguments["sources"], *kernels]
         cuda = cpp_extension.CUDAExtension(
             **arguments,
             define_macros=[("FUSED_ADAMW_CUDA", None)],

@@ -14,7 +14,11 @@ from fused_adamw import checks, loaded, options, plan, state, tensor_checks
 from fused_adamw.contract import Owner, Storage, counts_on_device
 
 # What every version of torch's classes, and of ours, has put into a group.
-_GROUP_KEYS = {"adam": ("lr", "betas", "eps", "weight_decay"), "sgd": ("lr", "momentum", "dampening", "weight_decay")}
+_GROUP_KEYS = {
+    "adam": ("lr", "betas", "eps", "weight_decay"),
+    "radam": ("lr", "betas", "eps", "weight_decay"),
+    "sgd": ("lr", "momentum", "dampening", "weight_decay"),
+}
 _OURS = {family: options.ours(family) for family in _GROUP_KEYS}
 _IMMUTABLE = (float, int, bool, str, type(None))
 
@@ -63,7 +67,7 @@ def read(optimizer: Owner, checkpoint: Any, handed: Mapping[int, int]) -> dict[s
         _check_group(optimizer, i, mine, theirs, merged)
         names = optimizer.rule_of(merged)[1]
         # apex, TransformerEngine and Megatron count in the group; their SGD, as torch's, not at all.
-        counts = "step" in group and optimizer.family == "adam"
+        counts = "step" in group and optimizer.family != "sgd"
         counts = counts and any(key in saved and "step" not in saved[key] for key in theirs["params"])
         count = group.pop("step") if counts else None
         for j, key in enumerate(theirs["params"]):
@@ -249,7 +253,7 @@ def _check_state(
     shaped = tensor_checks.check_state(p, names, saved)
     found = {key.removesuffix("_codes"): value for key, value in saved.items() if not state.is_missing(value)}
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in found]
-    if found and missing and optimizer.family == "adam":
+    if found and missing and optimizer.family != "sgd":
         raise ValueError(f"its state {_lacks(missing, found)}")
     storage = tensor_checks.check_storage(p, group, names, saved)
     tensor_checks.check_sharding(p, None, shaped)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_adamw.contract import Owner
+from fused_adamw.contract import Clipping, Owner
 from fused_adamw.plan import Built
 
 
@@ -34,22 +34,20 @@ class SetByScaler:
         setattr(optimizer, self.kept, None)
 
 
-def factor_of(
-    owner: Owner,
-    built: Built,
-    *,
-    max_grad_norm: float | None,
-    skip_nonfinite: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the factor of all gradients, float64, negative where the step is to be skipped; and their norm, float32.
+def factor_of(owner: Owner, built: Built, clipping: Clipping) -> tuple[float | Tensor, Tensor | None]:
+    """Return the factor of all gradients, negative where the step is to be skipped; and their norm, float32.
 
     As ``torch.nn.utils.clip_grad_norm_`` has it: ``min(1, max_grad_norm / (norm + 1e-6))``, over the gradients divided
     by ``grad_scale``. The sum of squares is taken in double, in an order that follows the tensors, the backend and the
     ranks, but no threads; over the ranks that share a parameter it is one all-reduce for each mesh dimension that
     shards it, whether or not it has a gradient here.
+
+    Where ``built.norm`` is None (several devices, no gradient at all, the reference backend) torch's operators compute
+    it: with the same roundings, and the same collectives, since another rank may do without them.
     """
+    if built.norm is not None:
+        return built.norm.factor_of(owner, clipping)
+    max_grad_norm, skip_nonfinite, grad_scale, found_inf = clipping
     sharing = built.sharing
     home = built.plans[0].device if built.plans else next(iter(sharing.values()), torch.device("cpu"))
     unscale = torch.ones((), dtype=torch.float64, device=home)
@@ -58,7 +56,7 @@ def factor_of(
     factor = unscale
     norm: Tensor | None = None
     skip: Tensor | None = None
-    if max_grad_norm is not None or skip_nonfinite:
+    if clipping.needs_norm:
         norm = _sum_squares(owner, built, home).sqrt() * unscale
         if max_grad_norm is not None:
             factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -73,9 +71,9 @@ def factor_of(
             for group in over:
                 devices.setdefault(group, device)
         for group, device in devices.items():  # all ranks skip, or none
-            counted = moved(found, device).to(torch.int32)
+            counted = moved(found, device).float().view(1)
             torch.distributed.all_reduce(counted, group=group)
-            found = moved(counted > 0, home)
+            found = moved(counted > 0, home).view(())
         skip = found if skip is None else skip | found
     if skip is not None:
         factor = factor.view(()).masked_fill(skip, -1.0)
@@ -92,7 +90,9 @@ def _sum_squares(owner: Owner, built: Built, home: torch.device) -> Tensor:
     sums: dict[tuple, Tensor] = {}
     for part in built.plans:
         over = part.shard_groups
-        s = moved(part.launch.sum_squares(owner), built.sharing[over])
+        own = torch.empty(part.launch.parts, dtype=torch.float64, device=part.device)
+        part.launch.sum_squares(owner, own)
+        s = moved(own.sum(), built.sharing[over])
         sums[over] = sums[over] + s if over in sums else s
     total: Tensor | None = None
     for over, device in built.sharing.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -81,6 +81,20 @@ class Variant(NamedTuple):
         if not self.stochastic:
             return RandomStreams()
         return random_streams(self.p, self.master, STATES[self.rule], self.state)
+
+
+class Clipping(NamedTuple):
+    """Says what the factor of all gradients depends on, besides their norm."""
+
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    grad_scale: Tensor | None = None  # of a GradScaler, one number each
+    found_inf: Tensor | None = None
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the norm of the gradients is asked for."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
 
 
 class Owner(Protocol):
@@ -216,14 +230,35 @@ class Launch(Protocol):
     def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
         """Take the scalars and the addresses of the coming step."""
 
-    def sum_squares(self, owner: Owner) -> Tensor:
-        """Return the sum of the squares of the gradients, float64, 0-dim, on their device."""
+    @property
+    def parts(self) -> int:
+        """How many numbers ``sum_squares`` writes."""
+
+    def sum_squares(self, owner: Owner, sums: Tensor) -> None:
+        """Write the sums of the squares of the gradients, float64, one for each part of them."""
 
     def run(self, owner: Owner, factor: float | Tensor, count: bool) -> None:
-        """Step, with gradients multiplied by ``factor``, 1.0 or a tensor; do nothing where that is negative.
+        """Step, with gradients multiplied by ``factor``, a number or a tensor; do nothing where that is negative.
 
         Where ``count`` is set the watch then counts the step, within the same call.
         """
+
+
+@runtime_checkable
+class Summed(Protocol):
+    """Does for all launches of a device what ``clipping.factor_of`` does with torch's operators."""
+
+    def keep(self, sums: Tensor) -> None:
+        """Keep a tensor that kernels read and write, for as long as the launch or a graph of it lives."""
+
+    def totals(self, sums: Tensor, bounds: Tensor, found: Tensor | None, totals: Tensor, flag: Tensor) -> None:
+        """Write the sum of each segment of ``sums``, and to ``flag`` whether an infinity was found, 0 or 1.
+
+        Segment k is from ``bounds[k]`` to ``bounds[k + 1]``.
+        """
+
+    def factor(self, sums: Tensor, clipping: Clipping, factor: Tensor, norm: Tensor | None) -> float | Tensor:
+        """Return the factor, written to ``factor`` where that is on a device, and write the norm."""
 
 
 class Watch(Protocol):
@@ -238,6 +273,15 @@ class Watch(Protocol):
 
     def scalar_rows(self, groups: list[dict]) -> Scalars:
         """Return the rows of scalars of the coming step, one for each distinct (group, step); a slot knows its own."""
+
+    def device_hypers(
+        self, groups: list[dict], some: list[int], values: Tensor, rates: Tensor, device: torch.device
+    ) -> tuple[bool, list[int]]:
+        """Bring numbers of ``layout.HYPER_LR`` and on to the rows of ``values`` of some groups; see ``csrc/watch.h``.
+
+        Addresses of learning rates that are tensors on ``device`` go to ``rates``. Return whether anything changed, and
+        the groups whose rate is one that kernels there cannot read.
+        """
 
     def advance(self) -> None:
         """Count the step of the parameters that have a gradient, and tell autograd that they have changed."""

@@ -4,13 +4,12 @@
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fused_adamw.contract import Owner, Row, Scalars, Watch
+from fused_adamw.contract import Clipping, Owner, Row, Scalars, Watch
 from fused_adamw.layout import (
     COL_FLAGS,
     COL_INDEX,
@@ -21,7 +20,6 @@ from fused_adamw.layout import (
     COL_SEED,
     COL_SKIP,
     COLUMNS,
-    HYPER_LR,
     HYPERS,
     SCALARS,
     SCALARS_BYTES,
@@ -42,8 +40,16 @@ class Kernels(Protocol):
     def sum_squares(self, rows: Tensor, chunks: Tensor, chunk: int, sums: Tensor) -> None:
         """Write the sums of the squares of the gradients of each chunk, float64."""
 
-    def scalars(self, hyper: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
+    def totals(self, sums: Tensor, bounds: Tensor, found: Tensor | None, totals: Tensor, flag: Tensor) -> None:
+        """Do what ``contract.Summed`` says."""
+
+    def factor(self, sums: Tensor, clipping: Clipping, factor: Tensor, norm: Tensor | None) -> None:
+        """Write the factor, float32, and the norm, float32, unless that is None, from the sum of ``sums``."""
+
+    def scalars(self, hyper: Tensor, rates: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
         """Advance the float32 counters at the addresses ``steps``, and compute their rows of scalars from ``hyper``.
+
+        ``rates`` has the addresses of learning rates that are tensors.
 
         An address of 0 is of a row without a gradient, which has no scalars in this step.
 
@@ -95,8 +101,12 @@ class Launch:
         self.scalars = scalars.view(torch.float32).view(-1, SCALARS)
         self.chunks = chunk_table.view(torch.int32).view(-1, 2)
         self.ones = torch.ones((), device=self.device)
+        # torch may not reuse the memory of these while a kernel on another stream reads it.
+        self.on_device = [self.buffer, self.ones]
         self.uploaded = False
-        self.stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        on_gpu = self.device.type == "cuda"  # else this is Triton's interpreter, on CPU tensors
+        self.stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else None
+        self.guard: Any = torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext()
 
     @staticmethod
     def _row(row: Row) -> list[int]:
@@ -112,39 +122,53 @@ class Launch:
 
     def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
         """Bring the tables to the coming step, in the current stream."""
-        if self.stream is None:  # Triton's interpreter, on CPU tensors
+        if self.stream is None:
             self._upload(owner, scalars)
             return
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            if stream != self.stream:
-                for tensor in self._on_device():
+        with self.guard:
+            # An object for the stream takes 1.6 us, its address 0.1.
+            if torch._C._cuda_getCurrentRawStream(self.device.index) != self.stream:
+                stream = torch.cuda.current_stream()
+                for tensor in self.on_device:
                     tensor.record_stream(stream)
             if torch.cuda.is_current_stream_capturing():
                 self._capture(owner)
             else:
                 self._upload(owner, scalars)
 
-    def _on_device(self) -> list[Tensor]:
-        """Return the tensors that kernels read: torch may not reuse their memory while another stream steps."""
-        return [self.buffer, self.ones]
+    @property
+    def parts(self) -> int:
+        """How many numbers ``sum_squares`` writes."""
+        return len(self.chunks)
 
-    def sum_squares(self, owner: Owner) -> Tensor:
-        """Return the sum of the squares of the gradients, float64, 0-dim, always added in the same order."""
-        sums = torch.empty(len(self.chunks), dtype=torch.float64, device=self.device)
-        with self._guard():
+    def sum_squares(self, owner: Owner, sums: Tensor) -> None:
+        """Write the sums of the squares of the gradients of each chunk, float64."""
+        with self.guard:
             self.kernels.sum_squares(self.rows, self.chunks, self.chunk, sums)
-        return sums.sum()
+
+    def keep(self, sums: Tensor) -> None:
+        """Keep a tensor that kernels read and write, for as long as the launch or a graph of it lives."""
+        self.on_device.append(sums)
+
+    def totals(self, sums: Tensor, bounds: Tensor, found: Tensor | None, totals: Tensor, flag: Tensor) -> None:
+        """Do what ``contract.Summed`` says."""
+        with self.guard:
+            self.kernels.totals(sums, bounds, found, totals, flag)
+
+    def factor(self, sums: Tensor, clipping: Clipping, factor: Tensor, norm: Tensor | None) -> Tensor:
+        """Write the factor and the norm, and return the factor."""
+        with self.guard:
+            self.kernels.factor(sums, clipping, factor, norm)
+        return factor
 
     def run(self, owner: Owner, factor: float | Tensor, count: bool) -> None:
         """Step, with gradients multiplied by ``factor``; where that is negative nothing is done."""
-        with self._guard():
-            self._launch(owner, factor.float() if isinstance(factor, Tensor) else self.ones)
+        with self.guard:
+            if not isinstance(factor, Tensor):
+                factor = self.ones if factor == 1 else torch.full_like(self.ones, factor)
+            self._launch(owner, factor if factor.dtype is torch.float32 else factor.float())
             if count:
                 self.watch.advance()
-
-    def _guard(self) -> Any:
-        return contextlib.nullcontext() if self.stream is None else torch.cuda.device(self.device)
 
     def _upload(self, owner: Owner, scalars: Scalars, staging: Tensor | None = None) -> None:
         self.watch.upload(self.host, self.slots, scalars, self.buffer, not self.uploaded, staging)
@@ -163,33 +187,31 @@ class Launch:
 class CapturableLaunch(Launch):
     """Computes the scalars on the device, so that a CUDA graph of the launch replays with the coming steps.
 
-    Every tensor has a row of scalars of its own, since only the device knows its step. ``hyper(group)`` returns the
-    hyperparameters for ``Kernels.scalars``; they go up when they changed, outside of any capture.
+    Every tensor has a row of scalars of its own, since only the device knows its step. Hyperparameters go up when they
+    changed, outside of any capture. A learning rate that is a tensor is read where it lies, and kept for that.
     """
 
-    def __init__(
-        self,
-        watch: Watch,
-        rows: list[Row],
-        kernels: Kernels,
-        owner: Owner,
-        hyper: Callable[[dict], Sequence[float]],
-    ) -> None:
+    def __init__(self, watch: Watch, rows: list[Row], kernels: Kernels, owner: Owner) -> None:
         self.counters = -(-len(rows) // 2) * 2  # so that the scalars behind them are aligned to 16 bytes
         super().__init__(watch, rows, kernels, owner)
-        self.hyper = hyper
         self.group_of = torch.tensor([row.group for row in rows], device="cpu")
-        ends = torch.bincount(self.group_of, minlength=len(owner.param_groups)).cumsum(0).tolist()
-        self.spans = list(zip([0, *ends], ends, strict=False))  # the rows of each group, which are neighbours
+        self.groups = self.group_of.unique().tolist()
         self.host[: -self.counters].view(-1, COLUMNS)[:, COL_SCALARS] = torch.arange(len(rows), device="cpu")
-        self.table = torch.empty(len(rows), HYPERS, dtype=torch.float64, device=self.device)
-        self.current: list[Sequence[float]] = []
+        self.hyper_of_group = torch.zeros(len(owner.param_groups), HYPERS, dtype=torch.float64, device="cpu")
+        self.rate_of_group = torch.zeros(len(owner.param_groups), dtype=torch.int64, device="cpu")
+        hypers = -(-len(rows) * HYPERS // 2) * 2  # so that the rates behind them are aligned to 16 bytes
+        self.table = torch.empty(hypers + len(rows), dtype=torch.float64, device=self.device)
+        self.hyper, rates = self.table.split([hypers, len(rows)])
+        self.rates = rates.view(torch.int64)
+        self.current = False  # whether the table has what the groups had when they were last read
+        self.rate_tensors: list[Tensor] = []  # whose addresses are in the table
+        # Of groups whose rate is a tensor of another device or dtype than kernels read: each step copies it to these.
+        self.copied_rates: dict[int, Tensor] = {}
+        self.to_copy: list[int] = []
         self.captured: list[Tensor] = []  # graphs copy from these at each replay
         self.captured_lr: list[tuple[int, Tensor]] = []  # and from these: (group, its learning rate)
         self.spare: Tensor | None = self._staging()  # allocated now: not within a capture
-
-    def _on_device(self) -> list[Tensor]:
-        return [*super()._on_device(), self.table]
+        self.on_device.append(self.table)
 
     def _staging(self) -> Tensor:
         return torch.empty(self.host.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
@@ -208,23 +230,27 @@ class CapturableLaunch(Launch):
         for i, lr in self.captured_lr:
             if groups[i]["lr"] is not lr:
                 lr.detach().fill_(groups[i]["lr"])
-        self._copy_lr(groups)
+        self._copy_rates(groups)
 
     def _refresh(self, groups: list[dict]) -> None:
-        new = [self._hyper_of(i, group) for i, group in enumerate(groups[: len(self.spans)])]
-        if new != self.current:
-            values = torch.tensor(new, dtype=torch.float64, device="cpu")[self.group_of]
-            self.table.copy_(values.pin_memory() if self.stream else values, non_blocking=True)
-            self.current = new
-
-    def _hyper_of(self, i: int, group: dict) -> Sequence[float]:
-        first, last = self.spans[i]
-        try:
-            return self.hyper(group) if first < last else (0.0,) * HYPERS
-        except (KeyError, TypeError, ValueError):  # nobody reads the options of a group without gradients
-            if any(p.grad is not None for p in group["params"]):
-                raise
-            return self.current[i] if self.current else (0.0,) * HYPERS
+        was_current, self.current = self.current, False
+        changed, self.to_copy = self.watch.device_hypers(
+            groups, self.groups, self.hyper_of_group, self.rate_of_group, self.device
+        )
+        for i in self.to_copy:
+            if i not in self.copied_rates:
+                self.copied_rates[i] = torch.zeros((), dtype=torch.float64, device=self.device)
+                self.on_device.append(self.copied_rates[i])
+            address = self.copied_rates[i].data_ptr()
+            changed |= bool(self.rate_of_group[i] != address)
+            self.rate_of_group[i] = address
+        if changed or not was_current:
+            values = torch.zeros(self.table.shape, dtype=torch.float64, device="cpu")
+            values[: len(self.group_of) * HYPERS] = self.hyper_of_group[self.group_of].view(-1)
+            values[len(self.hyper) :] = self.rate_of_group[self.group_of].view(torch.float64)
+            self.table.copy_(values if self.stream is None else values.pin_memory(), non_blocking=True)
+            self.rate_tensors = [group["lr"] for group in groups if is_on_device(group.get("lr"))]
+        self.current = True
 
     def _capture(self, owner: Owner) -> None:
         if self.spare is None or not self.current:
@@ -232,17 +258,14 @@ class CapturableLaunch(Launch):
         self.uploaded = False
         super()._upload(owner, [], self.spare)
         self.captured.append(self.spare)
-        self.captured_lr += [
-            (i, group["lr"]) for i, group in enumerate(owner.param_groups) if is_on_device(group["lr"])
-        ]
+        self.captured_lr += [(i, owner.param_groups[i]["lr"]) for i in self.to_copy]
         self.spare = None
 
-    def _copy_lr(self, groups: list[dict]) -> None:
-        for (first, last), group in zip(self.spans, groups, strict=False):  # groups may have been added since
-            if first < last and is_on_device(group["lr"]):
-                self.table[first:last, HYPER_LR].copy_(group["lr"].detach(), non_blocking=True)
+    def _copy_rates(self, groups: list[dict]) -> None:
+        for i in self.to_copy:
+            self.copied_rates[i].copy_(groups[i]["lr"].detach().view(()), non_blocking=True)
 
     def _launch(self, owner: Owner, factor: Tensor) -> None:
-        self._copy_lr(owner.param_groups)
-        self.kernels.scalars(self.table, self.steps, factor, self.scalars)
+        self._copy_rates(owner.param_groups)
+        self.kernels.scalars(self.hyper, self.rates, self.steps, factor, self.scalars)
         super()._launch(owner, factor)

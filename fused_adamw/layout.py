@@ -6,6 +6,8 @@ rows     int64 [., COLUMNS], one for each tensor
 chunks   int32 [., 2]: a row, and the index of the chunk in its tensor; one program (a block of threads) each
 scalars  float32 [., SCALARS]: the scalars of a rule, and the step
 hyper    float64 [., HYPERS]: what scalars are computed from, where only the device knows the step
+rates    int64 [.]: beside hyper, addresses of learning rates that are tensors: of a float64, or the complement of a
+         float32's; 0 where hyper has the rate
 """
 
 # Columns of rows.
@@ -39,14 +41,17 @@ SCALARS = 9
 SCALARS_BYTES = 4 * SCALARS
 
 # Columns of hyper, by family. The decay is lr / base_lr * HYPER_DECAY, so a base_lr of 1 makes it torch's.
-HYPER_LR = 0  # 0 where only the device can read it
+HYPER_LR = 0  # 0 where only the device can read it, by its address in rates
 HYPER_BASE_LR = 1
 HYPER_DECAY = 2  # decoupled weight decay
 HYPER_L2 = 3  # weight decay that is added to the gradient
 HYPER_SIGN = 4  # -1 to maximize
 HYPER_BETA1, HYPER_BETA2, HYPER_EPS = 5, 6, 7
 HYPER_MOMENTUM, HYPER_DAMPENING, HYPER_FLAGS = 5, 6, 7
-HYPERS = 8
+HYPER_RECTIFY = 8  # 0, or what RAdam does
+HYPERS = 9
 
 # Bits of HYPER_FLAGS.
 NESTEROV, LR_IN_MOMENTUM = 1, 2
+# Values of HYPER_RECTIFY: until the second moment tells enough, RAdam steps as SGD, or waits.
+RECTIFY, RECTIFY_OR_WAIT = 1, 2

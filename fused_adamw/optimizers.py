@@ -1,4 +1,4 @@
-"""Defines the four classes: torch.optim's arguments, the formula, and which rule steps a group."""
+"""Defines the classes: torch.optim's arguments, the formula, and which rule steps a group."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -169,6 +169,81 @@ class AdamW(Adam):
             amp_scaling=amp_scaling,
             process_group=process_group,
         )
+
+
+@documented
+class RAdam(FusedOptimizer):
+    r"""Adam with a rectified variance (arXiv 1908.03265), a drop-in for :class:`torch.optim.RAdam`.
+
+    .. math::
+        \rho_\infty &= \tfrac{2}{1-\beta_2} - 1, \qquad
+            \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1-\beta_2^t}, \qquad
+            r_t = \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}} \\
+        \theta_t &= \theta_{t-1} - \gamma \, \frac{m_t}{1-\beta_1^t} \begin{cases}
+            r_t \sqrt{1-\beta_2^t} \, / (\sqrt{v_t} + \epsilon) & \text{if } \rho_t > 5 \\
+            1 & \text{otherwise, or 0 without degenerated_to_sgd} \end{cases}
+
+    with the moments of :class:`Adam`, and a weight decay as in :class:`Adam` or, decoupled, as in :class:`AdamW`.
+
+    Args:
+    """
+
+    family = "radam"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        degenerated_to_sgd: bool = True,
+        decouple_lr: bool = False,
+        state_dtype: StateDtype | None = None,
+        rounding: Rounding = "nearest",
+        master: Master | None = None,
+        seed: int = 0,
+        backend: Backend | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+        process_group: ProcessGroups = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": _floats(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "degenerated_to_sgd": degenerated_to_sgd,
+            "decouple_lr": decouple_lr,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "master": master,
+            "seed": seed,
+        }
+        super().__init__(
+            params,
+            defaults,
+            backend=backend,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
+            process_group=process_group,
+            foreach=foreach,
+            differentiable=differentiable,
+        )
+
+    def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        return "adam", ("exp_avg", "exp_avg_sq")
 
 
 @documented

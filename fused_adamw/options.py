@@ -1,4 +1,4 @@
-"""Defines the arguments of the four classes: types, texts for docstrings, a table of those that are ours, one check."""
+"""Defines the arguments of the classes: types, texts for docstrings, a table of those that are ours, one check."""
 
 import functools
 import inspect
@@ -39,13 +39,14 @@ class Option(NamedTuple):
 
 OPTIONS = {
     "decoupled_weight_decay": Option(False, ours=("sgd",)),
-    "decouple_lr": Option(False, ours=("adam", "sgd")),
+    "decouple_lr": Option(False, ours=("adam", "radam", "sgd")),
     "lr_in_momentum": Option(False, ours=("sgd",)),
+    "degenerated_to_sgd": Option(True, ours=("radam",)),
     "capturable": Option(False, ours=("sgd",), kept=True, replans=True),
-    "state_dtype": Option(None, ours=("adam", "sgd"), kept=True, replans=True),
-    "rounding": Option("nearest", ours=("adam", "sgd"), kept=True, replans=True),
-    "master": Option(None, ours=("adam", "sgd"), kept=True, replans=True),
-    "seed": Option(0, ours=("adam", "sgd"), replans=True),
+    "state_dtype": Option(None, ours=("adam", "radam", "sgd"), kept=True, replans=True),
+    "rounding": Option("nearest", ours=("adam", "radam", "sgd"), kept=True, replans=True),
+    "master": Option(None, ours=("adam", "radam", "sgd"), kept=True, replans=True),
+    "seed": Option(0, ours=("adam", "radam", "sgd"), replans=True),
 }
 KEPT = tuple(name for name, option in OPTIONS.items() if option.kept)
 REPLANS = tuple(name for name, option in OPTIONS.items() if option.replans)
@@ -53,6 +54,7 @@ REPLAN_DEFAULTS = tuple(OPTIONS[name].default for name in REPLANS)
 #: What a step reads from the groups of a family.
 NEEDED = {
     "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
+    "radam": ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay"),
     "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
 }
 #: Arguments of the constructor that hold for all groups.
@@ -90,6 +92,9 @@ its steps ascend, as in torch, with a warning. Schedules may end a little below 
 keep steps and scalars on the device, so that a CUDA graph of the step replays correctly; see
 :meth:`refresh_captured`. For parameters on a GPU, on the "triton" and "cuda" backends.""",
     "decoupled_weight_decay": "decay as AdamW does.",
+    "degenerated_to_sgd": """\
+step as SGD with momentum as long as the second moment tells too little, as torch does; False waits, as the authors'
+code can.""",
     "decouple_lr": """\
 decoupled decay as in the paper, by lr / base_lr times λ, where base_lr is the learning rate that the group was made
 with. torch's decay is lr times λ.""",

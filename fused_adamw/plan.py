@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_adamw import backends, checks, formats, options, scalars, sharing, state, watch
 from fused_adamw.checks import Checked
 from fused_adamw.contract import Launch, Owner, Row, Scalars, Storage, Watch, counts_on_device
+from fused_adamw.norm import Norm
 from fused_adamw.tensors import (
     NOT_SHARDED,
     dense_like,
@@ -85,6 +86,7 @@ class Built(NamedTuple):
     scaling: tuple[bool, bool, Any]  # of scaling_of(), for which they were built
     kinds: dict[int, GradientKind]  # by the id of the parameter
     sharing: dict[tuple[Any, ...], torch.device]
+    norm: Norm | None  # None where no step needs one, or torch's operators compute it
     # Polls and steps in one call, where that is all there is to do: returns False if the plans do not hold.
     at_once: Callable[[list[dict], dict, Callable], bool] | None
 
@@ -221,7 +223,13 @@ def _lay_out(
     scaling = scaling_of(owner)
     plain = len(plans) == 1 and not plans[0].copied and not scaling[1]
     at_once = getattr(plans[0].launch, "step", None) if plain else None
-    return Built(watching, plans, scaling, kinds, shared, at_once)
+    return Built(watching, plans, scaling, kinds, shared, _norm_of(plans, shared), at_once)
+
+
+def _norm_of(plans: list[Plan], shared: dict[tuple[Any, ...], torch.device]) -> Norm | None:
+    launches = [(part.shard_groups, part.launch) for part in plans]
+    serves = Norm.serves(launches, [*(part.device for part in plans), *shared.values()]) if shared else False
+    return Norm(launches, shared) if serves else None
 
 
 def _gradient_kind(p: Tensor, dense: Tensor, previous: Built | None) -> GradientKind:

@@ -112,12 +112,13 @@ class Launch:
         """Take the scalars of the coming step."""
         self.scalars = scalars
 
-    def sum_squares(self, owner: Owner) -> Tensor:
-        """Return the sum of the squares of the gradients, float64, 0-dim, on their device."""
+    parts = 1
+
+    def sum_squares(self, owner: Owner, sums: Tensor) -> None:
+        """Write the sum of the squares of the gradients."""
         gradients = [row.tensors(owner).g for row in self.rows if row.is_live(owner)]
-        if not gradients:
-            return torch.zeros((), dtype=torch.float64, device=self.rows[0].param(owner).device)
-        return torch.stack(torch._foreach_norm(gradients, dtype=torch.float64)).square().sum()
+        norms = torch._foreach_norm(gradients, dtype=torch.float64) if gradients else [torch.zeros_like(sums[0])]
+        sums.copy_(torch.stack(norms).square().sum())
 
     @torch.no_grad()
     def run(self, owner: Owner, factor: float | Tensor, count: bool) -> None:
@@ -147,6 +148,6 @@ class Launch:
 
     def _scalars_of(self, owner: Owner, row: Row, step: Tensor) -> scalars.Adam | scalars.Sgd:
         if row.counts_on_device:
-            return scalars.ROWS[row.family](owner.param_groups[row.group], step.item())
+            return scalars.ROWS[owner.family](owner.param_groups[row.group], step.item())
         kind = scalars.Adam if row.family == "adam" else scalars.Sgd
         return kind(*self.scalars[self.watch.scalars_of(row.slot)])

@@ -3,8 +3,8 @@
 Only this code tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row are
 the arguments of the rules in ``reference.py``, and the step, which stochastic rounding draws by; their order is that of
 the structs in ``csrc/rules.h``. Steps that are counted on the host take their rows from ``csrc/scalars.h``, which
-computes the same from ``HYPER``. ``adam`` and ``sgd`` here are for the reference backend and for when that is not
-built, and are its oracle in the tests.
+computes the same from ``HYPER``. ``adam``, ``radam`` and ``sgd`` here are for the reference backend and for when that
+is not built, and are its oracle in the tests.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fused_adamw import options
-from fused_adamw.layout import LR_IN_MOMENTUM, NESTEROV
+from fused_adamw.layout import LR_IN_MOMENTUM, NESTEROV, RECTIFY, RECTIFY_OR_WAIT
 
 
 class Adam(NamedTuple):
@@ -48,7 +48,7 @@ class Sgd(NamedTuple):
 def adam(group: Mapping[str, Any], step: float) -> Adam:
     """Return the row of Adam and AdamW at their ``step``-th step (1 at the first)."""
     _check_count(step)
-    lr, base_lr, decay, l2, sign, beta1, beta2, eps = adam_hyper(_on_host(group))
+    lr, base_lr, decay, l2, sign, beta1, beta2, eps, _ = adam_hyper(_on_host(group))
     return Adam(
         decay=lr / base_lr * decay,
         l2=l2,
@@ -62,6 +62,25 @@ def adam(group: Mapping[str, Any], step: float) -> Adam:
     )
 
 
+def radam(group: Mapping[str, Any], step: float) -> Adam:
+    """Return the row of RAdam at its ``step``-th step (1 at the first), as torch and arXiv 1908.03265 have it.
+
+    Until the length ρ of the average that the second moment is exceeds 5, a denominator of 1 makes the step one of SGD
+    with momentum or, with ``degenerated_to_sgd=False``, nothing but the moments moves.
+    """
+    row = adam(group, step)
+    beta2 = options.as_float("beta", group["betas"][1])
+    power = beta2**step
+    bc2 = 1 - power
+    last = 2 / (1 - beta2) - 1
+    rho = last - 2 * step * power / bc2
+    if rho > 5:
+        ratio = (rho - 4) * (rho - 2) * last / ((last - 4) * (last - 2) * rho)
+        return row._replace(step_size=row.step_size * math.sqrt(ratio * bc2), inv_sqrt_bc2=1.0)
+    row = row._replace(inv_sqrt_bc2=0.0, eps=1.0)
+    return row if group.get("degenerated_to_sgd", True) else row._replace(step_size=0.0, decay=0.0)
+
+
 def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     """Return the row of SGD and SGDW at their ``step``-th step (1 at the first, which is not dampened, as in torch).
 
@@ -69,7 +88,7 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     (``lr_in_momentum``); the two are the same as long as the learning rate stays the same.
     """
     _check_count(step)
-    lr, base_lr, decay, l2, sign, momentum, dampening, _ = sgd_hyper(_on_host(group))
+    lr, base_lr, decay, l2, sign, momentum, dampening, *_ = sgd_hyper(_on_host(group))
     into, out = (lr, 1.0) if group.get("lr_in_momentum") else (1.0, lr)
     if not momentum:
         take_g, take_b = into, 0.0
@@ -96,10 +115,15 @@ def adam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     Raises as ``options.check_hyperparameters`` for what no step can use: the one check of their ranges at a step.
     """
     beta1, beta2 = (options.as_float("beta", beta) for beta in group["betas"])
-    numbers = (*_decay_hyper(group, group["decoupled_weight_decay"]), beta1, beta2, options.number(group, "eps"))
+    numbers = (*_decay_hyper(group, group["decoupled_weight_decay"]), beta1, beta2, options.number(group, "eps"), 0.0)
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and math.isfinite(sum(numbers))):
         options.check_hyperparameters(group, at="step")
     return numbers
+
+
+def radam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return what ``radam`` depends on, as ``adam_hyper`` does."""
+    return (*adam_hyper(group)[:-1], RECTIFY if group.get("degenerated_to_sgd", True) else RECTIFY_OR_WAIT)
 
 
 def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
@@ -107,13 +131,13 @@ def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     flags = NESTEROV * bool(group["nesterov"]) + LR_IN_MOMENTUM * bool(group.get("lr_in_momentum"))
     dampening = options.as_float("dampening", group["dampening"])
     decoupled = group.get("decoupled_weight_decay", False)
-    numbers = (*_decay_hyper(group, decoupled), options.number(group, "momentum"), dampening, flags)
+    numbers = (*_decay_hyper(group, decoupled), options.number(group, "momentum"), dampening, flags, 0.0)
     if not math.isfinite(sum(numbers)):
         options.check_hyperparameters(group, at="step")
     return numbers
 
 
-def is_on_device(lr: float | Tensor) -> bool:
+def is_on_device(lr: float | Tensor | None) -> bool:
     """Return whether a learning rate is a tensor that only its device can read without a synchronisation."""
     return isinstance(lr, Tensor) and not lr.is_cpu
 
@@ -141,5 +165,9 @@ def _check_count(step: float) -> None:
 
 
 # By family.
-HYPER: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {"adam": adam_hyper, "sgd": sgd_hyper}
-ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Sgd]] = {"adam": adam, "sgd": sgd}
+HYPER: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
+    "adam": adam_hyper,
+    "radam": radam_hyper,
+    "sgd": sgd_hyper,
+}
+ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Sgd]] = {"adam": adam, "radam": radam, "sgd": sgd}

@@ -172,6 +172,26 @@ class Watch:
             entry.scalars = distinct.setdefault((entry.group, float(next(steps)) + 1), len(distinct))
         return [scalars.ROWS[self.family](groups[group], step) for group, step in distinct]
 
+    def device_hypers(
+        self, groups: list[dict], some: list[int], values: Tensor, rates: Tensor, device: torch.device
+    ) -> tuple[bool, list[int]]:
+        before, unreadable = (values.clone(), rates.clone()), []
+        for i in some:
+            group, lr = groups[i], groups[i]["lr"]
+            try:
+                values[i] = torch.tensor(scalars.HYPER[self.family](group), dtype=torch.float64, device="cpu")
+            except (KeyError, TypeError, ValueError):  # nobody reads the options of a group without gradients
+                if any(p.grad is not None for p in group["params"]):
+                    raise
+                continue
+            if not scalars.is_on_device(lr):
+                rates[i] = 0
+            elif lr.device != device or lr.dtype not in (torch.float32, torch.float64) or is_dtensor(lr):
+                unreadable.append(i)
+            else:
+                rates[i] = lr.data_ptr() if lr.dtype is torch.float64 else ~lr.data_ptr()
+        return not all(map(torch.equal, before, (values, rates))), unreadable
+
     def advance(self) -> None:
         torch.autograd.graph.increment_version([*self.params, *(local(p) for p in self.params if is_dtensor(p))])
         for step in self.steps:

@@ -177,6 +177,9 @@ SHARED: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {"weight_decay": 0.1}),
     ("Adam", {"weight_decay": 0.1, "amsgrad": True, "maximize": True}),
     ("Adam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("RAdam", {"lr": 1e-2}),
+    ("RAdam", {"betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3, "decoupled_weight_decay": True}),
+    ("RAdam", {"weight_decay": 0.1, "maximize": True}),
     ("SGD", {"lr": 0.1}),
     ("SGD", {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
     ("SGD", {"lr": 0.1, "momentum": 0.9}),
@@ -187,6 +190,7 @@ SHARED: list[tuple[str, dict[str, Any]]] = [
 # Options that only ours has.
 OURS: list[tuple[str, dict[str, Any]]] = [
     ("AdamW", {"decouple_lr": True, "weight_decay": 1e-3}),
+    ("RAdam", {"degenerated_to_sgd": False, "decoupled_weight_decay": True, "weight_decay": 0.1, "decouple_lr": True}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3, "decouple_lr": True}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "decouple_lr": True, "lr_in_momentum": True}),

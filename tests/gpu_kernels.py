@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -162,7 +163,7 @@ class Triton:
         return self._compile(self.kernels.step_kernel, target, signature, constexprs, options)
 
     def scalars(self, sm: int, adam: bool) -> Compiled:
-        signature = {"hyper": "*fp64", "steps": "*i64", "factor": "*fp32", "scalars": "*fp32"}
+        signature = {"hyper": "*fp64", "rates": "*i64", "steps": "*i64", "factor": "*fp32", "scalars": "*fp32"}
         kernel, options = self.kernels.scalars_kernel, self.kernels.SCALARS_OPTIONS
         return self._compiled(self._compile(kernel, self._target(sm), signature, {"ADAM": adam}, options))
 
@@ -171,6 +172,28 @@ class Triton:
         signature = {"rows": "*i64", "chunks": "*i32", "sums": "*fp64", "chunk": "i32"}
         kernel, options = self.kernels.square_kernel, self.kernels.OPTIONS
         return self._compiled(self._compile(kernel, self._target(sm), signature, constexprs, options))
+
+    def factor(self, sm: int) -> Compiled:
+        signature = {"sums": "*fp64", "factor": "*fp32", "n": "i32", "max_norm": "i64", "flags": "i32"}
+        signature |= dict.fromkeys(("scale", "found", "norm"), "i64")
+        kernel, options = self.kernels.factor_kernel, self.kernels.FACTOR_OPTIONS
+        return self._compiled(self._compile(kernel, self._target(sm), signature, self.kernels.FACTOR, options))
+
+    def totals(self, sm: int) -> Compiled:
+        signature = {"sums": "*fp64", "bounds": "*i64", "totals": "*fp64", "flag": "*fp32", "found": "i64"}
+        kernel, options = self.kernels.totals_kernel, self.kernels.FACTOR_OPTIONS
+        return self._compiled(self._compile(kernel, self._target(sm), signature, self.kernels.FACTOR, options))
+
+    def factor_arguments(self, sums, n, asked, factor, norm) -> list:
+        """Those of ``factor``; ``asked`` is max_norm or None, whether to skip, and addresses or 0."""
+        max_norm, skips, scale, found = asked
+        flags = self.kernels.CLIPS.value * (max_norm is not None) + self.kernels.SKIPS.value * skips
+        return [sums, factor, n, int(np.float64(max_norm or 0).view(np.int64)), flags, scale, found, norm]
+
+    @staticmethod
+    def totals_arguments(sums, bounds, found, totals, flag) -> list:
+        """Those of ``totals``."""
+        return [sums, bounds, totals, flag, found]
 
     @staticmethod
     def _compile(kernel, target, signature, constexprs, options):
@@ -233,6 +256,27 @@ class Cuda:
     def scalars(self, sm: int, adam: bool) -> Compiled:
         return self.module(sm)[f"scalars_kernel<{str(adam).lower()}>"]
 
+    def factor(self, sm: int) -> Compiled:
+        return self._small(sm)["factor_kernel"]
+
+    def totals(self, sm: int) -> Compiled:
+        return self._small(sm)["totals_kernel"]
+
+    @staticmethod
+    def factor_arguments(sums, n, asked, factor, norm) -> list:
+        """Those of ``factor``; ``asked`` is max_norm or None, whether to skip, and addresses or 0."""
+        max_norm, skips, scale, found = asked
+        return [sums, n, struct.pack("d??6xQQ", max_norm or 0, max_norm is not None, skips, scale, found), factor, norm]
+
+    @staticmethod
+    def totals_arguments(sums, bounds, found, totals, flag) -> list:
+        """Those of ``totals``."""
+        return [sums, bounds, found, totals, flag]
+
+    @functools.cache  # noqa: B019
+    def _small(self, sm: int) -> dict[str, Compiled]:
+        return self._compiled((self.folder / "factor_cuda.cu").read_text(), sm)
+
     @staticmethod
     def blocks(rows: int) -> int:
         return -(-rows // 128)
@@ -260,12 +304,15 @@ class Cuda:
                     "(const int64_t*, const int32_t*, const float*, const float*, int);\n"
                 )
             for adam in ("true", "false"):
-                args = "const double*, const int64_t*, const float*, float*, int64_t"
+                args = "const double*, const int64_t*, const int64_t*, const float*, float*, int64_t"
                 source += f"template __global__ void scalars_kernel<{adam}>({args});\n"
             for g in list(names.values())[:3]:
                 args = "const int64_t*, const int32_t*, double*, int"
                 source += f"template __global__ void square_kernel<{g}>({args});\n"
             source += "}\n}\n"
+        return self._compiled(source, sm)
+
+    def _compiled(self, source: str, sm: int) -> dict[str, Compiled]:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "kernels.cu").write_text(source)
             command = ["nvcc", "-O3", "-std=c++17", "-fmad=false", f"-arch=sm_{sm}", "-cubin", "-Xptxas", "-v", "-keep"]
@@ -277,11 +324,11 @@ class Cuda:
         for entry, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", run.stderr, re.S):
             number = functools.partial(lambda what, text: int((re.search(what, text) or [0, "0"])[1]), text=text)
             name = subprocess.run(["c++filt", entry], capture_output=True, text=True, check=True).stdout
-            name = re.search(r"(?:step|scalars|square)_kernel<.*?>(?=\()", name)[0]
+            name = re.search(r"\w+_kernel(?:<.*?>)?(?=\()", name)[0]
             found[name] = Compiled(
                 ptx=one_entry(ptx, entry),
                 entry=entry,
-                threads=128,
+                threads=512 if name in ("factor_kernel", "totals_kernel") else 128,
                 width=4 if re.search(r"float|true>, |Master\)[123]", name.split("<", 1)[-1]) else 8,
                 registers=number(r"Used (\d+) registers"),
                 frame=number(r"(\d+) bytes stack frame") + number(r"(\d+) bytes lmem"),

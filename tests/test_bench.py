@@ -513,6 +513,7 @@ def test_host() -> None:
     out = bench("host", "--tensors", "3", "--rounds", "2")
     assert "in place" in out
     assert "moved" in out
+    assert "capturable, clipped" in out
     assert "DTensor / plain" in out
 
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from tests import cases
 
-NAMES = ["AdamW", "Adam", "SGD", "SGDW"]
+NAMES = ["AdamW", "Adam", "RAdam", "SGD", "SGDW"]
 TORCHS = [
     ("AdamW", {"weight_decay": 0.1}),
     ("AdamW", {"weight_decay": 0.1, "amsgrad": True}),

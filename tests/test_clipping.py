@@ -2,10 +2,12 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 
+from fused_adamw import norm
 from tests import cases
 
 KINDS = [
@@ -300,7 +302,9 @@ def test_the_same_norm_for_any_number_of_threads():
             cases.set_gradients(params, 0)
             optimizer = cases.make("AdamW", params, {}, max_grad_norm=1.0)
             optimizer.step()
-            norms.add(optimizer._plans[0].launch.sum_squares(optimizer).item())
+            sums = torch.empty(1, dtype=torch.float64)
+            optimizer._plans[0].launch.sum_squares(optimizer, sums)
+            norms.add(sums.item())
     finally:
         torch.set_num_threads(before)
     assert len(norms) == 1
@@ -321,6 +325,49 @@ def test_what_cannot_be_is_refused(target):
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="step_parameter: one gradient does not tell the norm of all"):
         cases.make("AdamW", [p], {}, backend=target.backend, max_grad_norm=1.0).step_parameter(p)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gradients_on_several_devices_and_backends(backend):
+    """On two GPUs and the CPU, one of them float64, which the reference backend steps: all have one norm."""
+    ours, theirs = cases.parameters(SHAPES, device="cuda:1"), cases.parameters(SHAPES)
+    wide, on_cpu = cases.parameters([(7, 9)], torch.float64, "cuda:0"), cases.parameters([(70,)])
+    twins = [*theirs, *cases.parameters([(7, 9)], torch.float64), *cases.parameters([(70,)])]
+    options = {"max_grad_norm": 0.5, "amp_scaling": True}
+    a = cases.make("AdamW", [*ours, *wide, *on_cpu], {}, **options)
+    b = cases.make("AdamW", twins, {}, **options)
+    for t in range(3):
+        cases.set_gradients(twins, t)
+        for p, q in zip([*ours, *wide, *on_cpu], twins, strict=True):
+            p.grad = q.grad.to(p.device)
+        for optimizer, device in ((a, "cuda:0"), (b, "cpu")):
+            optimizer.grad_scale = torch.full((), 1024.0, device=device)
+            optimizer.found_inf = torch.full((), float(t == 1), device=device)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of float64 on a GPU
+                optimizer.step()
+        assert a.grad_norm.device == ours[0].device
+        torch.testing.assert_close(a.grad_norm.cpu(), b.grad_norm, rtol=1e-6, atol=0)
+    assert {state["step"].item() for state in a.state.values()} == {2.0}
+    for p, q in zip([*ours, *wide, *on_cpu], twins, strict=True):
+        torch.testing.assert_close(p.cpu(), q)
+
+
+def test_a_long_list_of_sums_is_added_in_pieces(target, monkeypatch):
+    """And then the totals of the pieces: the norm is the same but for its last bits."""
+    norms = []
+    for piece in (norm.PIECE, 2):
+        monkeypatch.setattr(norm, "PIECE", piece)
+        params = cases.parameters([(9, 9), *SHAPES] * 3, device=target.device)
+        params += cases.parameters([(9,)], torch.bfloat16, target.device)
+        cases.set_gradients(params, 0)
+        optimizer = cases.make("AdamW", params, {}, backend=target.backend, max_grad_norm=1.0)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+    given = torch.cat([p.grad.double().flatten() for p in params])
+    torch.testing.assert_close(norms[1], given.norm().float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fused_adamw import backends, formats
+from fused_adamw import backends, formats, watch
 from fused_adamw.gpu import Launch
 from tests import cases
 
@@ -151,6 +151,64 @@ def test_a_steady_step_does_not_synchronise(backend):
             torch.cuda.set_sync_debug_mode("default")
         b.step()
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+def check_all_kernels():
+    """A step that clips and skips, whose parameters count their steps on the device, to the bits of the CPU."""
+    ours, theirs = twins([(100,), (7, 9)])
+    a = cases.make("AdamW", ours, {}, backend="triton", max_grad_norm=0.5, skip_nonfinite=True)
+    b = cases.make("AdamW", theirs, {}, max_grad_norm=0.5)
+    for t in range(3):
+        same_gradients(ours, theirs, t)
+        a.step()
+        b.step()
+    torch.testing.assert_close(a.grad_norm.cpu(), b.grad_norm, rtol=1e-6, atol=0)
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+    return a
+
+
+@gpu
+def test_a_launch_goes_past_tritons_front_end(monkeypatch):
+    """Which the first step runs through; hooks see each launch."""
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    optimizer, names = check_all_kernels(), []
+
+    def refuse(*_, **__):
+        raise AssertionError("the front end was called")
+
+    monkeypatch.setattr(JITFunction, "run", refuse)
+    optimizer.step()
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: names.append(metadata.get()["name"]))
+    optimizer.step()
+    assert names == ["square_kernel", "factor_kernel", "scalars_kernel", "step_kernel"]
+
+
+@gpu
+def test_where_compiled_kernels_are_launched_in_another_way(monkeypatch):
+    """As by a version of Triton that this was not written for: the front end launches them."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    launched, true, front_end = [], CompiledKernel.run.fget, JITFunction.run
+
+    def other(kernel):
+        def launch(programs, *args):
+            if not programs:
+                raise TypeError("it takes other arguments")
+            return true(kernel)(programs, *args)
+
+        return launch
+
+    def run(self, *args, warmup, **kwargs):
+        launched.extend([self.__name__] * (not warmup))
+        return front_end(self, *args, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(CompiledKernel, "run", property(other))
+    monkeypatch.setattr(JITFunction, "run", run)
+    check_all_kernels()
+    assert launched == ["square_kernel", "factor_kernel", "scalars_kernel", "step_kernel"] * 3
 
 
 # ---- training, devices, streams
@@ -310,6 +368,62 @@ def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr, backen
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
     graph.replay()  # the graph is still its own: another step of the same gradients
     b.step()
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("backend", "native"), [("triton", True), ("triton", False), ("cuda", True)], indirect=["backend"]
+)
+@pytest.mark.parametrize("captured", [False, True])
+def test_learning_rates_that_are_tensors(captured, native, backend, monkeypatch):
+    """Of any dtype and device; changed in place, and replaced by other tensors, by floats and back."""
+    ours, theirs = twins([(9,), (7, 9), (30,), (3,), (5,)])
+    # A graph cannot hold a copy from another device.
+    elsewhere = "cuda:0" if captured else f"cuda:{torch.cuda.device_count() - 1}"
+
+    def tensor(value, dtype=torch.float64, device="cuda:0"):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+    rates = [tensor(0.5), tensor(0.25, torch.float32), tensor(0.125, torch.bfloat16), tensor([0.375], device=elsewhere)]
+    rates.append(tensor(0.75, device="cpu"))
+    b = cases.make("AdamW", [{"params": [q], "lr": float(lr)} for q, lr in zip(theirs, rates, strict=True)], {})
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(ours, rates, strict=True)]
+    a = cases.make("AdamW", groups, {"capturable": True}, backend=backend)
+    for p, q in zip(ours, theirs, strict=True):
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+    graph = torch.cuda.CUDAGraph() if captured else None
+
+    def step(t):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad.normal_(generator=torch.Generator().manual_seed(t))
+            p.grad.copy_(q.grad)
+        for mine, theirs_ in zip(a.param_groups, b.param_groups, strict=True):
+            theirs_["lr"] = float(mine["lr"])
+        if captured and t:
+            a.refresh_captured()
+            graph.replay()
+        else:
+            with monkeypatch.context() as patched:
+                if not native:
+                    patched.setattr(backends, "native", lambda: None)
+                a.step()
+        b.step()
+
+    step(0)
+    assert isinstance(a._built[0].watch, watch.Watch) != native
+    if captured:
+        with torch.cuda.graph(graph):
+            a.step()
+    step(1)
+    for lr in rates:
+        lr.mul_(0.5)  # in place: nobody is told
+    step(2)
+    changes = [0.1, tensor(0.2), tensor(0.3, torch.float32), 0.4, tensor(0.6, torch.float32)]
+    for t in range(3, 8):
+        for i, group in enumerate(a.param_groups):  # each takes its turn of all of these
+            group["lr"] = changes[(i + t) % len(changes)]
+        step(t)
     cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
 
 

@@ -5,6 +5,8 @@ One table of cases for Triton and CUDA C++, against the CPU kernel, bit by bit.
 
 import dataclasses
 import importlib.util
+import itertools
+import math
 import shutil
 
 import numpy as np
@@ -240,14 +242,17 @@ def test_bytes(compiler, sm, variant, minimum):
 
 
 @needs_ptxsim
-@pytest.mark.parametrize("adam", [True, False])
+@pytest.mark.parametrize("family", scalars.ROWS)
 @pytest.mark.parametrize("sm", EXECUTED)
-def test_scalars_on_the_device(compiler, sm, adam):
-    """Equal to ``scalars.py`` in every bit, which rounds once what it has computed in double."""
-    steps = [1.0, 2.0, 7.0, 1000.0, 123457.0]
+def test_scalars_on_the_device(compiler, sm, family):
+    """Equal to ``scalars.py`` in every bit, which rounds once what it has computed in double.
+
+    A third of the learning rates are float64 tensors, and a third float32.
+    """
+    steps = [1.0, 2.0, 5.0, 7.0, 1000.0, 123457.0]
     base = {"lr": 3e-3, "base_lr": 0.1, "maximize": True, "decoupled_weight_decay": True, "weight_decay": 0.1}
     groups = []
-    if adam:
+    if family != "sgd":
         for decoupled, decouple_lr, betas in (
             (True, True, (0.9, 0.999)),
             (False, False, (0.0, 0.9999)),
@@ -258,6 +263,7 @@ def test_scalars_on_the_device(compiler, sm, adam):
                 "eps": 1e-8,
                 "decoupled_weight_decay": decoupled,
                 "decouple_lr": decouple_lr,
+                "degenerated_to_sgd": not decouple_lr,
             }
             groups.append(base | own)
     else:
@@ -274,21 +280,30 @@ def test_scalars_on_the_device(compiler, sm, adam):
                 "lr_in_momentum": lr_in_momentum,
             }
             groups.append(base | own | {"decouple_lr": False})
-    rule = "adam" if adam else "sgd"
     cases_of = [(group, step) for group in groups for step in steps]
     mem = gpu_kernels.ptxsim.GlobalMemory(1 << 24)
+    numbers = np.array([scalars.HYPER[family](group) for group, _ in cases_of])
+    rates = np.zeros(len(cases_of), np.int64)
+    for i, dtype in enumerate((None, np.float64, np.float32)):
+        if dtype:
+            lr = dtype(groups[0]["lr"] * (1 + i))
+            address = mem.upload(np.array([lr]), readonly=True).addr
+            rates[i::3] = address if dtype is np.float64 else ~address
+            numbers[i::3, layout.HYPER_LR] = 0
+            cases_of[i::3] = [(group | {"lr": float(lr)}, step) for group, step in cases_of[i::3]]
     counters = mem.upload(np.array([step - 1 for _, step in cases_of], np.float32), "counters")
     out = mem.alloc(len(cases_of) * layout.SCALARS_BYTES, "out", np.float32)
     tables = [
-        mem.upload(np.array([scalars.HYPER[rule](group) for group, _ in cases_of]), readonly=True),
+        mem.upload(numbers, readonly=True),
+        mem.upload(rates, readonly=True),
         mem.upload(counters.addr + 4 * np.arange(len(cases_of)), readonly=True),
     ]
     count = [] if compiler.name == "triton" else [len(cases_of)]
     launched = [mem.upload(np.array([factor], np.float32), readonly=True) for factor in (1.0, -1.0)]
     for factor in launched:  # the second leaves all as it is
         args = [*tables, factor, out, *count]
-        compiler.scalars(sm, adam).launch(mem, compiler.blocks(len(cases_of)), args)
-    expected = [list(scalars.ROWS[rule](group, step)) for group, step in cases_of]
+        compiler.scalars(sm, family != "sgd").launch(mem, compiler.blocks(len(cases_of)), args)
+    expected = [list(scalars.ROWS[family](group, step)) for group, step in cases_of]
     np.testing.assert_array_equal(out.get().reshape(-1, 9), np.array(expected, np.float32))
     np.testing.assert_array_equal(counters.get(), np.array([step for _, step in cases_of], np.float32))
 
@@ -324,6 +339,75 @@ def test_sums_of_squares(compiler, sm, variant):
     chunks = [c.double() for t in given for c in (t.data[1].split(CHUNK) if len(t.data[1]) else [t.data[1]])]
     expected = [(c * c).sum().item() for c in chunks]
     np.testing.assert_allclose(sums, expected, rtol=1e-13)
+
+
+def factor_by_hand(total, max_norm, skips, scale, found):
+    """The factor and the norm as ``clipping.factor_of`` has them, in float64."""
+    with np.errstate(all="ignore"):
+        unscale = np.float64(1) / np.float64(np.float32(scale)) if scale is not None else np.float64(1)
+        norm = np.sqrt(np.float64(total)) * unscale
+        factor = unscale
+        if max_norm is not None:
+            factor = factor * np.minimum(max_norm / (norm + 1e-6), 1.0)  # which keeps NaN
+        skipped = (skips and not norm < math.inf) or (found is not None and found != 0)
+        return np.float32(-1 if skipped else factor), np.float32(norm)
+
+
+@needs_ptxsim
+@pytest.mark.parametrize("sm", EXECUTED)
+def test_factor_of_all_gradients(compiler, sm):
+    """Equal in every bit to what torch's operators make of the same sum; each sum is read once."""
+    launched = compiler.factor(sm)
+    generator = np.random.default_rng(0)
+    totals = [0.0, 0.25, 1e300, math.inf, math.nan, None]
+    asked = [
+        (max_norm, skips, scale, found)
+        for max_norm in (None, 0.1, 1e9, 0.0, math.inf)
+        for skips in (False, True)
+        for scale, found in ((None, None), (3.0, 0.0), (1024.0, 1.0), (None, math.nan), (0.0, None))
+    ]
+    sizes = [0, 1, 7, 511, 513, 2049, 9000]
+    for i, (max_norm, skips, scale, found) in enumerate(asked):
+        n, total = sizes[i % len(sizes)], totals[i % len(totals)]
+        sums = generator.integers(0, 1 << 40, n).astype(np.float64)  # whole numbers: exact in any order
+        if n and total is not None:
+            sums[:] = 0
+            sums[n // 2] = total
+        mem = gpu_kernels.ptxsim.GlobalMemory(1 << 22)
+        given = [None if x is None else mem.upload(np.array([x], np.float32), readonly=True) for x in (scale, found)]
+        buffer = mem.upload(sums if n else np.zeros(1), "sums", readonly=True)
+        factor, norm = mem.alloc(4, "factor", np.float32), mem.alloc(4, "norm", np.float32)
+        addresses = [0 if x is None else x.addr for x in given]
+        # Without a norm to clip to or to judge, none is asked for.
+        wanted = max_norm is not None or skips
+        args = (max_norm, skips, *addresses)
+        args = compiler.factor_arguments(buffer, n, args, factor, norm.addr if wanted else 0)
+        result = launched.launch(mem, 1, args)
+        assert result.s.per_buffer.get("sums", (0, 0)) == (8 * n, 0)
+        expected = factor_by_hand(sums.sum(), max_norm, skips, scale, found)
+        np.testing.assert_array_equal(factor.get()[0], expected[0], err_msg=str(asked[i]))
+        if wanted:
+            np.testing.assert_array_equal(norm.get()[0], expected[1], err_msg=str(asked[i]))
+        else:
+            assert not norm.written().any()
+
+
+@needs_ptxsim
+@pytest.mark.parametrize("found", [None, 0.0, 2.0, math.nan])
+def test_totals_of_segments(compiler, found):
+    bounds = np.array([0, 3, 3, 4000, 4001])
+    sums = np.random.default_rng(0).integers(0, 1 << 40, bounds[-1]).astype(np.float64)
+    mem = gpu_kernels.ptxsim.GlobalMemory(1 << 22)
+    given = [mem.upload(x, readonly=True) for x in (sums, bounds)]
+    at = 0 if found is None else mem.upload(np.array([found], np.float32), readonly=True).addr
+    totals, flag = mem.alloc(8 * (len(bounds) - 1), "totals", np.float64), mem.alloc(4, "flag", np.float32)
+    compiler.totals(90).launch(mem, len(bounds) - 1, compiler.totals_arguments(*given, at, totals, flag))
+    expected = [sums[a:b].sum() for a, b in itertools.pairwise(bounds)]
+    np.testing.assert_array_equal(totals.get(), expected)
+    if found is None:
+        assert not flag.written().any()
+    else:
+        assert flag.get()[0] == (found != 0)
 
 
 # ---- The tests see a wrong kernel.

@@ -48,7 +48,7 @@ def test_dir_shows_what_is_public():
     ours -= torchs
     assert {"step_parameter", "init_state", "warmup", "export", "backend", "grad_norm"} <= ours
     for name in ours:
-        assert name in ("amp_scaling", "grad_norm", "max_grad_norm", "skip_nonfinite") or (
+        assert name in ("amp_scaling", "grad_norm", "max_grad_norm", "process_group", "skip_nonfinite") or (
             inspect.getdoc(getattr(fused_adamw.AdamW, name))
         )
 

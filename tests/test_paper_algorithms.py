@@ -54,6 +54,25 @@ def algorithm_2(theta, alpha, beta1, beta2, eps, lam, schedule, decoupled):
             theta[i] = x - eta * (alpha * m_hat / (v_hat.sqrt() + eps) + (lam_t * x if decoupled else 0))  # line 12
 
 
+def radam(theta, alpha, beta1, beta2, eps, lam, waits):
+    """Algorithm 2 of arXiv 1908.03265, ε and the decay as in its authors' code, which can wait instead of line 12."""
+    m, v = ([torch.zeros_like(x) for x in theta] for _ in range(2))
+    rho_max = 2 / (1 - beta2) - 1
+    for t in range(1, STEPS + 1):
+        cases.set_gradients(theta, t)
+        rho = rho_max - 2 * t * beta2**t / (1 - beta2**t)
+        for i, x in enumerate(theta):
+            v[i] = beta2 * v[i] + (1 - beta2) * x.grad**2
+            m[i] = beta1 * m[i] + (1 - beta1) * x.grad
+            m_hat = m[i] / (1 - beta1**t)
+            if rho > 5:
+                length = (v[i].sqrt() + eps) / math.sqrt(1 - beta2**t)
+                r = math.sqrt((rho - 4) * (rho - 2) * rho_max / ((rho_max - 4) * (rho_max - 2) * rho))
+                theta[i] = x - alpha * lam * x - alpha * r * m_hat / length
+            elif not waits:
+                theta[i] = x - alpha * lam * x - alpha * m_hat  # line 12
+
+
 def ours(name, options, schedule, target):
     """Parameters that our optimizer arrives at."""
     params = cases.parameters(cases.SHAPES, torch.float64, target.device)
@@ -108,3 +127,18 @@ def test_without_a_momentum_of_its_own_a_schedule_differs(name):
     options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "decouple_lr": name == "SGDW"}
     a, b = (ours(name, options | {"lr_in_momentum": x}, arbitrary, target) for x in (False, True))
     assert max((p - q).abs().max() for p, q in zip(a, b, strict=True) if p.numel()) > 1e-3
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("beta2", [0.5, 0.9, 0.999])
+def test_radam_is_its_papers(beta2, waits, target):
+    """Equal to 1e-12 in float64; with β2 = 0.5 the variance never tells enough."""
+    options = {"lr": 0.01, "betas": (0.8, beta2), "eps": 1e-6, "weight_decay": 0.1, "decoupled_weight_decay": True}
+    start = cases.parameters(cases.SHAPES, torch.float64)
+    theta = [p.detach().clone() for p in start]
+    radam(theta, 0.01, 0.8, beta2, 1e-6, 0.1, waits)
+    got = ours("RAdam", options | {"degenerated_to_sgd": not waits}, lambda t: (1, 1), target)
+    if waits and beta2 == 0.5:
+        assert all(torch.equal(p, q) for p, q in zip(got, start, strict=True))
+    else:
+        assert_equal(got, theta, start)

@@ -57,18 +57,22 @@ CHANGES = [
     {"maximize": True},
     {"name": "mine"},
     {"betas": [0.5, 0.75], "momentum": 0.9},
+    {"degenerated_to_sgd": False},
+    {"betas": (0.5, 0.9), "lr": 0.125},
+    {"betas": (0.0, 0.0)},
     {"eps": 1e-3, "dampening": 0.25, "lr_in_momentum": True},
     {"nesterov": True, "dampening": 0},
 ]
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("cls", [fused_adamw.AdamW, fused_adamw.SGDW])
+@pytest.mark.parametrize("cls", [fused_adamw.AdamW, fused_adamw.RAdam, fused_adamw.SGDW])
 def test_what_is_set_by_hand_is_in_the_next_row(cls, native, monkeypatch):
     """The rows have the bits of scalars.py whatever changes, tensors and lists within themselves too."""
     params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    own = {"decoupled_weight_decay": True} if cls is fused_adamw.RAdam else {}
     optimizer = cls(
-        [{"params": params[:2]}, {"params": params[2:], "lr": 2.0}], 0.5, weight_decay=0.1, decouple_lr=True
+        [{"params": params[:2]}, {"params": params[2:], "lr": 2.0}], 0.5, weight_decay=0.1, decouple_lr=True, **own
     )
     optimizer.init_state()
     for i, p in enumerate(params):

@@ -4,6 +4,7 @@ What ours refuses stands case by case in docs/compatibility.md, and the tests re
 """
 
 import copy
+import inspect
 import re
 import warnings
 from pathlib import Path
@@ -23,7 +24,8 @@ with warnings.catch_warnings():
 # The import forbids to set any flag of torch.backends in this process: allowed again.
 setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
 
-INFOS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in ("AdamW", "Adam", "SGD")}
+NAMES = ("AdamW", "Adam", "RAdam", "SGD")
+INFOS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in NAMES}
 # The implementations that torch's own tests add to each of the inputs; ours is one, and fused.
 FLAGS = {
     "none": {},
@@ -63,19 +65,21 @@ ONLY_GPU = [(name, desc, options) for name, desc, options in GPU_INPUTS if "capt
 
 def check(name, desc, options, flag, target):
     """As torch's for 6 steps, parameters and states; or refused, with what the document says, before any step."""
-    cell = table("Inputs of " + ("SGD" if name == "SGD" else "AdamW and Adam"))[desc][flag]
+    cell = table("Inputs of " + (name if name in ("RAdam", "SGD") else "AdamW and Adam"))[desc][flag]
+    arguments = inspect.signature(getattr(torch.optim, name)).parameters
+    flags = {key: value for key, value in FLAGS[flag].items() if key in arguments}
     dtype = torch.float64 if target.float64 else torch.float32
     ours, torchs = (cases.parameters([(9,), (4, 5), ()], dtype, target.device) for _ in range(2))
     options = copy.deepcopy(options)
     if cell != "as torch":
         with pytest.raises(RuntimeError, match=re.escape(table("Refused arguments")[cell.split("`")[1]]["message"])):
-            cases.make(name, ours, options, backend=target.backend, **FLAGS[flag])
+            cases.make(name, ours, options, backend=target.backend, **flags)
         return
     theirs = copy.deepcopy(options)
     if options.get("capturable"):  # torch's own tests move it; its fused step reads it on the device
         theirs["lr"] = torch.as_tensor(theirs.get("lr", 1e-3)).to(target.device)
-    a = cases.make(name, ours, options, backend=target.backend, **FLAGS[flag])
-    b = getattr(torch.optim, name)(torchs, **theirs, **FLAGS[flag])
+    a = cases.make(name, ours, options, backend=target.backend, **flags)
+    b = getattr(torch.optim, name)(torchs, **theirs, **flags)
     for t in range(6):
         for optimizer, params in ((a, ours), (b, torchs)):
             cases.set_gradients(params, t)
@@ -133,7 +137,7 @@ def test_error_inputs_of_a_gpu():
 
 
 def test_the_document_lists_nothing_else():
-    listed = table("Inputs of AdamW and Adam").keys() | table("Inputs of SGD").keys()
+    listed = {desc for name in ("AdamW and Adam", "RAdam", "SGD") for desc in table(f"Inputs of {name}")}
     assert listed == {desc for _, desc, _ in GPU_INPUTS}
     assert {desc.strip("`") for _, desc, _ in error_inputs("cpu")} <= table("Error inputs").keys()
 

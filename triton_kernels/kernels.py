@@ -1,12 +1,18 @@
 """Compiles the Triton kernels of a variant without a launch, and launches them."""
 
+import contextlib
+import functools
+import struct
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_adamw.contract import Variant
+from fused_adamw.contract import Clipping, Variant
 
+from .factor import CLIPS, SKIPS, factor_kernel, totals_kernel
 from .multi_tensor import scalars_kernel, square_kernel, step_kernel
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
@@ -17,6 +23,10 @@ INTERPRETED = not hasattr(step_kernel, "device_caches")  # TRITON_INTERPRET=1 wh
 NUM_WARPS = 4
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 SCALARS_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
+# One program adds all sums: 8 of them a thread at a time, 16 KiB in flight.
+FACTOR, FACTOR_OPTIONS = {"BLOCK": 2048}, {"num_warps": 8, "enable_fp_fusion": False}
+RUNTIME = triton.knobs.runtime
+ADDRESS = 1 << 62  # a number that Triton takes for an int64
 
 
 def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
@@ -51,30 +61,103 @@ def square_constexprs(g: torch.dtype, warp_size: int) -> dict:
     return {"G_DTYPE": DTYPES[g], "BLOCK": 16 // g.itemsize * threads, "TAIL": 2 * threads}
 
 
+class Compiled:
+    """Launches a kernel that is compiled for its arguments, without Triton's front end, which takes 12 us a launch.
+
+    Hooks and profilers see the launch. Where this version of Triton launches compiled kernels in another way, and in
+    its interpreter, the kernel is launched as any other.
+    """
+
+    def __init__(self, function: Any, arguments: tuple, constexprs: dict, options: dict) -> None:
+        self.function, self.constexprs, self.options = function, constexprs, options
+        self.kernel = None
+        if INTERPRETED:
+            return
+        kernel = function.warmup(*arguments, grid=(1,), **constexprs, **options)
+        kernel._init_handles()  # loads it onto the device, which its first launch may not do during a graph capture
+        rest = [constexprs[name] for name in function.arg_names[len(arguments) :]]
+        device = triton.runtime.driver.active.get_current_device()
+        self.stream = functools.partial(triton.runtime.driver.active.get_current_stream, device)
+        self.fixed = (kernel.function, kernel.packed_metadata, None, None, None)  # no hooks, nor what they are told
+        with contextlib.suppress(Exception):  # whatever another version may raise; no program runs in this grid
+            nothing = [0 if isinstance(x, torch.dtype) else x for x in arguments]
+            kernel.run(0, 1, 1, self.stream(), *self.fixed, *nothing, *rest)
+            self.kernel, self.run, self.rest = kernel, kernel.run, rest
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        if self.kernel is None:
+            self.function[(programs,)](*arguments, **self.constexprs, **self.options)
+            return
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        if _has(RUNTIME.launch_enter_hook) or _has(RUNTIME.launch_exit_hook):
+            self.kernel[(programs, 1, 1)](*addresses, *self.rest, stream=self.stream())
+        else:
+            self.run(programs, 1, 1, self.stream(), *self.fixed, *addresses, *self.rest)
+
+
+def _has(hook: Any) -> bool:
+    """Return whether a hook of Triton's calls anything: it may be None, or a chain that is empty."""
+    return bool(getattr(hook, "calls", hook))
+
+
 class TritonKernels:
     """Implements ``fused_adamw.gpu.Kernels`` for a variant on a device; raises what Triton raises."""
 
     def __init__(self, device: torch.device, variant: Variant) -> None:
-        self.is_adam = variant.is_adam
-        if INTERPRETED:
-            self._configure(variant, 32)
-            return
-        with torch.cuda.device(device):
-            self._configure(variant, triton.runtime.driver.active.get_current_target().warp_size)
+        self.variant = variant
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.warp_size = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
             # A factor is 4 bytes of a tensor of its own, which torch aligns.
-            step = (torch.int64, torch.int32, torch.float32, torch.float32, 1)
-            kernel = step_kernel.warmup(*step, grid=(1,), **self.constexprs, **self.options)
-            kernel._init_handles()  # loads it onto the device, which its first launch may not do during a graph capture
+            arguments = (torch.int64, torch.int32, torch.float32, torch.float32, 1)
+            self._step = Compiled(step_kernel, arguments, *config(variant, self.warp_size))
 
-    def _configure(self, variant: Variant, warp_size: int) -> None:
-        self.constexprs, self.options = config(variant, warp_size)
-        self.squares = square_constexprs(variant.g, warp_size)
+    # The kernels that not every optimizer needs are compiled at their first launch.
+
+    @functools.cached_property
+    def _squares(self) -> Compiled:
+        constexprs = square_constexprs(self.variant.g, self.warp_size)
+        return Compiled(square_kernel, (torch.int64, torch.int32, torch.float64, 1), constexprs, OPTIONS)
+
+    @functools.cached_property
+    def _totals(self) -> Compiled:
+        arguments = (torch.float64, torch.int64, torch.float64, torch.float32, ADDRESS)
+        return Compiled(totals_kernel, arguments, FACTOR, FACTOR_OPTIONS)
+
+    @functools.cached_property
+    def _factor(self) -> Compiled:
+        arguments = (torch.float64, torch.float32, 1, ADDRESS, 1, ADDRESS, ADDRESS, ADDRESS)
+        return Compiled(factor_kernel, arguments, FACTOR, FACTOR_OPTIONS)
+
+    @functools.cached_property
+    def _scalars(self) -> Compiled:
+        arguments = (torch.float64, torch.int64, torch.int64, torch.float32, torch.float32)
+        return Compiled(scalars_kernel, arguments, {"ADAM": self.variant.is_adam}, SCALARS_OPTIONS)
 
     def step(self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor) -> None:
-        step_kernel[(len(chunks),)](rows, chunks, scalars, factor, chunk, **self.constexprs, **self.options)
+        self._step(chunks.shape[0], rows, chunks, scalars, factor, chunk)
 
     def sum_squares(self, rows: Tensor, chunks: Tensor, chunk: int, sums: Tensor) -> None:
-        square_kernel[(len(chunks),)](rows, chunks, sums, chunk, **self.squares, **self.options)
+        self._squares(chunks.shape[0], rows, chunks, sums, chunk)
 
-    def scalars(self, hyper: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
-        scalars_kernel[(len(steps),)](hyper, steps, factor, scalars, ADAM=self.is_adam, **SCALARS_OPTIONS)
+    def totals(self, sums: Tensor, bounds: Tensor, found: Tensor | None, totals: Tensor, flag: Tensor) -> None:
+        self._totals(totals.shape[0], sums, bounds, totals, flag, address(found))
+
+    def factor(self, sums: Tensor, clipping: Clipping, factor: Tensor, norm: Tensor | None) -> None:
+        max_norm, skips, scale, found = clipping
+        flags = CLIPS.value * (max_norm is not None) + SKIPS.value * skips
+        bits, addresses = bits_of(max_norm or 0.0), map(address, (scale, found, norm))
+        self._factor(1, sums, factor, sums.shape[0], bits, flags, *addresses)
+
+    def scalars(self, hyper: Tensor, rates: Tensor, steps: Tensor, factor: Tensor, scalars: Tensor) -> None:
+        self._scalars(steps.shape[0], hyper, rates, steps, factor, scalars)
+
+
+@functools.lru_cache
+def bits_of(x: float) -> int:
+    """Return the bits of a float64 as a number."""
+    return struct.unpack("q", struct.pack("d", x))[0]
+
+
+def address(t: Tensor | None) -> int:
+    """Return where a tensor is, 0 where there is none."""
+    return 0 if t is None else t.data_ptr()

@@ -38,11 +38,13 @@ from .layout import (
     HYPER_L2,
     HYPER_LR,
     HYPER_MOMENTUM,
+    HYPER_RECTIFY,
     HYPER_SIGN,
     HYPERS,
     IS_ALIGNED,
     LR_IN_MOMENTUM,
     NESTEROV,
+    RECTIFY,
     SCALAR_C1,
     SCALAR_C2,
     SCALAR_DECAY,
@@ -239,7 +241,7 @@ def power(x, n):
 
 
 @triton.jit
-def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
+def scalars_kernel(hyper, rates, steps, factor, scalars, ADAM: tl.constexpr):
     """Compute the scalar rows on the device: ``fused_adamw/scalars.py`` in Triton, for ``gpu.Kernels.scalars``."""
     if tl.load(factor) < 0:
         return
@@ -253,9 +255,14 @@ def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
     tl.store(counter, count)
     step = count.to(tl.int32)
     lr = tl.load(h + HYPER_LR)
+    rate = tl.load(rates + row)
+    if rate > 0:
+        lr = tl.load(rate.to(tl.pointer_type(tl.float64)))
+    elif rate < 0:
+        lr = tl.load((~rate).to(tl.pointer_type(tl.float32))).to(tl.float64)
     to = scalars + row * SCALARS
     tl.store(to + SCALAR_STEP, count)
-    tl.store(to + SCALAR_DECAY, (lr / tl.load(h + HYPER_BASE_LR) * tl.load(h + HYPER_DECAY)).to(tl.float32))
+    decay = lr / tl.load(h + HYPER_BASE_LR) * tl.load(h + HYPER_DECAY)
     tl.store(to + SCALAR_L2, tl.load(h + HYPER_L2).to(tl.float32))
     tl.store(to + SCALAR_GRAD_FACTOR, tl.load(h + HYPER_SIGN).to(tl.float32))
     if ADAM:
@@ -263,9 +270,21 @@ def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
         beta2 = tl.load(h + HYPER_BETA2)
         tl.store(to + SCALAR_W1, (1 - beta1).to(tl.float32))
         tl.store(to + SCALAR_W2, (1 - beta2).to(tl.float32))
-        tl.store(to + SCALAR_STEP_SIZE, (lr / (1 - power(beta1, step))).to(tl.float32))
-        tl.store(to + SCALAR_INV_SQRT_BC2, (1 / tl.sqrt(1 - power(beta2, step))).to(tl.float32))
-        tl.store(to + SCALAR_EPS, tl.load(h + HYPER_EPS).to(tl.float32))
+        beta2_power = power(beta2, step)
+        bc2 = 1 - beta2_power
+        last = 2 / (1 - beta2) - 1
+        rho = last - 2 * count.to(tl.float64) * beta2_power / bc2
+        ratio = (rho - 4) * (rho - 2) * last / ((last - 4) * (last - 2) * rho)
+        rectify = tl.load(h + HYPER_RECTIFY)
+        rectified = (rectify != 0) & (rho > 5)
+        early = (rectify != 0) & ~rectified
+        waits = early & (rectify != RECTIFY)
+        decay = tl.where(waits, 0.0, decay)
+        step_size = lr / (1 - power(beta1, step)) * tl.where(rectified, tl.sqrt(ratio * bc2), 1.0)
+        inv_sqrt_bc2 = tl.where(rectified, 1.0, 1 / tl.sqrt(bc2))
+        tl.store(to + SCALAR_STEP_SIZE, tl.where(waits, 0.0, step_size).to(tl.float32))
+        tl.store(to + SCALAR_INV_SQRT_BC2, tl.where(early, 0.0, inv_sqrt_bc2).to(tl.float32))
+        tl.store(to + SCALAR_EPS, tl.where(early, 1.0, tl.load(h + HYPER_EPS)).to(tl.float32))
     else:
         momentum = tl.load(h + HYPER_MOMENTUM)
         flags = tl.load(h + HYPER_FLAGS).to(tl.int32)
@@ -278,3 +297,4 @@ def scalars_kernel(hyper, steps, factor, scalars, ADAM: tl.constexpr):
         tl.store(to + SCALAR_C2, out.to(tl.float32))
         tl.store(to + SCALAR_TAKE_G, tl.where(direct, into, 0.0).to(tl.float32))
         tl.store(to + SCALAR_TAKE_B, tl.where(direct, momentum, 1.0).to(tl.float32))
+    tl.store(to + SCALAR_DECAY, decay.to(tl.float32))
