@@ -1,4 +1,4 @@
-# make demo · make test · make quick · make test-integrations · make bench · make lint: each sets up .venv first, once.
+# make demo · make test · make quick · make test-integrations · make bench · make docs · make lint: each sets up .venv first, once.
 # make sanitize: the tests that run csrc, under gcc's AddressSanitizer and UndefinedBehaviorSanitizer.
 # make resolve · make test-versions · make wheel · make cuda-check: about installing it elsewhere.
 # A torch of your own:  make test VENV=/path/to/env CONSTRAINTS=/dev/null
@@ -30,7 +30,7 @@ PLATFORMS ?= x86_64-manylinux_2_28 aarch64-manylinux_2_28
 TORCHES ?= 2.8.0@3.10 2.9.1@3.11 2.10.0@3.12 2.11.0@3.12 2.12.1@3.13 2.13.0@3.10 2.14.1@3.13 2.15.0@3.13
 INDEX_ALONE := env -u UV_INDEX -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS -u UV_CONSTRAINT
 
-.PHONY: demo test quick sanitize test-integrations bench gpu lint format clean cuda-check resolve test-versions wheel
+.PHONY: demo test quick sanitize test-integrations bench docs gpu lint format clean cuda-check resolve test-versions wheel
 
 demo: $(READY)
 	$(RUN) -m bench demo
@@ -52,10 +52,14 @@ sanitize: build/sanitize/.ready
 
 # What the frameworks themselves warn of is not an error of ours.
 test-integrations: $(VENV)/.integrations
-	$(BIN)/python -m pytest -W default tests/integrations
+	$(BIN)/python -m pytest -W default tests/integrations docs/integrations
 
 bench: $(READY)
 	$(RUN) -m bench step
+
+# The site, into build/site; needs Python 3.11.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # On a machine with a GPU, with the Python at hand: no environment, no network. ARGS="--minutes 5 --stages build parity"
 gpu:
@@ -130,4 +134,8 @@ $(VENV)/.fused_adamw: setup.py fused_adamw/build.py pyproject.toml $(CONSTRAINTS
 
 $(VENV)/.integrations: $(READY)
 	FUSED_ADAMW_CPU=1 $(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[integrations]'
+	touch $@
+
+$(VENV)/.docs: $(READY)
+	FUSED_ADAMW_CPU=1 $(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[docs]'
 	touch $@

@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     of = "elements of the longest tensor (default: %(default)s)"
     limit.add_argument("--largest", type=positive, default=1 << 26, metavar="N", help=of)
 
-    report = commands.add_parser("report", help="the table of README, as Markdown, from several runs of step")
+    report = commands.add_parser("report", help="the table of docs/performance.md, from several runs of step")
     of = "written by step --json; without any, step is run"
     report.add_argument("files", nargs="*", type=readable_file, metavar="FILE", help=of)
     of = "processes, one after the other (default: %(default)s)"
@@ -107,13 +107,18 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--workload", type=workload, nargs="+", metavar="NAME", help="only these (default: all)")
     report.add_argument("--out", type=target_file, metavar="FILE", help="write the Markdown to FILE")
 
+    picture = commands.add_parser(
+        "picture", help="the pictures of README and docs/formats.md, from the tables in docs/"
+    )
+    picture.add_argument("--out", type=existing_directory, metavar="DIR", default=Path("docs"), help="(default: docs)")
+
     gpu = commands.add_parser("gpu", help="check and measure everything on a machine with a GPU, and write a folder")
     gpu.add_argument("--minutes", type=float, default=MINUTES, help="for all stages (default: %(default)s)")
     of = "to write to, or to go on in (default: bench/results/GPU-DATE)"
     gpu.add_argument("--out", type=target_directory, metavar="DIR", help=of)
     gpu.add_argument("--stages", choices=STAGES, nargs="+", metavar="STAGE", help=f"of {', '.join(STAGES)}")
     gpu.add_argument("--tiny", action="store_true", help="lists of a few elements: does everything run?")
-    of = "write the summary and the picture of DIR anew, and print the table for README"
+    of = "write the summary and the picture of DIR anew, and print the table for docs/gpu.md"
     gpu.add_argument("--report", type=existing_directory, metavar="DIR", help=of)
 
     for command in (step, limit):

@@ -1,7 +1,8 @@
-"""Make the table of README, as Markdown: the cases that matter, measured in several processes one after the other."""
+"""Make the table of docs/performance.md: the cases that matter, measured in several processes one after the other."""
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -76,8 +77,16 @@ def key(result: dict[str, Any]) -> tuple[str, ...]:
     return result["workload"], result["algorithm"], result["dtypes"], result["arm"]
 
 
+def spread(values: list[float | None], form: str) -> str:
+    """Format the median of some runs, with their range where they differ; nothing where a run has no value."""
+    if None in values:
+        return ""
+    low, middle, high = (format(v, form) for v in (min(values), statistics.median_low(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 def merged(reports: list[dict[str, Any]]) -> str:
-    """Return a table of every row, with what each run gave side by side."""
+    """Return a table of every row, with the median of the runs and their range."""
     rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for report in reports:
         for r in report["results"]:
@@ -86,11 +95,10 @@ def merged(reports: list[dict[str, Any]]) -> str:
     lines = []
     for (workload, algorithm, dtypes, arm), found in rows.items():
         cells = [workload, algorithm, dtypes, arm]
-        cells.append(" · ".join(f"{r['ms_median']:.3g}" for r in found))
-        cells.append(" · ".join(f"{r['gb_per_s']:.1f}" for r in found))
-        cells.append(" · ".join("" if r["of_ceiling"] is None else f"{r['of_ceiling']:.0%}" for r in found))
-        ratios = [r["ratio_median"] for r in found]
-        cells.append("" if None in ratios or arm == FUSED else " · ".join(f"{ratio:.2f}" for ratio in ratios))
+        cells.append(spread([r["ms_median"] for r in found], ".3g"))
+        cells.append(spread([r["gb_per_s"] for r in found], ".1f"))
+        cells.append(spread([r["of_ceiling"] for r in found], ".0%"))
+        cells.append("" if arm == FUSED else spread([r["ratio_median"] for r in found], ".2f"))
         cells.append("" if found[0]["match"] is None else "✓" if all(r["match"] for r in found) else "✗")
         lines.append(cells)
     columns = ["workload", "algorithm", "dtypes", "", "ms", "GB/s", "of ceiling", "times torch fused", "match"]

@@ -224,7 +224,10 @@ def pick(
         why = "; ".join(reasons)
         if backend.name == "reference":
             why = why or f"there are no kernels for {device.type}"
-            warn_once(f"fused_adamw steps {device.type} tensors with plain PyTorch operators, right but slow: {why}")
+            warn_once(
+                f"fused_adamw steps {device.type} tensors with PyTorch's operators, correct but slower than "
+                f"torch.optim: {why}"
+            )
         elif why:
             warn_once(
                 f"fused_adamw steps {device.type} tensors on its {backend.name!r} backend: {why} "

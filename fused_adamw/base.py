@@ -256,7 +256,7 @@ class FusedOptimizer(Optimizer):
     def step_parameter(self, p: Tensor) -> None:
         """Update one parameter, to the same bits as :meth:`step` would, and nothing else.
 
-        For gradient release, where no two gradients need be alive at once (arXiv 2306.09782, "LOMO")::
+        For gradient release, where only one gradient is in memory at a time (arXiv 2306.09782, "LOMO")::
 
             def release(p):
                 optimizer.step_parameter(p)

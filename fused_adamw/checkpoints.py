@@ -141,9 +141,9 @@ def _by_name(cls: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]])
     moved = [name for name, other in zip(there, here, strict=True) if name != other and name in here]
     if moved:
         raise ValueError(
-            f"{cls}: the checkpoint has {moved[0]!r} at another position, and not the same names otherwise: "
-            f"{_listed(sorted(key_of.keys() ^ set(here)))} are there or here alone. Give the optimizer the parameters "
-            "that were saved, or delete 'param_names' from the checkpoint's groups, to load by position"
+            f"{cls}: the checkpoint has {moved[0]!r} at another position, and its names are not those of this "
+            f"optimizer: only one of them has {_listed(sorted(key_of.keys() ^ set(here)))}. Give the optimizer the "
+            "parameters that were saved, or delete 'param_names' from the checkpoint's groups, to load by position"
         )
     return theirs
 

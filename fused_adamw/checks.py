@@ -42,9 +42,7 @@ def check_params(owner: Owner, wanted: Callable[[Tensor], bool]) -> dict[int, Ch
         for j, p in enumerate(group["params"]):
             slot = len(seen)
             if not isinstance(p, Tensor):
-                raise TypeError(
-                    f"{type(owner).__name__}: group {i}, parameter {j} is {p!r}, and no tensor: take it out"
-                )
+                raise TypeError(f"{type(owner).__name__}: group {i}, parameter {j} is {p!r}, not a tensor: take it out")
             if seen.setdefault(id(p), (i, j)) != (i, j):
                 raise ValueError(
                     f"{describe(owner, i, j)} is {describe(owner, *seen[id(p)])} as well, and would be stepped "

@@ -1,5 +1,6 @@
 """Decides in which form a group stores a parameter and its moments, and warns of what that form loses."""
 
+import sys
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -20,7 +21,7 @@ SECOND = "exp_avg_sq"
 
 
 def storage_of(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...]) -> Storage:
-    """Return how ``group`` stores ``p`` and the moments ``names``; raises TypeError for a form that cannot be had."""
+    """Return how ``group`` stores ``p`` and the moments ``names``; raises TypeError for a form that is unavailable."""
     narrow, master = p.dtype in NARROW, group.get("master")
     master = master if narrow and master else "none"
     stochastic = group.get("rounding") == "stochastic"
@@ -71,5 +72,8 @@ def warn_of_losses(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], 
 
 @cache
 def warn_once(text: str) -> None:
-    """Warn of this once in a process."""
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
+    """Warn of this once in a process, at the line outside of this package and of torch that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in ("fused_adamw", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)

@@ -78,20 +78,20 @@ _TEXTS = {
 parameters, named parameters, or dicts of parameter groups. Groups may have an ``lr_mult`` and a ``wd_mult``, numbers
 of at least 0 that each step multiplies their ``lr`` and ``weight_decay`` by.""",
     "lr": """\
-learning rate γ, a float or a tensor of one element. It may not be negative; if one is set by hand later, steps
-ascend as in torch, with a warning, but for one of rounding size, with which a schedule may end, and which counts as 0:
-down to -1e-12, or to -1e-6 times the group's ``initial_lr``. A tensor on a GPU is used as it is.""",
-    "betas": "coefficients β1, β2 of the running averages.",
+learning rate γ, a float or a tensor of one element; it may not be negative. If a group's ``lr`` is set below 0 later,
+its steps ascend, as in torch, with a warning. Schedules may end a little below 0 by rounding: down to -1e-12, or to
+-1e-6 times the group's ``initial_lr``, counts as 0. A tensor on a GPU is read by the device.""",
+    "betas": "β1, β2 of the running averages of the gradient and of its square.",
     "eps": "ε, added to the denominator.",
-    "momentum": "μ.",
-    "dampening": "τ.",
-    "weight_decay": "λ.",
-    "nesterov": "Nesterov's momentum: :math:`g_t + \\mu b_t` in place of :math:`b_t`.",
-    "amsgrad": "use the maximum of all v_t so far (arXiv 1904.09237).",
-    "foreach": "torch's choice of an implementation. There is one here, and it is fused: True is refused.",
-    "differentiable": "as foreach: True is refused.",
-    "fused": "torch's choice of an implementation: whatever it is, the step is fused.",
-    "maximize": "ascend.",
+    "momentum": "momentum μ.",
+    "dampening": "dampening τ of the momentum.",
+    "weight_decay": "weight decay λ.",
+    "nesterov": "use Nesterov's momentum: :math:`g_t + \\mu b_t` in place of :math:`b_t`.",
+    "amsgrad": "divide by the maximum of all v_t so far (arXiv 1904.09237).",
+    "foreach": "torch's choice of an implementation. The step is always fused: True is refused.",
+    "differentiable": "True is refused: a fused step has no derivative.",
+    "fused": "torch's choice of an implementation. The step is always fused: any value is accepted.",
+    "maximize": "maximize the objective instead of minimizing it.",
     "capturable": """\
 keep steps and scalars on the device, so that a CUDA graph of the step replays correctly; see
 :meth:`refresh_captured`. For parameters on a GPU, on the "triton" and "cuda" backends.""",
@@ -100,42 +100,42 @@ keep steps and scalars on the device, so that a CUDA graph of the step replays c
 step as SGD with momentum as long as the second moment tells too little, as torch does; False waits, as the authors'
 code can.""",
     "decouple_lr": """\
-decoupled decay as in the paper, by lr / base_lr times λ, where base_lr is the learning rate that the group was
-made with; torch's is lr times λ.""",
-    "lr_in_momentum": "the paper's momentum, in which a change of the learning rate acts on new gradients only.",
+decoupled decay as in the paper, by lr / base_lr times λ, where base_lr is the learning rate that the group was made
+with. torch's decay is lr times λ.""",
+    "lr_in_momentum": "use the paper's momentum, in which a change of the learning rate acts on new gradients only.",
     "state_dtype": """\
-storage of the moments, a dtype or its name; by default float32, or float64 for float64 parameters. ``"int8"``:
-codes of one byte, with a scale for every 128 of them; moments of fewer than 4096 elements, or in one dimension of
-fewer than 2**20, stay float32.""",
+how moments are stored, a dtype or its name; by default float32, or float64 for float64 parameters. ``"int8"`` stores
+codes of one byte, with a scale for every 128 of them; moments of fewer than 4096 elements, or in one dimension of fewer
+than 2**20, stay float32.""",
     "rounding": """\
 ``"nearest"``, or ``"stochastic"``: bfloat16 parameters, and second moments in bfloat16 or int8, are rounded up or
-down with the probability that makes the mean right, by random bits of Philox 4x32-10, a function of seed, step,
-parameter and element: the same on every replica, backend and shard, and after a resume.""",
+down with the probability that makes the mean right. The random bits (Philox 4x32-10) are a function of seed, step,
+parameter and element, so they are the same on every replica, backend and shard, and after a resume.""",
     "master": """\
-of bfloat16 parameters: ``"kahan"``, a compensation in bfloat16; ``"split16"``, the lower half of a float32 of
-which the parameter is the upper; ``"fp32"``, a float32, of float16 ones too. Updates act on these, and the
-parameter is their rounded value. See :meth:`refresh_masters`.""",
-    "seed": "of stochastic rounding; the only part of it that is state.",
+for bfloat16 parameters, more digits than they hold: ``"kahan"`` keeps a compensation in bfloat16, ``"split16"`` the
+lower half of a float32 whose upper half is the parameter, ``"fp32"`` a whole float32. Float16 parameters can have
+``"fp32"``. The step updates the master, and the parameter is its rounded value. See :meth:`refresh_masters`.""",
+    "seed": "seed of stochastic rounding, which has no other state.",
     "backend": """\
-``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"``; by default the best that runs on the device of a tensor.""",
+``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"``; by default the best one that runs on the device of a tensor.""",
     "max_grad_norm": """\
-clip by the global norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the step: gradients
-are read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device, of gradients divided by a
+clip by the global norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the step: gradients are
+read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device, of gradients divided by a
 GradScaler's scale; ``float("inf")`` clips nothing. Its last bits in float64 depend on how the parameters are cut into
-tensors, and on the backend; not on threads. Optimizers of one parameter each, stepped within the backward pass, clip
-each by its own norm.""",
-    "skip_nonfinite": "a step whose gradients' norm is not finite changes nothing and is not counted.",
+tensors, and on the backend, but not on threads. If each parameter has an optimizer of its own, each is clipped by its
+own norm.""",
+    "skip_nonfinite": "skip a step whose gradients have a norm that is not finite: nothing changes and nothing counts.",
     "amp_scaling": """\
-let ``torch.amp.GradScaler`` hand its scale and its finding of infinities to the step, which then divides and
-skips by itself, without a synchronisation. By default the scaler does both before the step, so that the gradients
-can be clipped in between, and that Accelerate sees which steps were skipped. Gradients stay scaled after the step,
-where torch's fused step unscales them in memory. Tensors set by hand as ``optimizer.grad_scale`` and
-``optimizer.found_inf`` are honoured with or without this, as by torch's fused step.""",
+let ``torch.amp.GradScaler`` hand its scale and its finding of infinities to the step, which then divides and skips by
+itself, without a synchronisation. By default the scaler does both before the step, so that the gradients can be
+clipped in between, and Accelerate sees which steps were skipped. Gradients stay scaled after the step; torch's fused
+step unscales them in memory. Tensors set by hand as ``optimizer.grad_scale`` and ``optimizer.found_inf`` are honoured
+with and without this, as by torch's fused step.""",
     "process_group": """\
 the ranks over which the norm of ``max_grad_norm`` and ``skip_nonfinite``, and the infinities of ``amp_scaling``, are
-summed, where the parameters are plain tensors of which each rank has its own part: a process group, or a function
-``process_group(p)`` that returns the process groups of one parameter, ``()`` for one that every rank has whole. A
-DTensor knows its own, and a ``ZeroRedundancyOptimizer`` gives its own; FSDP1 needs ``model.process_group``.""",
+summed, for plain tensors of which each rank has its own part: a process group, or a function ``process_group(p)``
+that returns the process groups of one parameter, ``()`` for one that every rank has whole. A DTensor and a
+``ZeroRedundancyOptimizer`` bring their own; FSDP1 needs ``model.process_group``.""",
 }
 
 _REST = """
@@ -145,7 +145,7 @@ float32 (float64 for float64 parameters), with one rounding to the storage type.
 Raises:
     ValueError: for a hyperparameter out of range, in torch's words, and with its group.
     TypeError: for a hyperparameter that is not a number.
-    RuntimeError: for an argument or a backend that cannot be had, with what to do instead.
+    RuntimeError: for an argument or a backend that is unavailable, with what to do instead.
 """
 
 Class = TypeVar("Class", bound=type)
@@ -170,7 +170,7 @@ _REFUSED = {
 
 
 def check_support(where: str, given: Mapping[str, Any]) -> None:
-    """Raise RuntimeError for an argument of torch's that cannot be had; ``where`` has ``{}`` in its place."""
+    """Raise RuntimeError for an argument of torch's that is unavailable; ``where`` has ``{}`` in its place."""
     for (name, value), remedy in _REFUSED.items():
         if given.get(name) is value:
             raise RuntimeError(f"{where.format(f'{name}={value}')} is not supported: {remedy}")
@@ -306,7 +306,7 @@ def _check_storage(group: Mapping[str, Any]) -> None:
         raise ValueError(f"seed={seed!r}: must be a whole number from 0 to 2**63 - 1")
     if group.get("state_dtype") in INT8 and group.get("amsgrad"):
         raise ValueError(
-            "state_dtype='int8' with amsgrad=True is not supported, a running maximum only grows, with its errors: "
+            "state_dtype='int8' with amsgrad=True is not supported, because a running maximum keeps int8's errors: "
             "use state_dtype=torch.bfloat16"
         )
     declared = group.get("state_dtype")

@@ -12,7 +12,7 @@ from fused_adamw.tensors import local
 
 
 class GradientRelease:
-    """Is what :func:`release_gradients` returns: it ends the release, or pauses it while gradients accumulate."""
+    """Ends a gradient release, or pauses it while gradients accumulate; returned by :func:`release_gradients`."""
 
     def __init__(self, optimizer: FusedOptimizer, buckets: list[list[Tensor]]) -> None:
         self._optimizer, self._buckets = optimizer, buckets
@@ -23,7 +23,7 @@ class GradientRelease:
         self._hooks.append(optimizer.register_step_post_hook(self._begin))
 
     def remove(self) -> None:
-        """Remove all hooks. Gradients that there are stay, for ``optimizer.step()``."""
+        """Remove all hooks. Gradients that are in memory stay there, for ``optimizer.step()``."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -61,15 +61,15 @@ class GradientRelease:
 def release_gradients(model: nn.Module, optimizer: FusedOptimizer, bucket_mb: float = 25) -> GradientRelease:
     """Step parameters as soon as the backward pass has their gradients, one launch for each bucket of parameters.
 
-    The gradients of a bucket are dropped once it is stepped. Those in memory at a time then take about ``bucket_mb``
-    megabytes, and not as much as the model ("LOMO", arXiv 2306.09782). The bits are those of an ordinary step. The
+    The gradients of a bucket are dropped once it is stepped. So gradients take about ``bucket_mb`` megabytes of memory,
+    and not as much as the model ("LOMO", arXiv 2306.09782). The bits are those of an ordinary step. The
     training loop stays as it is::
 
         optimizer = fused_adamw.AdamW(model.parameters(), lr=3e-4)
         released = fused_adamw.release_gradients(model, optimizer)
         for batch in loader:
             loss(model, batch).backward()  # steps
-            optimizer.step()  # what the backward pass had no gradient of, and buckets that it did not complete
+            optimizer.step()  # steps what the backward pass left
             scheduler.step()
 
     To accumulate gradients, run all backward passes of an iteration but the last in ``with released.accumulate():``.

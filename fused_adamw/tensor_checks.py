@@ -225,7 +225,10 @@ def check_sharding(p: Tensor, grad: Tensor | None, states: Mapping[str, Tensor])
     if is_dtensor(p):
         placed = f"it is placed {p.placements} on {p.device_mesh}"
         if any(placement.is_partial() for placement in p.placements):
-            raise ValueError(f"{placed}, and a sum cannot be stepped by its terms: use p.redistribute(...)")
+            raise ValueError(
+                f"{placed}: with a Partial placement each rank holds a summand, and a sum cannot be stepped by its "
+                "terms: use p.redistribute(...)"
+            )
     for name, t in others.items():
         remedy = (
             "del optimizer.state[p], or load with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, "

@@ -86,7 +86,7 @@ def test_narrow_storage_is_one_rounding_from_the_truth(name, options, dtype, sta
 
 
 def test_decay_of_bfloat16_parameters_is_lost():
-    """Plain bfloat16 cannot hold a decay of 1e-4 per step: 1 - 1e-4 rounds back to 1. README says so; float32 can."""
+    """Plain bfloat16 cannot hold a decay of 1e-4 per step: 1 - 1e-4 rounds back to 1. docs/formats.md says so."""
     for dtype, expected in ((torch.bfloat16, 1.0), (torch.float32, (1 - 1e-4) ** 1000)):
         p = torch.nn.Parameter(torch.ones(100, dtype=dtype))
         p.grad = torch.zeros_like(p)

@@ -372,7 +372,7 @@ def test_no_tensor_among_the_parameters(steps):
         optimizer.step()
     before = a.detach().clone()
     optimizer.param_groups[1]["params"].append(None)
-    with pytest.raises(TypeError, match="AdamW: group 1, parameter 1 is None, and no tensor"):
+    with pytest.raises(TypeError, match="AdamW: group 1, parameter 1 is None, not a tensor"):
         optimizer.step()
     assert torch.equal(a, before)
 

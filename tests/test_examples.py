@@ -1,6 +1,8 @@
 """The examples run, and what they compose is what it says it is."""
 
+import copy
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,14 @@ def example(name):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
+HAS_MUON = hasattr(torch.optim, "Muon")  # since torch 2.9
 # train_fsdp, which runs on several processes, has its tests in test_distributed.py.
-ALONE = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"train_fsdp"})
+ALONE = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"train_fsdp", *(() if HAS_MUON else ("muon",))})
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_it_runs(name, capsys):
+def test_it_runs(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name])
     example(name)["main"]()
     assert capsys.readouterr().out
 
@@ -79,3 +83,53 @@ def test_sam_leaves_the_weights_as_they_were():
     example("sam")["sam"](model, lambda: model(x).square().mean(), rho=0.3)()
     for p, kept in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.detach(), kept)
+
+
+def test_gradient_release_holds_less_and_gives_the_same_bits():
+    train = example("gradient_release")["train"]
+    (plain, most), (released, least) = train(None), train(0)
+    assert 10 * least < most
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), released.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_train_gpt_resumes_to_the_bits(tmp_path):
+    train = example("train_gpt")["train"]
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    losses = list(train(4, whole))
+    assert [*train(2, parts), *train(4, parts)] == losses
+    a, b = (torch.load(path) for path in (whole, parts))
+    assert all(torch.equal(p, b["model"][name]) for name, p in a["model"].items())
+    assert a["scheduler"]["last_epoch"] == 4
+    assert all(own["step"].item() == 4 for own in b["optimizer"]["state"].values())
+
+
+@pytest.mark.skipif(not HAS_MUON, reason="torch.optim.Muon came with torch 2.9")
+def test_muon_has_one_scheduler_and_one_state_dict():
+    optimizer_of = example("muon")["optimizer_of"]
+
+    def network():
+        torch.manual_seed(0)
+        sizes = ((4, 8), (8, 8), (8, 2))
+        return torch.nn.Sequential(*[torch.nn.Linear(*size) for size in sizes])
+
+    def run(model, optimizer, steps):
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+
+    model = network()
+    optimizer = optimizer_of(model)
+    run(model, optimizer, 2)
+    assert [type(part).__name__ for part in optimizer.optimizers] == ["Muon", "AdamW"]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02 / 4, 3e-3 / 4]
+    other = copy.deepcopy(model)
+    resumed = optimizer_of(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for pair in ((model, optimizer), (other, resumed)):
+        run(*pair, 2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert resumed.param_groups[1] is resumed.optimizers[1].param_groups[0]

@@ -35,7 +35,7 @@ def test_help_documents_every_argument(name):
     assert [entry for entry, _ in entries] == list(signature)
     for entry, text in entries:
         if signature[entry].default is not inspect.Parameter.empty:
-            assert text.rstrip().endswith(f"(default: {signature[entry].default!r}).")
+            assert " ".join(text.split()).endswith(f"(default: {signature[entry].default!r}).")
     assert max(map(len, doc.splitlines())) <= 120
 
 

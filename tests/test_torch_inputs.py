@@ -38,10 +38,11 @@ DOCUMENT = (Path(__file__).parent.parent / "docs" / "compatibility.md").read_tex
 
 
 def table(title):
-    """The rows of the table under a heading of the document, by their first cell, as {column: cell}."""
+    """The rows of the table under a heading of the document, by the names in their first cell, as {column: cell}."""
     section = DOCUMENT.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
-    return {line[0].strip("`"): dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
+    rows = [(line[0].split("; "), dict(zip(lines[0][1:], line[1:], strict=True))) for line in lines[2:]]
+    return {name.strip("`"): row for names, row in rows for name in names}
 
 
 def inputs(device):

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         report.write(args.report)
         report.draw(args.report)
-        print(report.readme_table(args.report))
+        print(report.table_of_docs(args.report))
         return 0
     folder = args.out or ROOT / "bench" / "results" / folder_name()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Make the summary of a folder of results, its picture, and the table of README from the lines of JSON."""
+"""Make the summary of a folder of results, its picture, and the table of docs/gpu.md from the lines of JSON."""
 
 import json
 from pathlib import Path
@@ -183,7 +183,7 @@ def skipped(rows: Rows) -> str:
     return section("Skipped", "\n".join(lines))
 
 
-README_CASES = (
+TABLE_CASES = (
     ("1x1Gi", "adamw", "fp32", "one tensor of 2^30: AdamW"),
     ("gpt2", "adamw", "fp32", "GPT-2 small, 148 tensors, 124.4 M: AdamW"),
     ("gpt2", "adamw-clip", "fp32", "the same, clipped; torch: `clip_grad_norm_`, then the step"),
@@ -198,13 +198,13 @@ README_CASES = (
 )
 
 
-def readme_table(folder: Path) -> str:
-    """Return the table of README under the machine: the cases that matter, our first backend beside torch fused."""
+def table_of_docs(folder: Path) -> str:
+    """Return docs/gpu.md's table under the machine: the cases that matter, our first backend beside torch fused."""
     found = {predictions.key(r): r for r in of_kind(rows_of(folder), "step")}
     head = environment_of(folder)
     machine = "; ".join(head[name] for name in ("tiny", "GPU", "torch", "fused_adamw", "date") if name in head)
     lines = []
-    for *case, name in README_CASES:
+    for *case, name in TABLE_CASES:
         ours, graph, fused = (
             found.get((*case, arm)) for arm in ("fused_adamw triton", "fused_adamw triton, graph", "torch fused")
         )

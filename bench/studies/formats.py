@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import fused_adamw
 from bench.memory import FORMS, Form
 from bench.output import begin, console, new_table, progress, wrote
 from bench.paper import digits
-from bench.plot import plt, write
+from bench.plot import differences
 from bench.studies import demo, gpt
 from fused_adamw import formats
 
@@ -52,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
                 moments[name] = trained.moment_errors()
     console.print(table(losses, errors, moments))
     console.print(NOTES.format(last=min(demo.LAST, args.steps), epochs=EPOCHS))
-    plot(losses, args.out / "formats.png")
+    apart = {name: beside(losses, name) for name in FORMS if name != FP32}
+    differences({n: (d.mean(), d.min(), d.max()) for n, d in apart.items()}, args.out / "formats.png")
     wrote(args.out / "formats.png")
     return 0
 
@@ -121,6 +121,11 @@ def final(losses: list[float]) -> float:
     return float(np.mean(losses[-demo.LAST :]))
 
 
+def beside(losses: dict[str, list[list[float]]], name: str) -> np.ndarray:
+    """Return how far the last losses of a form are from those of fp32, by seed."""
+    return np.array([final(curve) - final(fp32) for curve, fp32 in zip(losses[name], losses[FP32], strict=True)])
+
+
 def table(
     losses: dict[str, list[list[float]]],
     errors: dict[str, list[float]],
@@ -128,33 +133,12 @@ def table(
 ) -> Table:
     """Make a line for each form."""
     shown = new_table("AdamW", "GPT, loss", "beside fp32", "digits, %", "m", "v")
-    fp32 = np.array([final(curve) for curve in losses[FP32]])
     for name in FORMS:
-        ours = np.array([final(curve) for curve in losses[name]])
-        apart = ours - fp32
-        beside = "" if name == FP32 else f"{apart.mean():+.4f} ({apart.min():+.4f} to {apart.max():+.4f})"
-        cells: list[Any] = [f"{ours.mean():.4f}", beside, f"{np.mean(errors[name]):.2f}"]
+        loss, apart = np.mean([final(curve) for curve in losses[name]]), beside(losses, name)
+        spread = "" if name == FP32 else f"{apart.mean():+.4f} ({apart.min():+.4f} to {apart.max():+.4f})"
+        cells: list[Any] = [f"{loss:.4f}", spread, f"{np.mean(errors[name]):.2f}"]
         for moment in ("exp_avg", "exp_avg_sq"):
             error, angle = moments[name][moment]
             cells.append("" if error < 1e-12 or not math.isfinite(error) else f"{error:.1e}, {angle:.1e}")
         shown.add_row(name, *cells)
     return shown
-
-
-def plot(losses: dict[str, list[list[float]]], path: Path) -> None:
-    """Draw how far each form's loss is from that of fp32, smoothed, mean of the seeds."""
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=150, layout="constrained")
-    fp32 = np.array(losses[FP32])
-    window = max(1, fp32.shape[1] // 10)
-    for name in FORMS:
-        if name == FP32:
-            continue
-        apart = (np.array(losses[name]) - fp32).mean(0)
-        smooth = np.convolve(apart, np.ones(window) / window, "valid")
-        axes.plot(np.arange(window, fp32.shape[1] + 1), smooth, label=name, linewidth=1.5)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="training step", ylabel="loss - loss of fp32 (nats per character)")
-    axes.set_title(f"A character GPT, beside the same one in fp32; mean of {len(fp32)} seeds and {window} steps")
-    axes.legend(fontsize="small", ncols=2)
-    axes.grid(alpha=0.25)
-    write(figure, path)

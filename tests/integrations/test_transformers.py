@@ -69,6 +69,16 @@ def test_a_run_follows_torchs(bf16, tmp_path):
     assert all(own["step"].item() == STEPS for own in optimizer.state.values())
 
 
+def test_the_recipe_takes_the_learning_rate_along(tmp_path):
+    """With no options the Trainer's own is ignored: docs/integrations/recipes.md hands it on."""
+    rates = {}
+    for options in ({}, {"lr": 1e-2}):
+        run = trainer(tmp_path, fused_adamw.AdamW)
+        run.optimizer_cls_and_kwargs = (fused_adamw.AdamW, options)
+        rates[len(options)] = run.create_optimizer().param_groups[0]["lr"]
+    assert rates == {0: 1e-3, 1: run.args.learning_rate}
+
+
 def test_resuming_gives_the_same_bits(tmp_path):
     whole = trainer(tmp_path / "whole", fused_adamw.AdamW, bf16=True)
     whole.train()
