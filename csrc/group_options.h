@@ -66,6 +66,7 @@ public:
   }
 
   const std::array<double, HYPERS>& numbers() const { return hyper_; }
+  double lr_mult() const { return lr_mult_; }  // as it was read with the numbers
 
   // Returns the learning rate where it is a tensor.
   static const at::Tensor* rate_of(PyObject* group) {

@@ -162,10 +162,12 @@ public:
         continue;  // nobody reads the options of a group without gradients
       }
       double* const row = values.mutable_data_ptr<double>() + g * HYPERS;
-      for (int i = 0; i < HYPERS; ++i) set(row[i], options.numbers()[i]);
       const at::Tensor* const lr = GroupOptions::rate_of(group.ptr());
+      const bool on_device = lr && !lr->is_cpu();
+      for (int i = 0; i < HYPERS; ++i)
+        set(row[i], i == HYPER_LR && on_device ? options.lr_mult() : options.numbers()[i]);
       int64_t rate = 0;
-      if (lr && !lr->is_cpu()) {
+      if (on_device) {
         const bool is_float = lr->scalar_type() == at::kFloat;
         if (lr->device() != device || !(is_float || lr->scalar_type() == at::kDouble) || is_wrapper(*lr)) {
           unreadable.push_back(g);

@@ -400,7 +400,8 @@ def test_learning_rates_that_are_tensors(captured, native, backend, monkeypatch)
     rates = [tensor(0.5), tensor(0.25, torch.float32), tensor(0.125, torch.bfloat16), tensor([0.375], device=elsewhere)]
     rates.append(tensor(0.75, device="cpu"))
     b = cases.make("AdamW", [{"params": [q], "lr": float(lr)} for q, lr in zip(theirs, rates, strict=True)], {})
-    groups = [{"params": [p], "lr": lr} for p, lr in zip(ours, rates, strict=True)]
+    mults = [1.0, 0.5, 2.0, 0.25, 4.0]  # exact, so that the order of the products does not matter
+    groups = [{"params": [p], "lr": lr, "lr_mult": m} for p, lr, m in zip(ours, rates, mults, strict=True)]
     a = cases.make("AdamW", groups, {"capturable": True}, backend=backend)
     for p, q in zip(ours, theirs, strict=True):
         p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
@@ -411,7 +412,7 @@ def test_learning_rates_that_are_tensors(captured, native, backend, monkeypatch)
             q.grad.normal_(generator=torch.Generator().manual_seed(t))
             p.grad.copy_(q.grad)
         for mine, theirs_ in zip(a.param_groups, b.param_groups, strict=True):
-            theirs_["lr"] = float(mine["lr"])
+            theirs_["lr"] = float(mine["lr"]) * mine["lr_mult"]
         if captured and t:
             a.refresh_captured()
             graph.replay()

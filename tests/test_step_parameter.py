@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_adamw
 from fused_adamw import backends, plan
 from tests import cases
+from tests.test_errors import sparse_like
 from tests.training import loss_of, network, ours_twice, params_of
 
 
@@ -86,7 +87,8 @@ def test_step_parameters_refuses_as_step_does(target):
     optimizer = cases.make("AdamW", [p, q], {}, backend=target.backend)
     with pytest.raises(ValueError, match="is not among the parameters of this optimizer"):
         optimizer.step_parameters([p, other])
-    q.grad = torch.ones(3, device=target.device).to_sparse()
+    q.grad = None
+    q.grad = sparse_like(q)
     with pytest.raises(RuntimeError, match="group 0, parameter 1 .*sparse"):
         optimizer.step_parameters([p, q])
     assert not optimizer.state
