@@ -342,7 +342,7 @@ def test_picture(tmp_path: Path) -> None:
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("speed.png", "formats.png"))
     found = picture.spreads(picture.DOCS / "performance.md", "torch fused / ours")
     assert len(found) == 15
-    assert min(found["GPT-2 small, clipped"]) > 1.33  # "two thirds of the time", or little more
+    assert [round(1 / ratio, 1) for ratio in found["GPT-2 small, clipped"]] == [0.7, 0.7, 0.7]
     many = [ratio for name, ratios in found.items() if "s of " in name for ratio in ratios]
     assert (min(many), max(many)) == (10, 42)
     apart = picture.spreads(picture.DOCS / "formats.md", "beside fp32")
