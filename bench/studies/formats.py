@@ -98,7 +98,7 @@ class Run(demo.Run):
 def digits_error(form: Form, seed: int) -> float:
     """Return the percentage of the test images that the network gets wrong."""
     x, y, test_x, test_y = digits.digits(seed)
-    model = digits.network(seed).to(form.dtype)
+    model = digits.network(seed, "ordinary").to(form.dtype)
     small, formats.SMALL = formats.SMALL, 1
     try:
         optimizer = fused_adamw.AdamW(model.parameters(), DIGITS_LR, weight_decay=DIGITS_DECAY, **form.options)
