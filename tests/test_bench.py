@@ -586,6 +586,7 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert (tmp_path / f"paper_{name}.png").read_bytes().startswith(b"\x89PNG")
 
     report = json.loads((tmp_path / "paper.json").read_text("utf-8"))
+    assert len((tmp_path / "paper.md").read_text("utf-8").splitlines()) == 2 + len(report["claims"]) == 2 + 26
     assert len(trained) == len(set(trained)) == len(report["points"]) == 17 * 2 + 2 * 2 + 4 * 2 + 4
     assert report["versions"]["torch"] == torch.__version__
     assert report["plan"]["seeds"] == 5
@@ -687,8 +688,15 @@ def test_networks_side_by_side_are_those_trained_alone(algorithm: str, network: 
 
 
 @pytest.mark.gpu
-def test_networks_on_a_gpu_are_those_on_the_cpu() -> None:
-    batch = digits.Batch("AdamW", "cosine", 1, 1, ((4e-3, 1e-2, 0), (1e-2, 3e-2, 1)), "ordinary")
+def test_networks_on_a_gpu_are_those_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without convolutions: of those a virtual GPU lacks the depthwise kernel."""
+
+    def linear(seed: int, kind: str) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), digits.Scaled())
+
+    monkeypatch.setattr(digits, "network", linear)
+    batch = digits.Batch("AdamW", "cosine", 1, 1, ((4e-3, 1e-2, 0), (1e-2, 3e-2, 1)))
     cpu, cuda = (digits.train(batch, device) for device in ("cpu", "cuda"))
     assert cuda["epochs"] == cpu["epochs"] == [1]
     assert np.array(cuda["losses"]) == pytest.approx(np.array(cpu["losses"]), rel=1e-3)
@@ -762,6 +770,8 @@ def test_paper_leaves_out_what_has_no_valley() -> None:
     assert claims.BELOW_0.verdict(np.nan, np.nan) == claims.BETWEEN.verdict(np.nan, np.nan) == "unclear"
     claim = claims.judge("1", "", claims.BELOW_0, claims.OCTAVES, valleys.shift(flat), 6)
     assert (claim.value, claim.cells()[3:]) == (None, ("fewer than two valleys inside the grid", "", "unclear"))
+    claim = claims.Claim("1", "", "0", claims.POINTS, -0.004, -1.5, 0.25, "unclear")
+    assert claim.cells()[3:5] == ("0.00 points", "−1.50 … +0.25")
     worse = grid(0)
     worse.errors[:, 2] += 2 * valleys.USABLE
     assert worse.usable() == [0, 1, 3]

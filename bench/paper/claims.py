@@ -63,8 +63,16 @@ class Claim(NamedTuple):
         """Return a row of the table."""
         measured, interval = "fewer than two valleys inside the grid", ""
         if self.value is not None:
-            measured, interval = f"{self.value:+.2f} {self.unit}", f"{self.low:+.2f} … {self.high:+.2f}"
+            measured, interval = f"{signed(self.value)} {self.unit}", self.interval()
         return self.figure, self.text, self.expected, measured, interval, self.verdict
+
+    def interval(self) -> str:
+        return f"{signed(self.low)} … {signed(self.high)}"
+
+
+def signed(value: float) -> str:
+    """Write a number with its sign; 0 has none."""
+    return f"{value:+.2f}".replace("-", "−").replace("+0.00", "0.00").replace("−0.00", "0.00")
 
 
 def least(grid: Grid) -> Callable[[np.ndarray], float]:

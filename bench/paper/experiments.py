@@ -17,7 +17,7 @@ import sklearn
 import torch
 
 import fused_adamw
-from bench.output import begin, console, new_table, progress, wrote
+from bench.output import begin, console, markdown, new_table, progress, wrote
 from bench.paper import claims, digits, figures
 from bench.paper.claims import Claim, Curve
 from bench.paper.digits import STEPS_PER_EPOCH, Batch, train
@@ -57,6 +57,9 @@ GRIDS = (
 # Learning rate and weight decay of a run of 30 epochs: the same whatever the grids find.
 LONG = {"AdamW": (0.016, 0.064), "SGDW": (0.016, 0.016)}
 LENGTH_RATE, LENGTH_DECAYS = 0.032, Axis(2.5e-4, 1, 12)
+
+
+COLUMNS = ("figure", "claim", "expected", "measured", "95 % interval", "seen?")
 
 
 @dataclass(frozen=True)
@@ -264,15 +267,16 @@ def run(args: argparse.Namespace) -> int:
         "points": [{"batch": asdict(b), "result": points[b]} for b in itertools.chain(batches, *best)],
     }
     (args.out / "paper.json").write_text(json.dumps(report_file), encoding="utf-8")
-    wrote(args.out / "paper.json")
+    (args.out / "paper.md").write_text(markdown(COLUMNS, (claim.cells() for claim in stated)) + "\n", encoding="utf-8")
+    for name in ("paper.json", "paper.md"):
+        wrote(args.out / name)
     figures.draw(grids, slopes, curves, long, lengths, args.out)
     return 0
 
 
 def report(stated: list[Claim], plan: Plan) -> None:
     """Print a row for each claim."""
-    columns = ("figure", "claim", "expected", "measured", "95 % interval", "seen?")
-    shown = new_table(*columns, left=len(columns), show_lines=True)
+    shown = new_table(*COLUMNS, left=len(COLUMNS), show_lines=True)
     for claim in stated:
         shown.add_row(*claim.cells())
     console.print(shown)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from bench.output import wrote
-from bench.paper.claims import SLOPES, Claim, Curve, Grids, multiplier, taken
+from bench.paper.claims import SLOPES, Claim, Curve, Grids, multiplier, signed, taken
 from bench.paper.valleys import NEAR, Grid, Lengths, valleys
 from bench.plot import plt, write
 
@@ -67,9 +67,9 @@ def plain_ticks(ax: Axes, low: float, high: float) -> None:
     ax.set_ylim(limits)
 
 
-def number(value: float) -> str:
-    """Write a learning rate or a decay in as few signs as two digits take."""
-    return f"{value:.2g}" if value < 1 else f"{value:.1f}"
+def thousandths(values: np.ndarray) -> list[str]:
+    """Return tick labels in units of 0.001, two digits each."""
+    return [f"{1e3 * v:.2g}" if v < 0.0995 else f"{1e3 * v:.0f}" for v in values]
 
 
 def coupling(rows: list[list[Grid]], slopes: dict[tuple[str, str], Claim]) -> Figure:
@@ -79,9 +79,7 @@ def coupling(rows: list[list[Grid]], slopes: dict[tuple[str, str], Claim]) -> Fi
         slope = slopes[grid.algorithm, grid.network]
         if slope.value is None:
             return TITLES[grid.algorithm]
-        return f"{TITLES[grid.algorithm]}: slope {slope.value:+.2f} ({slope.low:+.2f} … {slope.high:+.2f})".replace(
-            "-", "−"
-        )
+        return f"{TITLES[grid.algorithm]}: slope {signed(slope.value)} ({slope.interval()})"
 
     return heatmaps(rows, title, every=2)
 
@@ -109,12 +107,12 @@ def heatmaps(rows: list[list[Grid]], title: Callable[[Grid], str], every: int) -
             mark(ax, grid)
             ax.set_title(title(grid))
             x, y = np.arange(len(grid.decays)), np.arange(len(grid.rates))
-            ax.set_xticks(x[::every] + 0.5, [number(v) for v in grid.decays[::every]], fontsize=8)
-            ax.set_yticks(y + 0.5, [number(v) for v in grid.rates], fontsize=8)
+            ax.set_xticks(x[::every] + 0.5, thousandths(grid.decays[::every]), fontsize=8)
+            ax.set_yticks(y + 0.5, thousandths(grid.rates), fontsize=8)
             ax.tick_params(length=0)
-            ax.set_xlabel("weight decay λ" if grid.algorithm.endswith("W") else "L2 factor λ")
+            ax.set_xlabel("weight decay λ (10⁻³)" if grid.algorithm.endswith("W") else "L2 factor λ (10⁻³)")
             if grid is row[0]:
-                ax.set_ylabel("learning rate α")
+                ax.set_ylabel("learning rate α (10⁻³)")
     bar = figure.colorbar(image, ax=axes, extend="max", aspect=40, pad=0.02)
     plain_ticks(bar.ax, lowest, 4 * lowest)
     bar.set_label("test error (%)")
@@ -138,12 +136,12 @@ def mark(ax: Axes, grid: Grid) -> None:
 
 # The networks of the second figure, and what the theory says of the decoupled decay.
 NETWORKS = {
-    "normalized": "every weight normalized:\n0, and −1 with L2",
-    "plain head, not decayed": "plain head, not decayed:\n0",
-    "plain head": "plain head:\nbetween 0 and +1",
-    "ordinary": "ordinary network:\nbetween 0 and +1",
-    "plain head, alone decayed": "plain head, alone decayed:\n+1",
-    "unnormalized": "nothing normalized:\n+1",
+    "normalized": "normalized\n(theory: 0, with L2 −1)",
+    "plain head, not decayed": "plain head, not decayed\n(theory: 0)",
+    "plain head": "plain head\n(theory: 0 to +1)",
+    "ordinary": "ordinary\n(theory: 0 to +1)",
+    "plain head, alone decayed": "plain head, alone decayed\n(theory: +1)",
+    "unnormalized": "unnormalized\n(theory: +1)",
 }
 
 
@@ -160,13 +158,18 @@ def networks(grids: Grids) -> Figure:
             ax.fill_between(x, low, high, color=COLORS[name], alpha=0.2, linewidth=0)
             if len(x) and (theory := SLOPES[name, network].value) is not None:
                 x, y = (np.exp(np.log(values).mean()) for values in (x, best))
-                ax.axline((x, y), (2 * x, y * 2**theory), color="black", linestyle=":", linewidth=0.9)
+                style = {"color": "black", "linestyle": ":", "linewidth": 0.9}
+                ax.axline((x, y), (2 * x, y * 2**theory), label="theory", **style)
         ax.set_title(title)
         ax.set(xscale="log", yscale="log", xlim=(6e-4, 1.6), ylim=(6e-4, 1.6))
         ax.grid(alpha=0.25)
-    figure.supxlabel("learning rate α", fontsize=9)
-    figure.supylabel("best weight decay or L2 factor λ", fontsize=9)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    for ax in axes[1]:
+        ax.set_xlabel("learning rate α")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("best λ")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == "theory"))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=len(named))
     return figure
 
 
@@ -188,7 +191,7 @@ def learning_curves(curves: list[Curve]) -> Figure:
     left.set(title="training", yscale="log", xlabel="epoch", ylabel="training loss (nats)")
     highest = 5 * 100 * min(c.errors.mean(0).min() for c in curves)
     middle.set(title="test", ylim=(0, highest), xlabel="epoch", ylabel="test error (%)")
-    right.set(title="test against training", xscale="log", ylim=(0, highest))
+    right.set(title="test against training", xscale="log", xlim=(None, 0.5), ylim=(0, highest))
     right.set(xlabel="training loss (nats)", ylabel="test error (%)")
     right.invert_xaxis()
     right.xaxis.set_minor_formatter("")
