@@ -89,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: %(default)s)")
 
     paper = commands.add_parser("paper", help="the claims of the paper, on scikit-learn's digits: figures and a table")
-    paper.add_argument("--quick", action="store_true", help="a coarse version, in a minute instead of ten")
+    paper.add_argument("--quick", action="store_true", help="a coarse version, in a minute instead of twenty")
+    paper.add_argument("--seeds", type=positive, metavar="N", help="(default: 16, and 2 of the coarse version)")
+    paper.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     of = "processes of one thread each (default: 2, or fewer where there are fewer)"
     paper.add_argument("--threads", type=positive, metavar="N", help=of)
 

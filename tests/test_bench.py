@@ -25,7 +25,7 @@ from bench import measures, picture, step, stream, timing
 from bench.__main__ import main
 from bench.arms import ALGORITHMS, DTYPES, PEERS, TORCH, Arm, arms_of, chunked, with_chunks, with_steady
 from bench.memory import FORMS
-from bench.paper import claims, digits, experiments
+from bench.paper import claims, digits, experiments, valleys
 from bench.studies import demo, gpt
 from bench.studies.formats import Run
 from fused_adamw import formats, gpu
@@ -567,9 +567,7 @@ def test_sharding() -> None:
 
 # ---- the paper
 
-TINY = experiments.Plan(
-    seeds=2, epochs=1, octaves=(1, 3), decays=(0, 3, 6), long=15, lengths=(1, 2), length_decays=(0, 3, 6)
-)
+TINY = experiments.Plan(seeds=5, every=4, epochs=1, long=15, lengths=(1, 2))
 
 
 def test_memory(here: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,28 +611,32 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     """It draws and states everything; what is there is not trained again, what is missing or of other versions is."""
     trained = []
     monkeypatch.setattr(experiments, "QUICK", TINY)
-    monkeypatch.setattr(claims, "RESAMPLES", 20)
-    monkeypatch.setattr(experiments, "train", lambda batch: trained.append(batch) or digits.train(batch))
+    monkeypatch.setattr(valleys, "RESAMPLES", 20)
+    monkeypatch.setattr(
+        experiments, "train", lambda batch, device: trained.append(batch) or digits.train(batch, device)
+    )
     command = ["paper", "--quick", "--threads", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     out = capsys.readouterr().out
     for text in (
         "SGDW: the best decay does not depend",
+        "AdamW, plain head, not decayed",
         "AdamWR ends within",
         "95 % interval",
-        "2 seeds",
+        "5 seeds, 10 of figure 5",
         "paper.json",
     ):
         assert text in out
-    for name in ("1_coupling", "2_schedules", "3_curves", "4_restarts", "5_length"):
+    for name in ("1_coupling", "2_networks", "3_schedules", "4_curves", "5_restarts", "6_length"):
         assert (tmp_path / f"paper_{name}.png").read_bytes().startswith(b"\x89PNG")
 
     report = json.loads((tmp_path / "paper.json").read_text("utf-8"))
-    assert len(trained) == len(set(trained)) == len(report["points"]) == 8 * 2 + 2 + 4 + 4
+    assert len((tmp_path / "paper.md").read_text("utf-8").splitlines()) == 2 + len(report["claims"]) == 2 + 26
+    assert len(trained) == len(set(trained)) == len(report["points"]) == 17 * 2 + 2 * 2 + 4 * 2 + 4
     assert report["versions"]["torch"] == torch.__version__
-    assert report["plan"]["seeds"] == 2
+    assert report["plan"]["seeds"] == 5
     assert {claim["verdict"] for claim in report["claims"]} <= {"yes", "no", "unclear"}
-    assert {claim["figure"] for claim in report["claims"]} == set("12345")
+    assert {claim["figure"] for claim in report["claims"]} == set("123456")
     for point in report["points"]:
         cells, found = point["batch"]["cells"], point["result"]
         assert len(cells) == len(found["errors"]) == len(found["losses"])
@@ -654,26 +656,69 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert json.loads((tmp_path / "paper.json").read_text("utf-8"))["claims"] == report["claims"]
 
 
+def test_paper_finds_results_where_they_belong(tmp_path: Path) -> None:
+    """Batches of some seeds each are put together again, by learning rate, decay and seed."""
+
+    def error(batch: digits.Batch, cell: tuple[float, float, int], epoch: int) -> float:
+        return hash((batch.algorithm, batch.schedule, batch.network, batch.epochs, *cell, epoch)) / 2**64
+
+    points = experiments.Points(tmp_path / "points.jsonl", "cpu")
+    grids = experiments.grid_batches(TINY, "Adam", "step", "ordinary")
+    lengths = [batch for epochs in TINY.lengths for batch in experiments.length_batches(TINY, epochs)]
+    long = experiments.long_batches(TINY, "SGDW", "restarts")
+    assert len(grids) == len(long) == len(lengths) / 2 == 2
+    for batch in (*grids, *lengths, *long):
+        epochs = [batch.epochs - 1, batch.epochs]
+        found = [[error(batch, cell, epoch) for epoch in epochs] for cell in batch.cells]
+        points.add(batch, {"epochs": epochs, "errors": found, "losses": found})
+    points = experiments.Points(tmp_path / "points.jsonl", "cpu")
+    assert points.missing([*grids, *lengths, *long]) == []
+    assert experiments.Points(tmp_path / "points.jsonl", "cuda").missing(grids) == grids
+
+    grid = experiments.grid_of(TINY, points, "Adam", "step", "ordinary")
+    assert grid.errors.shape == (5, len(grid.rates), len(grid.decays)) == (5, 2, 5)
+    for (seed, i, j), value in np.ndenumerate(grid.errors):
+        assert value == error(grids[0], (grid.rates[i], grid.decays[j], seed), 1)
+    curve = experiments.curve_of(points, long)
+    assert curve.errors.shape == (10, 2)
+    for (seed, i), value in np.ndenumerate(curve.errors):
+        assert value == error(long[0], (curve.rate, curve.decay, seed), curve.epochs[i])
+    found = experiments.lengths_of(TINY, points)
+    assert found.errors.shape == (5, 2, len(found.decays))
+    for (seed, i, j), value in np.ndenumerate(found.errors):
+        cell = (experiments.LENGTH_RATE, found.decays[j], seed)
+        assert value == error(lengths[2 * i], cell, found.epochs[i])
+    assert found.steps.tolist() == [64, 128]
+
+
 @pytest.mark.slow
 def test_paper_in_several_processes() -> None:
     batches = [digits.Batch("AdamW", "cosine", 1, 1, ((1e-2, decay, 0),)) for decay in (0.0, 0.1)]
-    found = dict(experiments.results(batches, 2))
-    assert found == dict(experiments.results(batches, 1))
+    found = dict(experiments.results(batches, 2, "cpu"))
+    assert found == dict(experiments.results(batches, 1, "cpu"))
     assert found[batches[0]] != found[batches[1]]
 
 
-@pytest.mark.parametrize("algorithm", digits.PAPERS)
-def test_networks_side_by_side_are_those_trained_alone(algorithm: str) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "network"),
+    [*((name, "normalized") for name in digits.PAPERS), *(("AdamW", network) for network in digits.NETWORKS)],
+)
+def test_networks_side_by_side_are_those_trained_alone(algorithm: str, network: str) -> None:
     cells = ((4e-3, 1e-2, 0), (1e-2, 3e-2, 1))
-    found = digits.train(digits.Batch(algorithm, "restarts", 3, 2, cells))
+    found = digits.train(digits.Batch(algorithm, "restarts", 3, 2, cells, network))
     assert found["epochs"] == [2, 3]
     for k, (lr, decay, seed) in enumerate(cells):
         x, y, test_x, test_y = digits.digits(seed)
         assert (len(x), len(test_x)) == (256, 1541)
-        model = digits.network(seed)
+        model = digits.network(seed, network)
+        layers = {"plain head, not decayed": (0, 3), "plain head, alone decayed": (7,)}.get(network, range(8))
+        parts: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        for i, layer in enumerate(model):
+            parts[i in layers] += layer.parameters()
+        groups = [{"params": parts[True]}, {"params": parts[False], "weight_decay": 0.0}]
         kind, options = getattr(fused_adamw, algorithm), digits.PAPERS[algorithm]
-        optimizer = kind(model.parameters(), lr=lr, weight_decay=decay, **options)
-        schedule = digits.SCHEDULES["restarts"](optimizer, 3)
+        optimizer = kind([group for group in groups if group["params"]], lr=lr, weight_decay=decay, **options)
+        schedule = digits.SCHEDULES["restarts"](optimizer, 3, 16)
         shuffle = torch.Generator().manual_seed(seed)
         for _ in range(3):
             for picked in torch.randperm(256, generator=shuffle).split(16):
@@ -687,36 +732,76 @@ def test_networks_side_by_side_are_those_trained_alone(algorithm: str) -> None:
             assert found["errors"][k][-1] == pytest.approx(error, abs=2 / 1541)
 
 
-def grid(moves: float, noise: float = 0.0) -> claims.Grid:
+@pytest.mark.gpu
+def test_networks_on_a_gpu_are_those_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without convolutions: of those a virtual GPU lacks the depthwise kernel."""
+
+    def linear(seed: int, kind: str) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), digits.Scaled())
+
+    monkeypatch.setattr(digits, "network", linear)
+    batch = digits.Batch("AdamW", "cosine", 1, 1, ((4e-3, 1e-2, 0), (1e-2, 3e-2, 1)))
+    cpu, cuda = (digits.train(batch, device) for device in ("cpu", "cuda"))
+    assert cuda["epochs"] == cpu["epochs"] == [1]
+    assert np.array(cuda["losses"]) == pytest.approx(np.array(cpu["losses"]), rel=1e-3)
+    assert np.array(cuda["errors"]) == pytest.approx(np.array(cpu["errors"]), abs=2 / 1541)
+
+
+@pytest.mark.parametrize("network", digits.NETWORKS)
+def test_scale_does_not_matter_where_a_normalization_follows(network: str) -> None:
+    """In the network of the headline this holds for every weight; the others say where it does not."""
+    images, *_ = digits.digits(0, training=1024)
+    invariant = {}
+    for name in dict(digits.network(0, network).named_parameters()):
+        model = digits.network(0, network)
+        with torch.no_grad():
+            for p in (p for p in model.parameters() if p.dim() == 1):
+                p += torch.arange(len(p)) / len(p)  # biases begin as 0, which has no scale
+            before = model(images)
+            model.get_parameter(name).mul_(8)
+            invariant[name] = torch.allclose(model(images), before, rtol=1e-2, atol=1e-2)
+    convolutions = {"0.weight", "3.weight"}
+    expected = {"normalized": {*convolutions, "7.weight"}, "unnormalized": set()}.get(network, convolutions)
+    assert {name for name, holds in invariant.items() if holds} == expected
+
+
+def grid(moves: float, noise: float = 0.0) -> valleys.Grid:
     """Errors with a valley whose decay moves by so many octaves for each octave of the learning rate."""
     rng = np.random.default_rng(0)
     rates, decays = 2.0 ** np.arange(4), np.array([0.0, *2.0 ** np.arange(9)])
     valley = 5 + moves * np.arange(-1, 3)
-    errors = 0.04 + 0.003 * (np.arange(10) - valley[:, None]) ** 2
-    return claims.Grid("SGD", "cosine", rates, decays, errors + noise * rng.standard_normal((6, 4, 10)))
+    errors = 0.04 + 0.002 * (np.arange(10) - valley[:, None]) ** 2
+    noisy = errors + noise * rng.standard_normal((6, 4, 10))
+    return valleys.Grid("SGD", "cosine", "normalized", rates, decays, noisy)
 
 
 @pytest.mark.parametrize("moves", [-1, 0, 1])
 def test_paper_measures_how_the_best_decay_moves(moves: int) -> None:
-    value, low, high = claims.bootstrap(claims.shift(grid(moves, noise=1e-3)), 6)
+    found = grid(moves, noise=1e-3)
+    value, low, high = valleys.bootstrap(valleys.shift(found), 6)
     assert low <= value <= high
     assert value == pytest.approx(moves, abs=0.1)
-    verdicts = {-1: ("yes", "no"), 0: ("unclear", "yes"), 1: ("no", "no")}
+    for expected in (-1, 0, 1):
+        assert claims.about(expected, "").verdict(low, high) == ("yes" if expected == moves else "no")
     if moves:
-        assert (claims.negative(low, high), claims.within(1 / 3)(low, high)) == verdicts[moves]
-    else:
-        assert claims.within(1 / 3)(low, high) == "yes"
+        assert claims.BELOW_0.verdict(low, high) == ("yes" if moves < 0 else "no")
+    centre = valleys.valleys(found)
+    assert centre.rows.tolist() == [0, 1, 2, 3]
+    assert centre.best == pytest.approx(4 + moves * np.arange(-1, 3), abs=0.5)
+    assert (centre.low <= centre.best).all()
+    assert (centre.best <= centre.high).all()
 
 
 def test_paper_takes_intervals_as_scipy_does() -> None:
     from scipy import stats
 
     values = np.random.default_rng(1).standard_normal(8)
-    options = {"vectorized": False, "method": "percentile", "n_resamples": claims.RESAMPLES}
+    options = {"vectorized": False, "method": "percentile", "n_resamples": valleys.RESAMPLES}
     found = stats.bootstrap(
         (np.arange(8),), lambda seeds: values[seeds].mean(), **options, rng=np.random.default_rng(0)
     )
-    assert claims.bootstrap(lambda seeds: float(values[seeds].mean()), 8)[1:] == pytest.approx(
+    assert valleys.bootstrap(lambda seeds: float(values[seeds].mean()), 8)[1:] == pytest.approx(
         found.confidence_interval, rel=1e-12
     )
 
@@ -724,12 +809,17 @@ def test_paper_takes_intervals_as_scipy_does() -> None:
 def test_paper_leaves_out_what_has_no_valley() -> None:
     flat = grid(0)
     flat.errors[:, :, :6] = flat.errors.min()  # any small decay is as good
-    assert claims.usable_rates(flat) == []
-    assert np.isnan(claims.shift(flat)(np.arange(6)))
-    assert claims.negative(np.nan, np.nan) == claims.within(1)(np.nan, np.nan) == "unclear"
+    assert flat.usable() == []
+    assert valleys.valleys(flat).rows.tolist() == []
+    assert np.isnan(valleys.shift(flat)(np.arange(6)))
+    assert claims.BELOW_0.verdict(np.nan, np.nan) == claims.BETWEEN.verdict(np.nan, np.nan) == "unclear"
+    claim = claims.judge("1", "", claims.BELOW_0, claims.OCTAVES, valleys.shift(flat), 6)
+    assert (claim.value, claim.cells()[3:]) == (None, ("fewer than two valleys inside the grid", "", "unclear"))
+    claim = claims.Claim("1", "", "0", claims.POINTS, -0.004, -1.5, 0.25, "unclear")
+    assert claim.cells()[3:5] == ("0.00 points", "−1.50 … +0.25")
     worse = grid(0)
-    worse.errors[:, 2] += 2 * claims.USABLE
-    assert claims.usable_rates(worse) == [0, 1, 3]
+    worse.errors[:, 2] += 2 * valleys.USABLE
+    assert worse.usable() == [0, 1, 3]
 
 
 def test_paper_measures_the_length_of_the_run() -> None:
@@ -737,9 +827,12 @@ def test_paper_measures_the_length_of_the_run() -> None:
     epochs, decays = 2 ** np.arange(1, 6), 2.0 ** (np.arange(25) / 2)
     valley = 16 - np.arange(5)
     errors = np.tile(0.04 + 0.002 * (np.arange(25) - valley[:, None]) ** 2, (3, 1, 1))
-    lengths = claims.Lengths(1e-3, epochs, decays, errors)
-    assert claims.shrinkage(lengths, False)(np.arange(3)) == pytest.approx(-0.5)
-    assert claims.shrinkage(lengths, True)(np.arange(3)) == pytest.approx(0, abs=1e-12)
+    lengths = valleys.Lengths(epochs, 16 * epochs, decays, errors)
+    seeds = np.arange(3)
+    assert valleys.shrinkage(lengths, False)(seeds) == pytest.approx(-0.5)
+    assert valleys.shrinkage(lengths, False, range(2))(seeds) == pytest.approx(-0.5)
+    assert valleys.shrinkage(lengths, True)(seeds) == pytest.approx(0, abs=1e-12)
+    assert np.isnan(valleys.shrinkage(lengths, False, range(1))(seeds))
 
 
 def test_paper_takes_the_network_at_the_end_of_the_last_cycle() -> None:
@@ -773,6 +866,7 @@ def test_paper_compares_at_equal_training_loss() -> None:
         (["demo", "--steps", "-1"], "-1 is not a whole number of at least 1"),
         (["demo", "--out", __file__], "is not a directory"),
         (["paper", "--out", __file__], "is not a directory"),
+        (["paper", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["paper", "--threads", "0"], "0 is not a whole number of at least 1"),
     ],
 )

@@ -7,25 +7,7 @@ import numpy as np
 import torch
 
 from bench.paper.digits import SCHEDULES, STEPS_PER_EPOCH
-
-RESAMPLES = 2000
-NEAR = 0.005  # errors this close to the least are as good as the least: 8 of 1,541 test images
-USABLE = 0.015  # learning rates whose least error is this close to the least of all are usable
-
-
-class Grid(NamedTuple):
-    """Hold final results over learning rates and weight decays."""
-
-    algorithm: str
-    schedule: str
-    rates: np.ndarray
-    decays: np.ndarray  # the first is 0
-    errors: np.ndarray  # (seed, rate, decay), fractions of the test images
-
-    def best(self) -> tuple[int, int]:
-        """Return the indices of the rate and the decay with the least mean error."""
-        mean = self.errors.mean(0)
-        return np.unravel_index(mean.argmin(), mean.shape)
+from bench.paper.valleys import Grid, Lengths, bootstrap, shift, shrinkage
 
 
 class Curve(NamedTuple):
@@ -40,75 +22,57 @@ class Curve(NamedTuple):
     losses: np.ndarray
 
 
-class Lengths(NamedTuple):
-    """Hold AdamW's final errors over the length of the run and the weight decay."""
+class Expected(NamedTuple):
+    """Say where the paper, or the theory, expects a value: between two bounds."""
 
-    rate: float
-    epochs: np.ndarray
-    decays: np.ndarray
-    errors: np.ndarray  # (seed, length, decay)
+    text: str
+    low: float
+    high: float
+    value: float | None = None  # the middle, where it is one value that is expected
+
+    def verdict(self, low: float, high: float) -> str:
+        """Judge an interval: "yes" or "no" where it leaves no doubt, else "unclear"."""
+        if self.low < low and high < self.high:
+            return "yes"
+        return "no" if low > self.high or high < self.low else "unclear"
+
+
+def about(value: float, text: str) -> Expected:
+    """Expect a slope: 1/3 more or less cannot be told from it on grids of octaves."""
+    return Expected(text, value - 1 / 3, value + 1 / 3, value)
+
+
+BELOW_0 = Expected("below 0", -np.inf, 0.0)
+BETWEEN = Expected("0 to +1", 0.0, 1.0)
+HALF_A_POINT = Expected("within ±0.5", -0.5, 0.5)
 
 
 class Claim(NamedTuple):
     """Hold a claim, its measurement, and whether it was seen."""
 
-    text: str
     figure: str
-    measured: str
+    text: str
+    expected: str
+    unit: str
     value: float | None  # None where it cannot be measured
     low: float | None  # of the 95 % interval
     high: float | None
     verdict: str  # "yes" or "no" where the interval leaves no doubt, else "unclear"
 
+    def cells(self) -> tuple[str, ...]:
+        """Return a row of the table."""
+        measured, interval = "fewer than two valleys inside the grid", ""
+        if self.value is not None:
+            measured, interval = f"{signed(self.value)} {self.unit}", self.interval()
+        return self.figure, self.text, self.expected, measured, interval, self.verdict
 
-def best_decay(errors: np.ndarray, decays: np.ndarray) -> float:
-    """Return log2 of the best weight decay: the mean over those whose error is near the least.
-
-    A single error among eleven thousand can decide an argmin; the middle of the valley is steadier.
-    """
-    return float(np.log2(decays[errors <= errors.min() + NEAR]).mean())
-
-
-def usable(errors: np.ndarray) -> list[int]:
-    """Return the rows of errors over weight decays whose least error lies inside the row, not at an end of the grid."""
-    inside = np.minimum(errors[:, 0], errors[:, -1]) > errors.min(1) + NEAR
-    return [int(i) for i in np.flatnonzero(inside)]
+    def interval(self) -> str:
+        return f"{signed(self.low)} … {signed(self.high)}"
 
 
-def usable_rates(grid: Grid) -> list[int]:
-    """Return the learning rates, as indices, that are about as good as the best and have a best decay in the grid."""
-    mean = grid.errors.mean(0)[:, 1:]
-    return [i for i in usable(mean) if mean[i].min() <= mean.min() + USABLE]
-
-
-def slope(x: np.ndarray, y: list[float]) -> float:
-    """Return the slope of the line of least squares, in octaves per octave; NaN for a single point."""
-    if len(y) < 2:
-        return float("nan")
-    return float(np.polyfit(np.log2(x), y, 1)[0])
-
-
-def shift(grid: Grid) -> Callable[[np.ndarray], float]:
-    """Measure how many octaves the best weight decay moves for each octave of the learning rate, of resampled seeds."""
-    rates = usable_rates(grid)
-
-    def of(seeds: np.ndarray) -> float:
-        mean = grid.errors[seeds].mean(0)[:, 1:]
-        return slope(grid.rates[rates], [best_decay(mean[i], grid.decays[1:]) for i in rates])
-
-    return of
-
-
-def shrinkage(lengths: Lengths, normalized: bool) -> Callable[[np.ndarray], float]:
-    """Measure how many octaves the best weight decay, or λ_norm, moves when the run gets twice as long."""
-    factor = np.sqrt(STEPS_PER_EPOCH * lengths.epochs) if normalized else np.ones(len(lengths.epochs))
-    rows = usable(lengths.errors.mean(0))
-
-    def of(seeds: np.ndarray) -> float:
-        mean = lengths.errors[seeds].mean(0)
-        return slope(lengths.epochs[rows], [best_decay(mean[i], lengths.decays * factor[i]) for i in rows])
-
-    return of
+def signed(value: float) -> str:
+    """Write a number with its sign; 0 has none."""
+    return f"{value:+.2f}".replace("-", "−").replace("+0.00", "0.00").replace("−0.00", "0.00")
 
 
 def least(grid: Grid) -> Callable[[np.ndarray], float]:
@@ -157,7 +121,7 @@ def multiplier(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     """Return (epoch, η) at each step of a run."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     total = int(curve.epochs[-1])
-    schedule = SCHEDULES[curve.schedule](optimizer, total)
+    schedule = SCHEDULES[curve.schedule](optimizer, total, STEPS_PER_EPOCH)
     found = []
     for _ in range(total * STEPS_PER_EPOCH):
         found.append(schedule.get_last_lr()[0])
@@ -176,96 +140,75 @@ def less(a: Callable[[np.ndarray], float], b: Callable[[np.ndarray], float]) -> 
     return lambda seeds: a(seeds) - b(seeds)
 
 
-def bootstrap(of: Callable[[np.ndarray], float], seeds: int) -> tuple[float, float, float]:
-    """Return the value on all seeds, and the ends of its 95 % interval: of values on as many, drawn with replacement.
+OCTAVES, POINTS = "octaves per octave", "points"
+# The slope of the best weight decay over the learning rate, as the theory has it: docs/paper.md says why.
+SLOPES = {
+    ("SGD", "normalized"): about(-1, "−1"),
+    ("SGDW", "normalized"): about(0, "0"),
+    ("Adam", "normalized"): BELOW_0,
+    ("AdamW", "normalized"): about(0, "0"),
+    ("SGDW", "plain head, not decayed"): about(0, "0"),
+    ("AdamW", "plain head, not decayed"): about(0, "0"),
+    ("SGDW", "plain head"): BETWEEN,
+    ("AdamW", "plain head"): BETWEEN,
+    ("SGDW", "ordinary"): BETWEEN,
+    ("AdamW", "ordinary"): BETWEEN,
+    ("SGDW", "plain head, alone decayed"): about(1, "+1"),
+    ("AdamW", "plain head, alone decayed"): about(1, "+1"),
+    ("AdamW", "unnormalized"): about(1, "+1"),
+}
 
-    scipy.stats.bootstrap finds the same (tests/test_bench.py), but warns of every value that cannot be measured.
-    """
-    rng = np.random.default_rng(0)
-    drawn = [of(rng.integers(seeds, size=seeds)) for _ in range(RESAMPLES)]
-    return (of(np.arange(seeds)), *(float(x) for x in np.percentile(drawn, [2.5, 97.5])))
-
-
-def negative(low: float, high: float) -> str:
-    """Judge whether a value is below 0, as the paper expects."""
-    return "yes" if high < 0 else "no" if low > 0 else "unclear"
-
-
-def within(bound: float) -> Callable[[float, float], str]:
-    """Return a judge of whether a value is within a bound of 0, as the paper expects."""
-
-    def verdict(low: float, high: float) -> str:
-        if -bound < low and high < bound:
-            return "yes"
-        return "no" if low > bound or high < -bound else "unclear"
-
-    return verdict
+Grids = dict[tuple[str, str, str], Grid]  # by algorithm, schedule and network
 
 
-def state(grids: dict[tuple[str, str], Grid], short: list[Curve], long: list[Curve], lengths: Lengths) -> list[Claim]:
-    """Measure every claim."""
-    of = {(name, schedule): grid for (name, schedule), grid in grids.items()}
-    sgd, sgdw, adam, adamw = (of[name, "cosine"] for name in ("SGD", "SGDW", "Adam", "AdamW"))
-    _, _, adam_curve, adamw_curve = short
-    adamw_long, adamwr, sgdw_long, sgdwr = long
-    octaves, points = "{:+.2f} octaves per octave of the learning rate", "{:+.2f} points of test error"
-    length = "{:+.2f} octaves per octave of the length"
-    third = within(1 / 3)
-    rows = [
-        ("1", "SGD: the best L2 factor shrinks as the learning rate grows", octaves, shift(sgd), negative),
-        ("1", "SGDW: the best decay does not depend on the learning rate", octaves, shift(sgdw), third),
-        (
-            "1",
-            "SGD: it does so beside SGDW's best decay (Proposition 1: -1)",
-            octaves,
-            less(shift(sgd), shift(sgdw)),
-            negative,
-        ),
-        ("1", "Adam: the best L2 factor shrinks as the learning rate grows", octaves, shift(adam), negative),
-        ("1", "AdamW: the best decay does not depend on the learning rate", octaves, shift(adamw), third),
-        *(
-            (
-                "2",
-                f"AdamW errs less than Adam with L2, {schedule} multiplier",
-                points,
-                less(least(of["AdamW", schedule]), least(of["Adam", schedule])),
-                negative,
-            )
-            for schedule in ("fixed", "step", "cosine")
-        ),
-        (
-            "2",
-            "AdamW errs less with the cosine than with the fixed multiplier",
-            points,
-            less(least(adamw), least(of["AdamW", "fixed"])),
-            negative,
-        ),
-        (
-            "3",
-            "AdamW errs less than Adam with L2 at equal training loss",
-            points,
-            at_equal_loss(adamw_curve, adam_curve),
-            negative,
-        ),
-        ("4", "AdamWR errs less than AdamW on the way", points, any_time(adamwr, adamw_long), negative),
-        ("4", "AdamWR ends within half a point of AdamW", points, final(adamwr, adamw_long), within(0.5)),
-        ("4", "SGDWR errs less than SGDW on the way", points, any_time(sgdwr, sgdw_long), negative),
-        ("4", "SGDWR ends within half a point of SGDW", points, final(sgdwr, sgdw_long), within(0.5)),
-        (
-            "5",
-            "The best decay shrinks with the length of the run (the paper: -1/2)",
-            length,
-            shrinkage(lengths, False),
-            negative,
-        ),
-        ("5", "The best normalized decay does not depend on the length", length, shrinkage(lengths, True), third),
-    ]
+def judge(
+    figure: str, text: str, expected: Expected, unit: str, of: Callable[[np.ndarray], float], seeds: int
+) -> Claim:
+    """Measure a claim, and compare the interval with what is expected."""
+    value, low, high = bootstrap(of, seeds)
+    numbers = (value, low, high) if np.isfinite(value) else (None, None, None)
+    return Claim(figure, text, expected.text, unit, *numbers, expected.verdict(low, high))
+
+
+def slopes(grids: Grids) -> dict[tuple[str, str], Claim]:
+    """Measure how the best decay moves with the learning rate, for each algorithm and network."""
+    found = {}
+    for (name, network), expected in SLOPES.items():
+        figure, text = "2", f"{name}, {network}"
+        if network == "normalized":
+            factor, moves = ("decay", "does not depend on") if name.endswith("W") else ("L2 factor", "shrinks with")
+            figure, text = "1", f"{name}: the best {factor} {moves} the learning rate"
+        grid = grids[name, "cosine", network]
+        found[name, network] = judge(figure, text, expected, OCTAVES, shift(grid), len(grid.errors))
+    return found
+
+
+def state(grids: Grids, curves: list[Curve], long: dict[str, tuple[Curve, Curve]], lengths: Lengths) -> list[Claim]:
+    """Measure every claim but those on slopes over the learning rate."""
+    of = {(name, schedule): grid for (name, schedule, network), grid in grids.items() if network == "normalized"}
+    _, _, adam, adamw = curves
     stated = []
-    for figure, text, form, value_of, verdict_of in rows:
-        value, low, high = bootstrap(value_of, len(sgd.errors))
-        verdict = verdict_of(low, high)
-        if np.isfinite(value):
-            stated.append(Claim(text, figure, form.format(value), value, low, high, verdict))
-        else:
-            stated.append(Claim(text, figure, "fewer than two valleys inside the grid", None, None, None, verdict))
+
+    def add(figure: str, text: str, expected: Expected, unit: str, value_of: Callable[[np.ndarray], float]) -> None:
+        seeds = len((long["AdamW"][0] if figure == "5" else adamw).errors)
+        stated.append(judge(figure, text, expected, unit, value_of, seeds))
+
+    for schedule in ("fixed", "step", "cosine"):
+        difference = less(least(of["AdamW", schedule]), least(of["Adam", schedule]))
+        add("3", f"AdamW errs less than Adam with L2, {schedule} multiplier", BELOW_0, POINTS, difference)
+    difference = less(least(of["AdamW", "cosine"]), least(of["AdamW", "fixed"]))
+    add("3", "AdamW errs less with the cosine than with the fixed multiplier", BELOW_0, POINTS, difference)
+    text = "AdamW errs less than Adam with L2 at equal training loss"
+    add("4", text, BELOW_0, POINTS, at_equal_loss(adamw, adam))
+    for name, (cosine, restarts) in long.items():
+        add("5", f"{name}R errs less than {name} on the way", BELOW_0, POINTS, any_time(restarts, cosine))
+        add("5", f"{name}R ends within half a point of {name}", HALF_A_POINT, POINTS, final(restarts, cosine))
+    count, half = len(lengths.epochs), len(lengths.epochs) // 2
+    for among in (range(count), range(half), range(half, count)):
+        text = (
+            f"The best decay shrinks with the length, {lengths.epochs[among[0]]} to {lengths.epochs[among[-1]]} epochs"
+        )
+        add("6", text, about(-1 / 2, "−1/2"), OCTAVES, shrinkage(lengths, False, among))
+    text = "The best normalized decay does not depend on the length"
+    add("6", text, about(0, "0"), OCTAVES, shrinkage(lengths, True))
     return stated

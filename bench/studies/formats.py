@@ -25,8 +25,8 @@ EPOCHS, DIGITS_LR, DIGITS_DECAY = 60, 3e-3, 0.05
 NOTES = """\
 Each model has the same first weights and batches in every row, forward and backward in float32, and gradients in the
 dtype of its parameters. Loss of the GPT: mean of the last {last} steps; beside it the difference from fp32, of the same
-seed: mean, least and most. Digits: test error of the network of bench paper after {epochs} epochs, in percent, with
-int8 moments also of its small tensors.
+seed: mean, least and most. Digits: test error of the ordinary network of bench paper after {epochs} epochs, in
+percent, with int8 moments also of its small tensors.
 m and v: error of the moments at the end of seed 0, |x - y|^2 / |y|^2 and 1 - cosine, against float32 moments of the
 same gradients."""
 
@@ -98,7 +98,7 @@ class Run(demo.Run):
 def digits_error(form: Form, seed: int) -> float:
     """Return the percentage of the test images that the network gets wrong."""
     x, y, test_x, test_y = digits.digits(seed)
-    model = digits.network(seed).to(form.dtype)
+    model = digits.network(seed, "ordinary").to(form.dtype)
     sizes = formats.SMALL, formats.SMALL_VECTOR
     formats.SMALL = formats.SMALL_VECTOR = 1
     try:
