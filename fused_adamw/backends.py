@@ -83,7 +83,8 @@ class Backend:
     """Steps a bucket of rows in one call.
 
     ``prepare(watch, rows, owner)`` returns the launch; ``missing()`` returns why the backend cannot run here, or "";
-    ``bucket(row)`` returns a key that rows of one launch share; ``warmup(device, variant)`` compiles without a launch.
+    ``bucket(row)`` returns a key that rows of one launch share; ``warmup(device, variant, scales_gradients,
+    counts_on_device)`` compiles without a launch.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Backend:
     prepare: Callable[[Watch, list[Row], Owner], Launch]
     missing: Callable[[], str] = lambda: ""
     bucket: Callable[[Row], Hashable] = lambda row: None
-    warmup: Callable[[torch.device, Variant], Any] = lambda device, variant: None
+    warmup: Callable[[torch.device, Variant, bool, bool], Any] = lambda *_: None
     dtypes: tuple[torch.dtype, ...] = ()  # of parameters, gradients and states, () for all
     capturable: bool = False
 
@@ -122,12 +123,12 @@ def leave_out(error: CannotRun) -> None:
 
 
 def _on_a_gpu(name: str, kernels: Callable[..., Any], missing: Callable[[], str], devices: tuple[str, ...]) -> Backend:
-    """Make a backend that launches ``kernels(device, variant)``, over tables."""
+    """Make a backend that launches ``kernels(device, variant, scales_gradients, counts_on_device)``, over tables."""
 
     def prepare(watch: Watch, rows: list[Row], owner: Owner) -> Launch:
         row = rows[0]
         try:
-            compiled = kernels(row.device, row.variant)
+            compiled = kernels(row.device, row.variant, owner.scales_gradients, row.counts_on_device)
         except NotImplementedError:  # the backend runs, but lacks kernels for these formats
             raise
         except Exception as error:  # whatever a compiler, a driver or another version of triton may raise
@@ -142,7 +143,7 @@ def _on_a_gpu(name: str, kernels: Callable[..., Any], missing: Callable[[], str]
         prepare,
         missing=lambda: _broken.get(name) or missing(),
         bucket=lambda row: (row.variant, row.counts_on_device),
-        warmup=lambda device, variant: kernels(device, variant),
+        warmup=kernels,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         capturable=True,
     )
@@ -155,10 +156,10 @@ def _triton_missing() -> str:
     return ""
 
 
-def _triton_kernels(device: torch.device, variant: Variant) -> Any:
+def _triton_kernels(device: torch.device, variant: Variant, scales: bool, counts: bool) -> Any:
     from fused_adamw.triton_kernels.kernels import TritonKernels
 
-    return TritonKernels(device, variant)
+    return TritonKernels(device, variant, scales, counts)
 
 
 def _cuda_missing() -> str:
@@ -176,7 +177,7 @@ def _cuda_missing() -> str:
     return "" if torch.cuda.is_available() else "it is built, but there is no CUDA device"
 
 
-def _cuda_kernels(device: torch.device, variant: Variant) -> Any:
+def _cuda_kernels(device: torch.device, variant: Variant, scales: bool, counts: bool) -> Any:
     return _built().CudaKernels(device, *variant)
 
 

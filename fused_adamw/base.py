@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_adamw import backends, checkpoints, checks, clipping, formats, loaded, options, plan, sharing, state
-from fused_adamw.contract import Clipping, Variant
+from fused_adamw.contract import Clipping, Variant, counts_on_device
 from fused_adamw.options import Backend, Params, ProcessGroups
 
 # Attributes that other modules read and users need not: dir() and tab completion leave them out.
@@ -332,7 +332,7 @@ class FusedOptimizer(Optimizer):
                 storage = formats.storage_of(p, group, names)
                 dtype = p.dtype if not names else torch.int8 if storage.int8 else dtype
                 variant = Variant(rule, p.dtype, p.dtype, dtype, storage.master, storage.stochastic)
-                backend.warmup(p.device, variant)
+                backend.warmup(p.device, variant, self.scales_gradients, counts_on_device(self, group, p))
 
     def _retire(self, built: Iterable[plan.Built]) -> None:
         # A captured graph goes on using the tables of the plan that it was captured from.

@@ -36,13 +36,19 @@ def launches(monkeypatch):
     return seen
 
 
+def triton_kernels():
+    """Those of Triton, none if it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return ()
+    from fused_adamw.triton_kernels.factor import factor_kernel
+    from fused_adamw.triton_kernels.multi_tensor import scalars_kernel, square_kernel, step_kernel
+
+    return step_kernel, scalars_kernel, square_kernel, factor_kernel
+
+
 def compiled():
     """Number of kernels that Triton compiled, over all devices."""
-    if importlib.util.find_spec("triton") is None:
-        return 0
-    from fused_adamw.triton_kernels.multi_tensor import scalars_kernel, step_kernel
-
-    return sum(len(c[0]) for k in (step_kernel, scalars_kernel) for c in k.device_caches.values())
+    return sum(len(c[0]) for k in triton_kernels() for c in k.device_caches.values())
 
 
 def step_kernels():
@@ -125,14 +131,18 @@ def test_without_the_extension(monkeypatch):
 
 
 @gpu
-def test_warmup_compiles_what_the_step_needs():
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=["plain", "clipped"])
+def test_warmup_compiles_what_the_step_needs(options):
     p = torch.nn.Parameter(torch.ones(10, device="cuda", dtype=torch.bfloat16))
-    optimizer = cases.make("AdamW", [p], {"amsgrad": True, "state_dtype": torch.bfloat16})
+    optimizer = cases.make("AdamW", [p], {"amsgrad": True, "state_dtype": torch.bfloat16}, **options)
+    for kernel in triton_kernels():
+        kernel.device_caches.clear()
     optimizer.warmup()
     assert torch.equal(p, torch.ones_like(p))
     assert not optimizer.state
     known = compiled()
-    assert known and all(kernel.module is not None for kernel in step_kernels()), "a graph capture cannot load a kernel"
+    assert known == (4 if options else 1)
+    assert all(kernel.module is not None for kernel in step_kernels()), "a graph capture cannot load a kernel"
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert compiled() == known

@@ -102,15 +102,21 @@ def _has(hook: Any) -> bool:
 class TritonKernels:
     """Implements ``fused_adamw.gpu.Kernels`` for a variant on a device; raises what Triton raises."""
 
-    def __init__(self, device: torch.device, variant: Variant) -> None:
+    def __init__(
+        self, device: torch.device, variant: Variant, scales_gradients: bool = False, counts_on_device: bool = False
+    ) -> None:
         self.variant = variant
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.warp_size = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
             # A factor is 4 bytes of a tensor of its own, which torch aligns.
             arguments = (torch.int64, torch.int32, torch.float32, torch.float32, 1)
             self._step = Compiled(step_kernel, arguments, *config(variant, self.warp_size))
+            if scales_gradients:
+                self._squares, self._factor  # noqa: B018
+            if counts_on_device:
+                self._scalars  # noqa: B018
 
-    # The kernels that not every optimizer needs are compiled at their first launch.
+    # The kernels that not every optimizer needs are compiled when they are first asked for.
 
     @functools.cached_property
     def _squares(self) -> Compiled:

@@ -253,9 +253,8 @@ def square_kernel(rows, chunks, sums, chunk, G_DTYPE: tl.constexpr, THREADS: tl.
     """
     row, base, n = place(rows, chunks, chunk)
     address = tl.load(row + COL_GRAD)
-    whole = 0
-    if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:
-        whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
+    # Triton 3.4 and 3.5 cannot compile a branch here.
+    whole = tl.where(tl.load(row + COL_FLAGS) & IS_ALIGNED != 0, n // (THREADS * WIDTH) * (THREADS * WIDTH), 0)
     total = sum_squares(address, base, n, whole, 1.0, G_DTYPE, THREADS, WIDTH)
     # Some square left the range of float32: again, scaled into it. A chunk of zeros is read twice, too.
     if (total < LEAST_SUM) | (total >= float("inf")):
