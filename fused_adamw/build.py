@@ -58,10 +58,10 @@ def sources() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "csrc"
 
 
-def fingerprint() -> str:
+def fingerprint(folder: Path | None = None) -> str:
     """Return 16 hexadecimal digits that change with the sources; raises OSError where there are none."""
     digest = hashlib.sha256()
-    for path in sorted(sources().iterdir()):
+    for path in sorted((folder or sources()).iterdir()):
         if path.suffix in (".cpp", ".cu", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -80,8 +80,15 @@ def cache(torch_version: str) -> Path:
 
 
 def place(torch_version: str) -> Path:
-    """Return the folder that ``build`` puts an extension into."""
-    return PACKAGE if os.access(PACKAGE, os.W_OK) else cache(torch_version)
+    """Return the folder that ``build`` puts an extension into.
+
+    In a checkout that hides an installed package of the same sources it is that package's, from which both load it.
+    """
+    for folder in (*hidden(), PACKAGE):
+        with contextlib.suppress(OSError):  # no sources: another package of this name
+            if folder == PACKAGE or fingerprint(folder / "csrc") == fingerprint():
+                return folder if os.access(folder, os.W_OK) else cache(torch_version)
+    return cache(torch_version)
 
 
 def hidden() -> Iterator[Path]:
@@ -144,7 +151,7 @@ def find(torch_version: str) -> tuple[Path | None, str]:
 
 def failed(torch_version: str) -> str:
     """Return why the last build came to nothing and the compiler's last lines, or nothing."""
-    for folder in (cache, lambda _: PACKAGE):
+    for folder in (cache, place, lambda _: PACKAGE):
         with contextlib.suppress(OSError):
             return (folder(torch_version) / FAILURE).read_text("utf-8").strip()
     return ""
@@ -367,7 +374,7 @@ def build(force: bool = False) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(folder / "_C.lock"), tempfile.TemporaryDirectory(dir=folder, prefix="_C.build.") as temporary:
         found, _ = find(torch.__version__)
-        if found and not force:
+        if found and not force and (found.parent == folder or folder == PACKAGE):
             tell(f"{found} fits already; --force builds it anew")
             return found
         tell(

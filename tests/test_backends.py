@@ -185,6 +185,18 @@ def test_a_checkout_takes_the_extension_of_the_installed_package_that_it_hides(t
     assert "cpu tensors are stepped by 'reference'" in report
 
 
+def test_a_build_in_a_checkout_is_for_the_installed_package_that_it_hides(tmp_path, monkeypatch):
+    """So that Python finds it wherever it starts; of other sources, it is the checkout's own."""
+    installed, checkout, other = (package(tmp_path / name) for name in ("site", "checkout", "other"))
+    (other / "csrc" / "step.h").write_text("// other sources")
+    monkeypatch.setattr(build, "PACKAGE", checkout)
+    for hidden, expected in (([installed], installed), ([other], checkout), ([other, installed], installed)):
+        monkeypatch.setattr(build, "hidden", lambda hidden=hidden: iter(hidden))
+        assert build.place("2.13.0") == expected
+    shutil.rmtree(installed / "csrc")
+    assert build.place("2.13.0") == checkout
+
+
 def test_an_extension_for_another_torch_is_not_loaded(place):
     """Neither is one without a record, which may be older than the sources; the cache's is, if it fits."""
     extension, fitting = place / build.FILE, build.cache("2.6.0") / build.FILE
