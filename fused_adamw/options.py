@@ -121,9 +121,9 @@ lower half of a float32 whose upper half is the parameter, ``"fp32"`` a whole fl
     "max_grad_norm": """\
 clip by the global norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the step: gradients are
 read once more, and not written. ``optimizer.grad_norm`` is the norm, on the device, of gradients divided by a
-GradScaler's scale; ``float("inf")`` clips nothing. Its last bits in float64 depend on how the parameters are cut into
-tensors, and on the backend, but not on threads. If each parameter has an optimizer of its own, each is clipped by its
-own norm.""",
+GradScaler's scale; ``float("inf")`` clips nothing. Its last bits depend on how the parameters are cut into tensors and
+on the backend (up to 1e-15 of it on a CPU, 3e-7 on a GPU), but not on threads. If each parameter has an optimizer of
+its own, each is clipped by its own norm.""",
     "skip_nonfinite": "skip a step whose gradients have a norm that is not finite: nothing changes and nothing counts.",
     "amp_scaling": """\
 let ``torch.amp.GradScaler`` hand its scale and its finding of infinities to the step, which then divides and skips by
