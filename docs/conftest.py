@@ -40,9 +40,6 @@ if Sybil:
     pytest_collect_file = Sybil(
         parsers=[PythonCodeBlockParser(), SkipParser()],
         patterns=["*.md"],
-        excludes=[
-            "distributed.md"
-        ],  # its blocks need several processes: tests/test_distributed*.py has their like
         setup=given,
         fixtures=["elsewhere"],
     ).pytest()
