@@ -99,7 +99,7 @@ def mutant(tmp_path, old, new):
         ("mask = None if ALIGNED else i < end", "mask = None"),
         ("if whole < n:", "if whole + 1 < n:"),
         (
-            "if tl.load(row + COL_FLAGS) & IS_ALIGNED != 0:\n        whole = n // (THREADS",
+            "if flags & IS_ALIGNED != 0:\n        whole = n // (THREADS",
             "if n > 0:\n        whole = n // (THREADS",
         ),
     ],

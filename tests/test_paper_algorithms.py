@@ -134,7 +134,7 @@ def test_without_a_momentum_of_its_own_a_schedule_differs(name):
 def test_radam_is_its_papers(beta2, waits, target):
     """Equal to 1e-12 in float64; with β2 = 0.5 the variance never tells enough."""
     options = {"lr": 0.01, "betas": (0.8, beta2), "eps": 1e-6, "weight_decay": 0.1, "decoupled_weight_decay": True}
-    start = cases.parameters(cases.SHAPES, torch.float64)
+    start = cases.parameters(cases.SHAPES, torch.float64, target.device)
     theta = [p.detach().clone() for p in start]
     radam(theta, 0.01, 0.8, beta2, 1e-6, 0.1, waits)
     got = ours("RAdam", options | {"degenerated_to_sgd": not waits}, lambda t: (1, 1), target)
