@@ -854,6 +854,8 @@ def check_process_group(way, options, device="cpu"):
         if way == "zero":
             params = [nn.Parameter(p.detach().clone()) for p in whole]
             outer, ours = zero_of(params, options)
+            if device == "cuda":  # ZeRO's broadcasts run on threads of gloo, which a virtual GPU does not keep in order
+                ours.register_step_post_hook(lambda *_: torch.cuda.synchronize())
         else:
             groups = dist.group.WORLD if way == "group" else lambda p: (dist.group.WORLD,)
             outer, ours = plain_shards_of(whole, options, groups)
