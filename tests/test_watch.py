@@ -530,3 +530,29 @@ def test_a_gradient_that_is_dropped_after_the_poll(monkeypatch):
     optimizer.step()
     assert torch.equal(ps[0], before)
     assert [own["step"].item() for own in optimizer.state.values()] == [1, 2]
+
+
+def test_step_parameters_sees_parameters_that_move_between_groups(target, watch):
+    """The random bits of a parameter follow its place among all parameters."""
+    target = of_watch(watch, target)
+    ours, twins = (cases.parameters([(40,)] * 4, torch.bfloat16, target.device) for _ in range(2))
+    options = {"rounding": "stochastic"}
+    a, b = (
+        cases.make("AdamW", [{"params": ps[:2]}, {"params": ps[2:]}], options, backend=target.backend)
+        for ps in (ours, twins)
+    )
+    for t in range(4):
+        for o in (a, b):
+            first, second = (group["params"] for group in o.param_groups)
+            if t == 1:  # the same groups and positions in the second, and other numbers
+                first.append(cases.parameters([(3,)], torch.bfloat16, target.device)[0])
+            elif t == 2:
+                second.reverse()
+            elif t == 3:
+                second.append(first.pop(0))
+        for ps in (ours, twins):
+            cases.set_gradients(ps, t)
+        a.step_parameters(ours[2:])
+        a.step_parameters(ours[:2])
+        b.step()
+        cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(b))
