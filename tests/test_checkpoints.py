@@ -59,8 +59,9 @@ def module(optimizer):
 def test_a_run_goes_on_from_the_others_checkpoint(name, options, implementation, to_ours, target):
     """5 steps, a file, 20 more: no further from float64 than torch without the break, plus 1 ulp.
 
-    Ours is held against torch's for-loop on the CPU, and torch's implementation against itself: kernels of a GPU, which
-    contract, may be nearer to the truth than either.
+    Ours is held against torch's for-loop on the CPU or its implementation, whichever is worse: on an H200 the fused
+    one, whose steps ours goes on from, is further from the truth. Torch's implementation is held against itself:
+    kernels of a GPU, which contract, may be nearer to the truth than either.
     """
     kind = IMPLEMENTATIONS[implementation]
     if implementation == "capturable" and (name == "SGD" or target.device == "cpu"):
@@ -68,8 +69,6 @@ def test_a_run_goes_on_from_the_others_checkpoint(name, options, implementation,
     shapes = [(17, 31), (2500,)]
     first, second = (cases.parameters(shapes, device=target.device) for _ in range(2))
     oracle = torch.optim.__dict__[name](cases.parameters(shapes, torch.float64), **options)
-    whole = cases.parameters(shapes, device="cpu" if to_ours else target.device)
-    uninterrupted = torch.optim.__dict__[name](whole, **options, **({"foreach": False} if to_ours else kind))
     # What ours takes, its checkpoint tells; torch takes its choice of an implementation from there.
     told = kind if implementation == "fused" or (implementation, target.backend) == ("capturable", "triton") else {}
 
@@ -79,6 +78,9 @@ def test_a_run_goes_on_from_the_others_checkpoint(name, options, implementation,
     def torchs(params):
         return torch.optim.__dict__[name](params, **options, **kind)
 
+    runs = [torchs(cases.parameters(shapes, device=target.device))]
+    if to_ours:
+        runs.append(torch.optim.__dict__[name](cases.parameters(shapes), **options, foreach=False))
     a, b = (torchs(first), ours(second)) if to_ours else (ours(first), torchs(second))
     steps(a, range(5))
     with torch.no_grad():
@@ -92,9 +94,10 @@ def test_a_run_goes_on_from_the_others_checkpoint(name, options, implementation,
             for own in b.state.values():
                 own["step"] = own["step"].to(target.device)
     steps(b, range(5, 25))
-    for optimizer in (uninterrupted, oracle):
+    for optimizer in (*runs, oracle):
         steps(optimizer, range(25))
-    cases.assert_no_worse(*(cases.tensors_of(optimizer) for optimizer in (b, uninterrupted, oracle)))
+    bound, *more = (cases.tensors_of(optimizer) for optimizer in runs)
+    cases.assert_no_worse(cases.tensors_of(b), bound, cases.tensors_of(oracle), *more)
     if name != "SGD":  # torch's does not count; ours does, from 1 where it finds a buffer
         assert [b.state[p]["step"].item() for p in second] == [25, 25]
 

@@ -73,10 +73,10 @@ def stages(rows: Rows) -> str:
 
 
 def failures(rows: Rows) -> str:
-    """List what is wrong: checks, tests, and steps that do not match."""
+    """List what is wrong: checks, tests, and our steps that do not match; others' are told in the table."""
     lines = [f"- {r['backend']}: {r['name']}: {'; '.join(r['wrong'])}" for r in of_kind(rows, "check") if r["wrong"]]
     lines += [f"- {r['name']}: {r['wrong']}" for r in of_kind(rows, "test")]
-    wrong = [r for r in of_kind(rows, "step") if r["match"] is False]
+    wrong = [r for r in of_kind(rows, "step") if r["match"] is False and r["arm"].startswith("fused_adamw")]
     lines += [f"- {r['arm']} of {r['workload']}, {r['dtypes']}: off by {r['max_ulp']:.1f} ulp" for r in wrong]
     return section("Failures", "\n".join(lines) or ("None." if of_kind(rows, "check", "step") else ""))
 
