@@ -164,7 +164,7 @@ def documented(cls: Class) -> Class:
 
 
 _REFUSED = {
-    ("foreach", True): "the step is one fused launch on every backend; drop the argument",
+    ("foreach", True): "all tensors are stepped together without it; drop the argument",
     ("differentiable", True): "a fused step has no derivative; use torch.optim's class of this name",
 }
 
