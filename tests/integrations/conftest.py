@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true", "LITLOGGER_DISABLED": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true", "LITLOGGER_DISABLED": "1", "DS_ACCELERATOR": "cpu"}
 
 try:
     import torchvision  # noqa: F401
