@@ -230,7 +230,7 @@ def chunked(chunk: int | None) -> Any:
     """Give the programs of plans that are built in this context so many elements."""
     if chunk is None:
         return contextlib.nullcontext()
-    return mock.patch.object(gpu, "chunk_size", lambda numel, heavy=False: chunk)
+    return mock.patch.object(gpu, "chunk_size", lambda variant: chunk)
 
 
 def step_of(arm: Arm, optimizers: list[torch.optim.Optimizer]) -> Callable[[], object]:

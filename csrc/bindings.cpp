@@ -31,9 +31,12 @@ public:
   }
 
   void step(const at::Tensor& rows, const at::Tensor& chunks, int32_t chunk, const at::Tensor& scalars,
-            const at::Tensor& factor) const {
+            const at::Tensor& factor, const py::tuple& given) const {
+    GivenScalars numbers{!given.empty(), {}};
+    for (size_t i = 0; i < given.size(); ++i)
+      numbers.rows[i / SCALARS].x[i % SCALARS] = given[i].cast<float>();
     check(step_cuda(variant_, tables(rows, chunks, chunk), scalars.const_data_ptr<float>(),
-                    factor.const_data_ptr<float>(), stream()));
+                    factor.const_data_ptr<float>(), numbers, stream()));
   }
 
   void sum_squares(const at::Tensor& rows, const at::Tensor& chunks, int32_t chunk,

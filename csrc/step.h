@@ -85,10 +85,18 @@ struct Tables {
   int64_t count;          // of chunks
   int32_t chunk;          // elements of a chunk, a multiple of kQuantBlock: no two chunks share a scale
 };
+// Two rows of scalars, which go with a launch; where there are none, the rows lie on the device.
+struct ScalarRow {
+  float x[SCALARS];
+};
+struct GivenScalars {
+  int32_t any;
+  ScalarRow rows[2];
+};
 // Steps every element once, with gradients multiplied by *factor. A negative *factor leaves everything as it
 // is.
 const char* step_cuda(const Variant& variant, const Tables& tables, const float* scalars, const float* factor,
-                      void* stream);
+                      const GivenScalars& given, void* stream);
 // Writes for each chunk the sum of the squares of its gradients.
 const char* sum_squares_cuda(const Variant& variant, const Tables& tables, double* sums, void* stream);
 // Advances the `n` counters at the addresses in `steps` and computes their rows of scalars from rows of

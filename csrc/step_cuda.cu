@@ -16,9 +16,11 @@ namespace {
 // registers in some kernels, and spills.
 constexpr int kThreads = 128;
 constexpr int kBlocks = 8;
-// int8 or stochastic rounding needs more registers: 6 blocks. Both, or stochastic amsgrad: 5.
-constexpr int blocks_of(bool codes, bool words, bool amsgrad) {
-  return !codes && !words ? kBlocks : codes + words + amsgrad == 1 ? 6 : 5;
+// int8 or stochastic rounding needs more registers: 6 blocks. Both, or stochastic amsgrad: 5. Both with a
+// master: 4.
+constexpr int blocks_of(bool codes, bool words, bool amsgrad, bool master) {
+  if (!codes && !words) return kBlocks;
+  return codes + words + amsgrad == 1 ? 6 : codes && words && master ? 4 : 5;
 }
 
 // kWidth neighbouring elements of a stream, which one access moves.
@@ -297,16 +299,21 @@ struct Chunk {
   }
 };
 
-template <class R, class P, class G, class S, Master kMaster, bool kStochastic> __global__ void
-__launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R::kStates == 3))
+// Returns row k of those that are given, or of those on the device.
+__device__ __forceinline__ ScalarRow scalar_row(const float* scalars, const GivenScalars& given, int64_t k) {
+  if (!given.any) return reinterpret_cast<const ScalarRow*>(scalars)[k];
+  return k == 0 ? given.rows[0] : given.rows[1];
+}
+
+template <class R, class P, class G, class S, Master kMaster, bool kStochastic>
+__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R::kStates == 3,
+                                                      kMaster != Master::none))
     step_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
-                const float* __restrict__ scalars, const float* __restrict__ factor, int chunk) {
+                const float* __restrict__ scalars, const float* __restrict__ factor, int chunk,
+                const GivenScalars given) {
   const float f = *factor;
   const Chunk c(rows, chunks, chunk);
-  using Scalars = typename R::template Scalars<float>;
-  const float* numbers = scalars + c.row[COL_SCALARS] * SCALARS;
-  Scalars s = *reinterpret_cast<const Scalars*>(numbers);
-  s.grad_factor *= f;
+  const int64_t k = c.row[COL_SCALARS];
   using To = Streams<P, G, S, kMaster>;
   const To to{stream<P>(c.row, COL_PARAM, c.base),
               stream<G>(c.row, COL_GRAD, c.base),
@@ -316,7 +323,11 @@ __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R:
               stream<typename To::Extra>(c.row, COL_EXTRA, c.base),
               stream<float>(c.row, COL_SCALES, c.base / kQuantBlock),
               stream<float>(c.row, COL_SCALES + 1, c.base / kQuantBlock)};
-  const Random random(c.row, c.base, numbers[SCALAR_STEP]);
+  // Behind the loads of the addresses, which else would wait for its branch.
+  const ScalarRow numbers = scalar_row(scalars, given, k);
+  auto s = reinterpret_cast<const typename R::template Scalars<float>&>(numbers);
+  s.grad_factor *= f;
+  const Random random(c.row, c.base, numbers.x[SCALAR_STEP]);
   constexpr bool kCodes = sizeof(S) == sizeof(Code);
   // A thread accesses 16 bytes of the widest stream at once: 8 elements of 4 bytes would take two accesses at
   // a stride of 32 bytes. With amsgrad or a master, 8 elements spill.
@@ -412,7 +423,7 @@ __global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* 
   scalars_of<kAdam>(hyper + row * HYPERS, lr, count, Power(), scalars + row * SCALARS);
 }
 
-using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, const float*, int);
+using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, const float*, int, GivenScalars);
 
 template <class R, class P, class G, class S, Master kMaster> StepKernel kernel_of(bool stochastic) {
   if (!stochastic) return step_kernel<R, P, G, S, kMaster, false>;
@@ -487,10 +498,10 @@ const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr :
 }  // namespace
 
 const char* step_cuda(const Variant& variant, const Tables& t, const float* scalars, const float* factor,
-                      void* stream) {
+                      const GivenScalars& given, void* stream) {
   if (t.count == 0) return nullptr;
   kernel_of(variant)<<<unsigned(t.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      t.rows, t.chunks, scalars, factor, t.chunk);
+      t.rows, t.chunks, scalars, factor, t.chunk, given);
   return text_of(cudaGetLastError());
 }
 

@@ -26,6 +26,7 @@ import torch
 
 from fused_adamw import contract
 from fused_adamw.contract import STATES
+from fused_adamw.layout import SCALARS
 from fused_adamw.tensors import NOT_SHARDED
 from tests import cases
 
@@ -160,6 +161,7 @@ class Triton:
         """Compile ahead of time, for a target of Triton's; needs no GPU."""
         constexprs, options = self.kernels.config(variant, target.warp_size)
         signature = {"rows": "*i64", "chunks": "*i32", "scalars": "*fp32", "factor": "*fp32", "chunk": "i32"}
+        signature |= {"given": "i32", **{f"{row}{i}": "fp32" for row in "ab" for i in range(SCALARS)}}
         return self._compile(self.kernels.step_kernel, target, signature, constexprs, options)
 
     def scalars(self, sm: int, adam: bool) -> Compiled:
@@ -301,7 +303,7 @@ class Cuda:
                 args = ", ".join([names[d] for d in v[1:4]] + [f"Master::{v.master}", str(v.stochastic).lower()])
                 source += (
                     f"template __global__ void step_kernel<{self._rule(v.rule)}, {args}>"
-                    "(const int64_t*, const int32_t*, const float*, const float*, int);\n"
+                    "(const int64_t*, const int32_t*, const float*, const float*, int, GivenScalars);\n"
                 )
             for adam in ("true", "false"):
                 args = "const double*, const int64_t*, const int64_t*, const float*, float*, int64_t"
@@ -518,8 +520,11 @@ def cpu_step(tmp_path_factory):
     return step
 
 
-def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, **options):
-    """(stepped p and states of each, ptxsim's result); a ``bias`` moves all tensors up by as many elements."""
+def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, by_value=False, **options):
+    """(stepped p and states of each, ptxsim's result); a ``bias`` moves all tensors up by as many elements.
+
+    The rows of scalars lie in memory, or are arguments: two of them.
+    """
     mem = ptxsim.GlobalMemory(1 << 26)
     buffers, table, chunks = [], [], []
     for i, t in enumerate(given):
@@ -542,11 +547,14 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, **option
         for x, dtype, name in (
             (table, np.int64, "rows"),
             (chunks, np.int32, "chunks"),
-            (rows, np.float32, "scalars"),
+            ([[math.nan]] if by_value else rows, np.float32, "scalars"),
             ([factor], np.float32, "factor"),
         )
     ]
-    result = compiled.launch(mem, len(chunks), [*tables, chunk], **options)
+    numbers = np.array(rows[:2] if by_value else [[math.nan] * SCALARS] * 2, np.float32).ravel().tolist()
+    triton = compiled.entry == "step_kernel"  # nvcc mangles the name, and takes a struct
+    taken = [by_value, *numbers] if triton else [struct.pack(f"i{2 * SCALARS}f", by_value, *numbers)]
+    result = compiled.launch(mem, len(chunks), [*tables, chunk, *taken], **options)
     stepped = []
     for i, (own, t) in enumerate(zip(buffers, given, strict=True)):
         stepped.append([])

@@ -30,6 +30,7 @@ from bench.paper import claims, digits, experiments, valleys
 from bench.studies import demo, gpt
 from bench.studies.formats import Run
 from fused_adamw import formats, gpu
+from fused_adamw.contract import Variant
 from tests import cases
 
 ROOT = Path(__file__).parent.parent
@@ -258,11 +259,12 @@ def test_chunks_are_those_of_the_context() -> None:
         "fused_adamw cpu", "fused_adamw cpu, chunk 128", "fused_adamw cpu, chunk 4096", "torch fused"
     ]  # fmt: skip
     assert [a.chunk for a in arms] == [None, 128, 4096, None]
-    before = gpu.chunk_size(1 << 20, True)
+    variant = Variant("adam", torch.float32, torch.float32, torch.float32)
+    before = gpu.chunk_size(variant)
     with chunked(128):
-        assert gpu.chunk_size(1 << 20, True) == 128
+        assert gpu.chunk_size(variant) == 128
     with chunked(None):
-        assert gpu.chunk_size(1 << 20, True) == before
+        assert gpu.chunk_size(variant) == before
 
 
 @pytest.mark.parametrize("more", [["--chunk", "100"], ["--chunk", "128", "--device", "cpu"]], ids=["100", "cpu"])

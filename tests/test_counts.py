@@ -16,13 +16,14 @@ FREE = {"aten::empty", "aten::slice"}
 COPY = "copy to the device"
 # By kind: the optimizer's options, and the launches, copies and collectives of a step on a GPU.
 KINDS = {
-    "plain": ({}, ["step"], 1, 0),
-    "clipped": ({"max_grad_norm": 0.5}, ["sum_squares", "factor", "step"], 1, 0),
+    "plain": ({}, ["step"], 0, 0),
+    "three_groups": ({}, ["step"], 1, 0),
+    "clipped": ({"max_grad_norm": 0.5}, ["sum_squares", "factor", "step"], 0, 0),
     "skipping": ({"skip_nonfinite": True}, ["sum_squares", "factor", "scalars", "step"], 0, 0),
     "amp": ({"amp_scaling": True}, ["factor", "scalars", "step"], 0, 0),
     "capturable": ({"capturable": True}, ["scalars", "step"], 0, 0),
     "tensor_lr": ({"capturable": True}, ["scalars", "step"], 0, 0),
-    "dtensor": ({"max_grad_norm": 0.5}, ["sum_squares", "totals", "factor", "step"], 1, 1),
+    "dtensor": ({"max_grad_norm": 0.5}, ["sum_squares", "totals", "factor", "step"], 0, 1),
 }
 SHAPES = [(1000,), (7, 9), (3,)]
 
@@ -76,6 +77,8 @@ def counted(kind, device, backend, mesh):
         params = [torch.nn.Parameter(distribute_tensor(p.detach(), on, [Shard(0)])) for p in params]
     for p in params:
         p.grad = torch.ones_like(p)
+    if kind == "three_groups":
+        params = [{"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate(params)]
     if kind == "tensor_lr":
         params = [{"params": [p], "lr": torch.tensor(1e-3, device=device)} for p in params]
     optimizer = cases.make("AdamW", params, capturable, backend=backend, **options)
@@ -105,7 +108,7 @@ def test_a_step_on_the_cpu(kind, mesh):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_on_a_gpu(kind, mesh, backend, monkeypatch):
-    """It takes no operator of torch but the copy of its scalars, and the reduction over ranks."""
+    """It takes no operator of torch but the copy of more than two rows of scalars, and the reduction over ranks."""
     _, launches, copies, collectives = KINDS[kind]
     launched, true = [], gpu.Launch.__init__
 

@@ -70,10 +70,8 @@ ON = [(c.name, sm) for c in (Triton, Cuda) for sm in c.architectures]
 
 
 def test_chunks_are_whole_blocks_of_codes():
-    """No two chunks share a scale, for any size of a launch."""
-    sizes = [n + d for k in range(48) for n in (1 << k, 3 << k) for d in (-1, 0, 1)]
-    chunks = {gpu.chunk_size(n, heavy) for n in sizes for heavy in (False, True)}
-    assert {chunk % gpu_kernels.QUANT_BLOCK for chunk in chunks} == {0}
+    """No two chunks share a scale."""
+    assert {gpu.chunk_size(variant) % gpu_kernels.QUANT_BLOCK for variant in LAYOUTS} == {0}
 
 
 # ---- What came out of the compiler.
@@ -98,18 +96,21 @@ def test_compiled_code(name, sm, variant):
 def test_tables_are_read_before_any_branch(compiler, variant):
     """A branch before some of the loads would make a program wait for memory once more."""
     before = re.split(r"\b(?:bra|ret)\b", compiler.step(90, variant).ptx)[0]
-    # Factor; row and number of the chunk; numel, flags, index of the scalars; addresses; scalars.
-    expected = 1 + 2 + 3 + len(variant.streams) + variant.scales + 8
+    # Factor; row and number of the chunk; numel, flags, index of the scalars; addresses. Scalars come last: they are
+    # arguments, or loaded, as Triton predicates and nvcc branches.
+    expected = 1 + 2 + 3 + len(variant.streams) + variant.scales
     assert len(re.findall(r"\bld\.global", before)) >= expected
 
 
 def most_registers(name, variant):
-    """64 let 32 warps live on a multiprocessor; codes, random words and both take more: 80 leave 24, 96 leave 20."""
+    """64 let 32 warps live on a multiprocessor; codes and words take more: 80 leave 24, 96 leave 20, 120 leave 16."""
     codes = variant.state is I8
     if not codes and not variant.stochastic:
         return 64
     if name == "triton":
         return 80 if codes and (variant.stochastic or variant.master != "none") else 64
+    if codes and variant.stochastic and variant.master != "none":
+        return 120
     return 80 if codes + variant.stochastic + (variant.rule == "adam_amsgrad") == 1 else 96
 
 
@@ -129,7 +130,7 @@ def test_every_cuda_kernel():
     assert len([kernel for kernel in steps if kernel.registers <= 64]) >= 3 * 27 + 9
     assert len(steps) == 252
     for kernel in steps:
-        check_resources(kernel, 96)
+        check_resources(kernel, 120)
 
 
 # ---- The compiled PTX, executed.
@@ -208,6 +209,19 @@ def test_200_tensors_in_four_groups(compiler, order, cpu_step):
 
 
 @needs_ptxsim
+@pytest.mark.parametrize("variant", [ADAM, MOMENTUM, INT8_STOCHASTIC], ids=str)
+@pytest.mark.parametrize("sm", EXECUTED)
+def test_rows_of_scalars_that_are_arguments(compiler, sm, variant, cpu_step):
+    """Nothing is read where rows of scalars lie otherwise."""
+    rows = scalar_rows(variant.rule)[:2]
+    given = tensors(variant, [700, CHUNK + 77, 3], rows)
+    assert {t.scalars for t in given} == {0, 1}
+    got, result = simulate(compiler.step(sm, variant), variant, given, rows, CHUNK, by_value=True)
+    assert same_bits(got, cpu_step(variant, given, rows))
+    assert result.s.per_buffer.get("scalars", (0, 0)) == (0, 0)
+
+
+@needs_ptxsim
 @pytest.mark.parametrize("variant", [ADAM_BF16, INT8_STOCHASTIC], ids=str)
 @pytest.mark.parametrize("sm", EXECUTED)
 def test_beyond_32_bits(compiler, sm, variant, cpu_step):
@@ -221,34 +235,35 @@ def test_beyond_32_bits(compiler, sm, variant, cpu_step):
 @pytest.mark.parametrize(
     ("variant", "minimum", "instructions"),
     [
-        (ADAM, 28, 25),
-        (ADAM_BF16, 22, 28),
-        (MOMENTUM, 20, 18),
-        (ADAM_ALL_BF16, 14, 37),
-        (SPLIT16, 26, 47),
-        (STOCHASTIC, 14, 79),
-        (INT8, 10.125, 80),
+        (ADAM, 28, 21),
+        (ADAM_BF16, 22, 24),
+        (MOMENTUM, 20, 14),
+        (ADAM_ALL_BF16, 14, 34),
+        (SPLIT16, 26, 43),
+        (STOCHASTIC, 14, 77),
+        (INT8, 10.125, 78),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("sm", EXECUTED)
 def test_bytes_and_instructions(compiler, sm, variant, minimum, instructions):
-    """Of an element. The instructions are those of PTX: the processor's are up to 1.6 times as many."""
+    """Of an element and a program's start. The instructions are PTX's: the processor's are up to 1.6 times as many."""
     n = 1 << 18
     assert variant.bytes == minimum
     compiled, rows = compiler.step(sm, variant), scalar_rows(variant.rule)
-    chunk = gpu.chunk_size(1 << 30, variant.state is I8 or variant.stochastic)
+    chunk = gpu.chunk_size(variant)
     _, result = simulate(compiled, variant, tensors(variant, [n], rows), rows, chunk, race=False)
-    assert result.s.thread_insts <= instructions * n
+    programs = n // chunk  # of 4 warps, each of which reads the tables
+    assert result.s.thread_insts <= instructions * n + 150 * 128 * programs
     memory = [i for i in result.s.mem_ins if i["lanes"]]
     # Distinct bytes of each warp: all lanes read the same entry of a table, and that is one request.
     requested = sum(i["eff"] * 32 * i["sectors"] for i in memory)
     # The seed and the index, which Triton's kernel reads anew for 128 elements, come from the L1 cache.
     words = 12 / 128 if variant.stochastic else 0
-    assert minimum <= requested / n <= 1.01 * minimum + words
-    # A scale is 4 bytes of a sector that 8 warps share. Each of 4 warps reads up to 24 sectors of tables.
-    scales, tables = variant.scales * 2 * 28 / gpu_kernels.QUANT_BLOCK, 4 * 24 * 32 / chunk
-    assert 32 * sum(i["sectors"] for i in memory) <= (minimum + tables + scales + 8 * words) * n
+    assert minimum <= requested / n <= 1.005 * minimum + words + 4 * 116 / chunk
+    # A scale is 4 bytes of a sector that 8 warps share.
+    scales = variant.scales * 2 * 28 / gpu_kernels.QUANT_BLOCK
+    assert 32 * sum(i["sectors"] for i in memory) <= (minimum + scales + 8 * words) * n + 4 * 24 * 32 * programs
     wide = {i["bytes_per_lane"] for i in memory if i["lanes"] * i["bytes_per_lane"] > n / 8 and i["eff"] > 0.5}
     assert wide == {compiled.width * d.itemsize for d in variant.streams}
     for i in memory:
@@ -493,7 +508,7 @@ WRONG = [
         "n = chunk + 0 * base",
         "oob",
     ),
-    ("triton", "multi_tensor.py", "tl.load(row + COL_SCALARS) * SCALARS", "tl.load(row + COL_SCALARS) * 0", "bits"),
+    ("triton", "multi_tensor.py", "at = scalars + k * SCALARS", "at = scalars", "bits"),
     (
         "triton",
         "multi_tensor.py",
@@ -501,7 +516,7 @@ WRONG = [
         "base = tl.load(entry + 1) * chunk",
         "oob",
     ),
-    ("triton", "multi_tensor.py", "f * tl.load(at + SCALAR_GRAD_FACTOR)", "tl.load(at + SCALAR_GRAD_FACTOR)", "bits"),
+    ("triton", "multi_tensor.py", "f * scalar(at + 2", "scalar(at + 2", "bits"),
     ("cuda", "step_cuda.cu", "s.grad_factor *= f;", "", "bits"),
     ("triton", "rules.py", "tl.fma(minus(s[4]), v, v)", "v - s[4] * v", "bits"),
     ("triton", "rules.py", "p = tl.fma(minus(s[0]), p, p)", "p = p - s[0] * p", "bits"),
@@ -522,7 +537,7 @@ WRONG = [
     ),
     ("cuda", "step_cuda.cu", "aligned = row[COL_FLAGS] & ALIGNED;", "aligned = true;", "misaligned"),
     ("cuda", "step_cuda.cu", "int(max(min(row[COL_NUMEL] - base, int64_t(chunk)), int64_t(0)))", "chunk", "oob"),
-    ("cuda", "step_cuda.cu", "scalars + c.row[COL_SCALARS] * SCALARS", "scalars", "bits"),
+    ("cuda", "step_cuda.cu", "const ScalarRow*>(scalars)[k]", "const ScalarRow*>(scalars)[0]", "bits"),
     ("cuda", "step_cuda.cu", "int64_t(entry[1]) * chunk", "entry[1] * chunk", "oob"),
     ("cuda", "rules.h", "fma(-s.w2, v, v)", "v - s.w2 * v", "bits"),
     ("cuda", "rules.h", "p(fma(-decay, p0, p0))", "p(p0 - decay * p0)", "bits"),

@@ -43,10 +43,10 @@ def test_compiled_code_for_amd(variant):
     # Scalars that are spilled, which a few of codes are, go to lanes of a vector register.
     for what in ("private_segment_fixed_size", "vgpr_spill_count", *(["sgpr_spill_count"] if not codes else [])):
         assert set(re.findall(rf"\.{what}:\s+(\d+)", asm)) == {"0"}, what
-    # 5 or 8 waves on a SIMD. triton 3.7 gives stochastic int8 with split16 one register too many, which leaves 4 waves;
-    # 3.6 takes 79 and 3.8 takes 82.
+    # 5, 6 or 8 waves on a SIMD. triton 3.7 gives stochastic int8 with split16 one register too many, which leaves 4
+    # waves; 3.6 takes 79 and 3.8 takes 82.
     one_more = triton.__version__.startswith("3.7.") and codes and variant.master == "split16" and variant.stochastic
-    most = 96 + one_more if codes else 64
+    most = 96 + one_more if codes else 80 if variant.stochastic else 64
     assert int(re.search(r"\.vgpr_count:\s+(\d+)", asm)[1]) <= most
     assert not re.findall(r"\b(?:flat|scratch)_(?:load|store)_\w+", asm)
     wide = [4 * d.itemsize for d in variant.streams if d.itemsize > 1]
@@ -85,7 +85,7 @@ for rule, data, scalars, chunk in launches:
     chunks = [[i, c] for i, x in enumerate(data) for c in range(-(-x[0].numel() // chunk))]
     constexprs, options = kernels.config(variant, 32)
     tables = torch.tensor(rows), torch.tensor(chunks, dtype=torch.int32), torch.tensor(scalars), torch.ones(1)
-    kernels.step_kernel[(len(chunks),)](*tables, chunk, **constexprs, **options)
+    kernels.step_kernel[(len(chunks),)](*tables, chunk, 0, *kernels.NOT_GIVEN, **constexprs, **options)
 torch.save(launches, sys.argv[2])
 """
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_adamw.contract import Clipping, Variant
+from fused_adamw.layout import SCALARS
 
 from .factor import CLIPS, SKIPS, factor_kernel, totals_kernel
 from .multi_tensor import scalars_kernel, square_kernel, step_kernel
@@ -26,6 +27,7 @@ SCALARS_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 # One program adds all sums: 8 of them a thread at a time, 16 KiB in flight.
 FACTOR, FACTOR_OPTIONS = {"BLOCK": 2048}, {"num_warps": 8, "enable_fp_fusion": False}
 RUNTIME = triton.knobs.runtime
+NOT_GIVEN = (0.0,) * (2 * SCALARS)
 ADDRESS = 1 << 62  # a number that Triton takes for an int64
 
 
@@ -109,7 +111,7 @@ class TritonKernels:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.warp_size = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
             # A factor is 4 bytes of a tensor of its own, which torch aligns.
-            arguments = (torch.int64, torch.int32, torch.float32, torch.float32, 1)
+            arguments = (torch.int64, torch.int32, torch.float32, torch.float32, 1, 0, *NOT_GIVEN)
             self._step = Compiled(step_kernel, arguments, *config(variant, self.warp_size))
             if scales_gradients:
                 self._squares, self._factor  # noqa: B018
@@ -138,8 +140,10 @@ class TritonKernels:
         arguments = (torch.float64, torch.int64, torch.int64, torch.float32, torch.float32)
         return Compiled(scalars_kernel, arguments, {"ADAM": self.variant.is_adam}, SCALARS_OPTIONS)
 
-    def step(self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor) -> None:
-        self._step(chunks.shape[0], rows, chunks, scalars, factor, chunk)
+    def step(
+        self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor, given: tuple[float, ...]
+    ) -> None:
+        self._step(chunks.shape[0], rows, chunks, scalars, factor, chunk, len(given), *(given or NOT_GIVEN))
 
     def sum_squares(self, rows: Tensor, chunks: Tensor, chunk: int, sums: Tensor) -> None:
         self._squares(chunks.shape[0], rows, chunks, sums, chunk)

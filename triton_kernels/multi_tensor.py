@@ -182,9 +182,16 @@ def step_span(
             store(state2_at + i, vmax, mask)
 
 
-@triton.jit(do_not_specialize=["chunk"])
+@triton.jit
+def scalar(at, given, which, first, second):
+    """Return the scalar at an address, or where rows of scalars are given the first's or the second's."""
+    return tl.load(at, mask=given == 0, other=tl.where(which == 0, first, second))
+
+
+@triton.jit(do_not_specialize=["chunk", "given"])
 def step_kernel(
-    rows, chunks, scalars, factor, chunk,
+    rows, chunks, scalars, factor, chunk, given,
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, b0, b1, b2, b3, b4, b5, b6, b7, b8,
     RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
@@ -192,6 +199,7 @@ def step_kernel(
 ):  # fmt: skip
     """Step one entry of ``chunks`` per program; ``chunk`` is the elements of each, a multiple of QUANT_BLOCK.
 
+    Where ``given`` is not 0, the rows of scalars are ``a0`` and on, and ``b0`` and on; else they lie at ``scalars``.
     Gradients are multiplied by ``factor``; where that is negative nothing is done.
     """
     # No branch before all that the tables hold is asked for: the compiler would move loads behind it. This way four
@@ -199,11 +207,15 @@ def step_kernel(
     f = tl.load(factor)
     row, base, n = place(rows, chunks, chunk)
     flags = tl.load(row + COL_FLAGS)
-    at = scalars + tl.load(row + COL_SCALARS) * SCALARS
+    k = tl.load(row + COL_SCALARS)
+    at = scalars + k * SCALARS
     STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if RULE == "sgd_momentum" else 2 if RULE == "adam" else 3
     addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8())
-    s = (tl.load(at), tl.load(at + 1), f * tl.load(at + SCALAR_GRAD_FACTOR), tl.load(at + 3), tl.load(at + 4),
-         tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8))  # fmt: skip
+    s = (
+        scalar(at, given, k, a0, b0), scalar(at + 1, given, k, a1, b1), f * scalar(at + 2, given, k, a2, b2),
+        scalar(at + 3, given, k, a3, b3), scalar(at + 4, given, k, a4, b4), scalar(at + 5, given, k, a5, b5),
+        scalar(at + 6, given, k, a6, b6), scalar(at + 7, given, k, a7, b7), scalar(at + 8, given, k, a8, b8),
+    )  # fmt: skip
     start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
     n = tl.where(f < 0, 0, n)
     whole = 0

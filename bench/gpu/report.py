@@ -161,10 +161,10 @@ def models(rows: Rows) -> str:
 
 
 def sweep(rows: Rows) -> str:
-    """List the variants, the fastest first, of each list and dtype."""
-    found = sorted(of_kind(rows, "sweep"), key=lambda r: (r["list"], r["dtype"], -r["gb_per_s"]))
-    lines = ([r["list"], r["dtype"], r["backend"], r["variant"], f"{r['gb_per_s']:.0f}"] for r in found)
-    return section("Variants of the kernels", markdown(["list", "dtype", "backend", "variant", "GB/s"], lines))
+    """List the variants, the fastest first, of each list and format."""
+    found = sorted(of_kind(rows, "sweep"), key=lambda r: (r["list"], r["dtypes"], -r["gb_per_s"]))
+    lines = ([r["list"], r["dtypes"], r["backend"], r["variant"], f"{r['gb_per_s']:.0f}"] for r in found)
+    return section("Variants of the kernels", markdown(["list", "format", "backend", "variant", "GB/s"], lines))
 
 
 def counters(rows: Rows) -> str:
