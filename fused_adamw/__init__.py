@@ -1,4 +1,4 @@
-"""Fused AdamW, Adam, SGDW and SGD: one optimizer step of a whole model in one launch."""
+"""Fused AdamW, Adam, RAdam, SGDW and SGD: one launch for each device, format and rule steps all parameters."""
 
 from pathlib import Path as _Path
 

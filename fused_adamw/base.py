@@ -1,4 +1,4 @@
-"""Steps all tensors in one launch for each compiled kernel, on the best backend: what the classes share.
+"""Steps all tensors together, on the best backend: holds what the classes share.
 
 The module is long because a third of it documents methods that users call.
 """
@@ -30,7 +30,7 @@ def _is_captured(part: plan.Plan) -> bool:
 
 
 class FusedOptimizer(Optimizer):
-    """Steps all tensors in one launch per device, on the best backend there; the base of the classes."""
+    """Steps all tensors on the best backend of each device, in few launches; the base of the classes."""
 
     family: str  # a key of scalars.ROWS
     _decoupled: bool | None = None  # None: the group says
@@ -276,7 +276,7 @@ class FusedOptimizer(Optimizer):
             self._step_some(id(p), (p,))
 
     def step_parameters(self, params: Sequence[Tensor]) -> None:
-        """Update some of the parameters in one launch, to the same bits as :meth:`step` would, and nothing else.
+        """Update some of the parameters together, to the same bits as :meth:`step` would, and nothing else.
 
         As :meth:`step_parameter`, for parameters that are given together at every step. Raises as it does.
         """

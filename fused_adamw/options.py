@@ -108,9 +108,9 @@ how moments are stored, a dtype or its name; by default float32, or float64 for 
 codes of one byte, with a scale for every 128 of them; moments of fewer than 4096 elements, or in one dimension of fewer
 than 2**20, stay float32.""",
     "rounding": """\
-``"nearest"``, or ``"stochastic"``: bfloat16 parameters, and second moments in bfloat16 or int8, are rounded up or
-down with the probability that makes the mean right. The random bits (Philox 4x32-10) are a function of seed, step,
-parameter and element, so they are the same on every replica, backend and shard, and after a resume.""",
+``"nearest"``, or ``"stochastic"``: bfloat16 parameters without a master, second moments in bfloat16 and all moments in
+int8 are rounded up or down at random, so that the mean is exact. The random bits (Philox 4x32-10) are a function of
+seed, step, parameter and element, so they are the same on every replica, backend and shard, and after a resume.""",
     "master": """\
 for bfloat16 parameters, more digits than they hold: ``"kahan"`` keeps a compensation in bfloat16, ``"split16"`` the
 lower half of a float32 whose upper half is the parameter, ``"fp32"`` a whole float32. Float16 parameters can have
@@ -164,7 +164,7 @@ def documented(cls: Class) -> Class:
 
 
 _REFUSED = {
-    ("foreach", True): "the step is one fused launch on every backend; drop the argument",
+    ("foreach", True): "all tensors are stepped together without it; drop the argument",
     ("differentiable", True): "a fused step has no derivative; use torch.optim's class of this name",
 }
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -339,14 +340,19 @@ def test_report(tmp_path: Path, here: Callable[..., str]) -> None:
 
 
 def test_picture(tmp_path: Path) -> None:
-    """README's picture and claims come from the table of docs/performance.md."""
+    """README's picture and figures are those of the table of docs/performance.md, its figures the medians."""
     assert main(["picture", "--out", str(tmp_path)]) == 0
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("speed.png", "formats.png"))
     found = picture.spreads(picture.DOCS / "performance.md", "torch fused / ours")
     assert len(found) == 15
-    assert [round(1 / ratio, 1) for ratio in found["GPT-2 small, clipped"]] == [0.7, 0.7, 0.7]
-    many = [ratio for name, ratios in found.items() if "s of " in name for ratio in ratios]
-    assert (min(many), max(many)) == (10, 42)
+    medians = {name: median for name, (median, *_) in found.items()}
+    many = [median for name, median in medians.items() if "s of " in name]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    told = re.search(r"small is (\S+) times as fast as\s.* (\d+) to (\d+) times as fast \(.* med", readme, re.DOTALL)
+    assert told
+    assert [float(n) for n in told.groups()] == [round(medians["GPT-2 small, clipped"], 1), min(many), max(many)]
+    slower = next(line for line in readme.splitlines() if line.startswith("| slower than torch |"))
+    assert sorted(map(float, re.findall(r"\d\.\d+", slower))) == sorted(n for n in medians.values() if n < 1)
     apart = picture.spreads(picture.DOCS / "formats.md", "beside fp32")
     assert apart["fp32, int8 moments"] == (-0.0079, -0.0121, -0.0001)
 
