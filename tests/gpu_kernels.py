@@ -77,8 +77,8 @@ ADAM_BF16 = Variant("adam", BF16, BF16, F32)
 ADAM_ALL_BF16 = Variant("adam", BF16, BF16, BF16)
 AMSGRAD = Variant("adam_amsgrad", F32, F32, F32)
 MOMENTUM = Variant("sgd_momentum", F32, F32, F32)
-CAUTIOUS_DECAY = Variant("adam_cautious_decay", F32, F32, F32)
-CAUTIOUS_UPDATE = Variant("adam_cautious_update", BF16, BF16, F32)
+CAUTIOUS_DECAY = Variant("adam_cautious_decay", BF16, BF16, F32)
+CAUTIOUS_UPDATE = Variant("adam_cautious_update", F32, F32, F32)
 VARIANTS = [
     ADAM,
     ADAM_BF16,

@@ -30,14 +30,14 @@ def decayed(s, p, g):
 
 @triton.jit
 def agree(a, b):
-    """Return whether two numbers are on the same side of 0."""
-    return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
+    """Return whether two numbers are on the same side of 0; of a NaN, anything."""
+    return (tl.minimum(a, b) > 0) | (tl.maximum(a, b) < 0)
 
 
 @triton.jit
 def opposed(a, b):
-    """Return whether they are on different sides."""
-    return ((a > 0) & (b < 0)) | ((a < 0) & (b > 0))
+    """Return whether they are on different sides; of a NaN, anything."""
+    return (tl.minimum(a, b) < 0) & (tl.maximum(a, b) > 0)
 
 
 @triton.jit
