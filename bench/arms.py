@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,12 @@ class Algorithm(NamedTuple):
     options: dict[str, Any]
     torchs: str
     max_grad_norm: float | None = None  # torch's arms call clip_grad_norm_ before the step
+    lacking: dict[str, Any] = {}  # noqa: RUF012 (options that torch's class lacks)
+
+    @property
+    def same_rule(self) -> bool:
+        """Whether torch's class computes the same."""
+        return self.ours == self.torchs and not self.lacking
 
 
 ALGORITHMS = {
@@ -30,6 +37,9 @@ ALGORITHMS = {
     "amsgrad": Algorithm("AdamW", {**ADAM, "amsgrad": True}, "AdamW"),
     "adam": Algorithm("Adam", ADAM, "Adam"),
     "adamw-clip": Algorithm("AdamW", ADAM, "AdamW", max_grad_norm=1.0),
+    "radam": Algorithm("RAdam", {**ADAM, "decoupled_weight_decay": True}, "RAdam"),
+    "adamw-cautious-decay": Algorithm("AdamW", ADAM, "AdamW", lacking={"cautious": "decay"}),
+    "adamw-cautious-update": Algorithm("AdamW", ADAM, "AdamW", lacking={"cautious": "update"}),
     "sgdw": Algorithm("SGDW", SGD, "SGD"),  # torch has no SGDW
     "sgd": Algorithm("SGD", SGD, "SGD"),
 }
@@ -59,7 +69,7 @@ DTYPES = {
 }
 SHORT = {F32: "fp32", torch.float64: "fp64", BF16: "bf16", torch.float16: "fp16"}
 SHORT |= {torch.int8: "int8", torch.uint8: "int8", torch.int16: "int16"}
-FUSED = "torch fused"
+FUSED, FOREACH = "torch fused", "torch foreach"
 MOST_GRAPHS = 8  # groups that torch.compile is given: the compilation of 465 takes longer than all the rest
 
 Groups = list[dict[str, Any]]
@@ -97,7 +107,7 @@ def ours(algorithm: Algorithm, storage: Storage, device: torch.device, everythin
             more["max_grad_norm"] = algorithm.max_grad_norm
             cls = getattr(fused_adamw, algorithm.ours)
             kept = {"state_dtype": storage.state_dtype, **storage.options}
-            return cls(groups, **algorithm.options, **kept, backend=backend, **more)
+            return cls(groups, **algorithm.options, **algorithm.lacking, **kept, backend=backend, **more)
 
         # The oracle steps pieces of the tensors, which have another norm: tests/test_clipping.py compares.
         same = algorithm.max_grad_norm is None and not storage.options and storage.state_dtype is not torch.int8
@@ -129,6 +139,8 @@ def torchs(name: str, algorithm: Algorithm, device: torch.device) -> list[Arm]:
     def make(groups: Groups, capturable: bool) -> torch.optim.Optimizer:
         if name == "compiled" and len(groups) > MOST_GRAPHS:
             raise Missing(f"it compiles every group apart, and here are {len(groups)}")
+        if name == "fused" and "fused" not in inspect.signature(cls).parameters:
+            raise Missing(f"torch.optim.{algorithm.torchs} has no fused step: compare with --against foreach")
         more = {"capturable": True} if capturable and takes_capturable else {}
         optimizer = cls(groups, **algorithm.options, **TORCH[name], **more)
         if algorithm.max_grad_norm is not None:
@@ -137,7 +149,7 @@ def torchs(name: str, algorithm: Algorithm, device: torch.device) -> list[Arm]:
             optimizer.register_step_pre_hook(lambda *_: (clip(params, algorithm.max_grad_norm), None)[1])
         return optimizer
 
-    same = algorithm.ours == algorithm.torchs and algorithm.max_grad_norm is None
+    same = algorithm.same_rule and algorithm.max_grad_norm is None
     more = {"compiled": name == "compiled", "same_rule": same}
     return _with_graph(f"torch {name}", make, device, name == "fused", **more)
 

@@ -56,7 +56,7 @@ def sample(t: Tensor) -> Tensor:
 class Oracle:
     """Step up to 32 of the tensors a few times: in float64, and in a dtype as well as torch's for-loop can.
 
-    torch has no SGDW: the reference in the dtype of the state takes the place of its for-loop.
+    torch has no SGDW and nothing cautious: the reference in the dtype of the state takes the place of its for-loop.
     """
 
     def __init__(self, start: list[Tensor], groups: cases.Groups, algorithm: Algorithm) -> None:
@@ -77,7 +77,8 @@ class Oracle:
         groups = [group for group in groups if group["params"]]
         if reference:
             cls = getattr(fused_adamw, self.algorithm.ours)
-            optimizer = cls(groups, **self.algorithm.options, state_dtype=dtype, backend="reference")
+            options = {**self.algorithm.options, **self.algorithm.lacking}
+            optimizer = cls(groups, **options, state_dtype=dtype, backend="reference")
         else:
             optimizer = getattr(torch.optim, self.algorithm.torchs)(groups, **self.algorithm.options, foreach=False)
         for _ in checked_steps([params[i] for i in self.chosen]):
@@ -96,7 +97,7 @@ class Oracle:
         got = {key: t for key, t in got.items() if state or key.endswith(".p")}
         truth = {key: self.truth[key] for key in got}
         for dtype in {t.dtype for t in got.values()} - self.bounds.keys():
-            self.bounds[dtype] = self._stepped(dtype, self.algorithm.ours != self.algorithm.torchs)
+            self.bounds[dtype] = self._stepped(dtype, not self.algorithm.same_rule)
         worst = max(cases.ulps(t, truth[key]).max().item() for key, t in got.items() if key.endswith(".p"))
         try:
             cases.assert_no_worse(got, {key: self.bounds[t.dtype][key] for key, t in got.items()}, truth)

@@ -23,7 +23,7 @@ def color_of(arm: str) -> str:
 
 
 def bars(report: dict[str, Any], path: Path) -> None:
-    """Draw how many times as fast as torch fused each arm is, from its 20th to its 80th percentile."""
+    """Draw how many times as fast as torch fused (or foreach) each arm is, from its 20th to its 80th percentile."""
     results = [r for r in report["results"] if not r["arm"].startswith("ceiling")]
     rows = []
     for r in results:
@@ -31,10 +31,11 @@ def bars(report: dict[str, Any], path: Path) -> None:
             continue
         ratios = (r["ratio_median"] * r["ms_median"] / ms for ms in (r["ms_p80"], r["ms_median"], r["ms_p20"]))
         rows.append((" · ".join((r["workload"], r["algorithm"], r["dtypes"], r["arm"])), *ratios))
-    speedups([row for row in rows if not row[0].endswith(FUSED)] or rows, path, title_of(report))
+    than = "fused" if any(row[0].endswith(FUSED) for row in rows) else "foreach"
+    speedups([row for row in rows if not row[0].endswith(FUSED)] or rows, path, title_of(report), than)
 
 
-def speedups(rows: list[tuple[str, float, float, float]], path: Path, title: str) -> None:
+def speedups(rows: list[tuple[str, float, float, float]], path: Path, title: str, than: str = "fused") -> None:
     """Draw a bar for each (name, least, median, greatest ratio), from 1 to the median, and a line over the range."""
     figure, axes = plt.subplots(figsize=(5.6, 1.3 + 0.27 * len(rows)), dpi=200, layout="constrained")
     for y, (_, low, middle, high) in enumerate(rows):
@@ -43,7 +44,7 @@ def speedups(rows: list[tuple[str, float, float, float]], path: Path, title: str
         text = f"{middle:.2g}×" if middle >= 10 else f"{middle:.2f}×"
         axes.annotate(text, (max(high, 1), y), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="times as fast as torch's fused step (log scale)\nblue: faster, orange: slower")
+    axes.set(xscale="log", xlabel=f"times as fast as torch's {than} step (log scale)\nblue: faster, orange: slower")
     least, most = min(row[1] for row in rows), max(row[3] for row in rows)
     axes.set_xlim(min(0.5, 0.9 * least), 1.6 * max(most, 1))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

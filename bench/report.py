@@ -101,7 +101,8 @@ def merged(reports: list[dict[str, Any]]) -> str:
         cells.append("" if arm == FUSED else spread([r["ratio_median"] for r in found], ".2f"))
         cells.append("" if found[0]["match"] is None else "✓" if all(r["match"] for r in found) else "✗")
         lines.append(cells)
-    columns = ["workload", "algorithm", "dtypes", "", "ms", "GB/s", "of ceiling", "times torch fused", "match"]
+    columns = ["workload", "algorithm", "dtypes", "", "ms", "GB/s", "of ceiling"]
+    columns += ["times torch fused (or foreach)", "match"]
     skipped = dict.fromkeys((s["arm"], s["reason"]) for report in reports for s in report["skipped"])
     parts = ["\n".join(f"{name}: {value}  " for name, value in head.items()), markdown(columns, lines)]
     return (

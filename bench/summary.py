@@ -7,14 +7,15 @@ from rich import box
 from rich.table import Table
 
 from bench import measures
-from bench.arms import FUSED
+from bench.arms import FOREACH, FUSED
 from bench.output import new_table, number
 
 MOST_SETS = 8  # on a GPU: a list that would need more to leave the cache is timed in it
 NOTES = f"""\
 GB/s = bytes / median ms; the formula of the bytes stands above each table. % of ceiling = GB/s of the arm / GB/s of the
 stream, which reads and writes arrays of the same dtypes once, in the same rounds; copy is torch's copy_.
-ratio = ms of torch fused / ms of the arm: above 1, the arm is faster. Both are medians of what each round gave.
+ratio = ms of torch fused / ms of the arm: above 1, the arm is faster. Both are medians of what each round gave. Where
+torch fused is not timed, as of RAdam, which torch does not fuse, torch foreach takes its place.
 cold: the calls go round so many sets of buffers that the caches would have to be twice as large to hold them.
 warm: the caches may hold the one set that there is; on a GPU so is a list that would need more than {MOST_SETS} sets.
 steady: ours on the same list without what changes before each step of the others, which is not timed.
@@ -44,11 +45,12 @@ def summarized(results: list[Result]) -> list[Result]:
     rates = {r["arm"]: r["bytes"] / np.array(r["seconds"]) / 1e9 for r in results}
     streams = {r.get("shape"): rates[r["arm"]] for r in results if r["arm"].startswith("ceiling: stream")}
     first = next(iter(streams.values()), None)
-    fused = next((np.array(r["seconds"]) for r in results if r["arm"] == FUSED), None)
+    torchs = {r["arm"]: np.array(r["seconds"]) for r in results if r["arm"] in (FUSED, FOREACH)}
+    torch_seconds = torchs.get(FUSED, torchs.get(FOREACH))
     for r in results:
         seconds, ceiling = np.array(r["seconds"]), streams.get(r.get("shape"), first)
         median, low, high = np.quantile(seconds, [0.5, 0.2, 0.8])
-        ratio = None if fused is None or r["arm"].startswith("ceiling") else fused / seconds
+        ratio = None if torch_seconds is None or r["arm"].startswith("ceiling") else torch_seconds / seconds
         steady = next((np.array(x["seconds"]) for x in results if x["arm"] == f"{r['arm']}, steady"), None)
         r |= {
             "ms_median": median * 1e3,

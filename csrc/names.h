@@ -26,6 +26,8 @@ inline Rule rule_of(const std::string& name) {
   if (name == "adam_amsgrad") return Rule::adam_amsgrad;
   if (name == "sgd") return Rule::sgd;
   if (name == "sgd_momentum") return Rule::sgd_momentum;
+  if (name == "adam_cautious_decay") return Rule::adam_cautious_decay;
+  if (name == "adam_cautious_update") return Rule::adam_cautious_update;
   throw pybind11::value_error("there is no rule '" + name + "'");
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define FUSED_HD __host__ __device__ __forceinline__
@@ -17,6 +18,18 @@
 #endif
 
 namespace fused_adamw {
+
+enum class Rule : uint8_t {
+  adam,
+  adam_amsgrad,
+  sgd,
+  sgd_momentum,
+  adam_cautious_decay,
+  adam_cautious_update,
+};
+constexpr int kRules = 6;
+
+constexpr bool is_adam(Rule rule) { return rule != Rule::sgd && rule != Rule::sgd_momentum; }
 
 // The columns of a row of scalars, in the order of the fields of Adam::Scalars and Sgd::Scalars; after them
 // the number of the step, which stochastic rounding draws its random bits by.
@@ -56,9 +69,13 @@ template <typename T> struct Decayed {
       : p(fma(-decay, p0, p0)), g(fma(l2, p, grad_factor * g0)) {}
 };
 
+// Whether two numbers are on the same side of 0; on different sides. By no product, which may round to 0.
+template <typename T> FUSED_HD bool agree(T a, T b) { return (a > 0 && b > 0) || (a < 0 && b < 0); }
+template <typename T> FUSED_HD bool opposed(T a, T b) { return ((a > 0) & (b < 0)) | ((a < 0) & (b > 0)); }
+
 // Adam and AdamW: Algorithm 2 of arXiv 1711.05101.
-template <bool kAmsgrad> struct Adam {
-  static constexpr int kStates = kAmsgrad ? 3 : 2;
+template <Rule kRule> struct Adam {
+  static constexpr int kStates = kRule == Rule::adam_amsgrad ? 3 : 2;
   static constexpr int kSecondMoment = 1;  // the index of its state
 
   template <typename T> struct Scalars {
@@ -70,12 +87,15 @@ template <bool kAmsgrad> struct Adam {
     m = lerp(m, x.g, s.w1);
     v = fma(s.w2, x.g * x.g, fma(-s.w2, v, v));
     T second = v;
-    if constexpr (kAmsgrad) {
+    if constexpr (kRule == Rule::adam_amsgrad) {
       vmax = (v > vmax || v != v) ? v : vmax;  // as torch.maximum: a NaN on either side stays
       second = vmax;
     }
     const T denom = fma(std::sqrt(second), s.inv_sqrt_bc2, s.eps);
-    return fma(-s.step_size, m / denom, x.p);
+    T p = x.p, moved = m;
+    if constexpr (kRule == Rule::adam_cautious_decay) p = opposed(m, p0) ? p0 : p;
+    if constexpr (kRule == Rule::adam_cautious_update) moved *= T(agree(m, x.g));  // keeps a NaN
+    return fma(-s.step_size, moved / denom, p);
   }
 };
 

@@ -14,10 +14,6 @@
 
 namespace fused_adamw {
 
-enum class Rule : uint8_t { adam, adam_amsgrad, sgd, sgd_momentum };
-
-constexpr bool is_adam(Rule rule) { return rule == Rule::adam || rule == Rule::adam_amsgrad; }
-
 // One tensor. All its streams are dense and laid out alike: element i of one belongs to element i of the
 // others.
 struct Row {

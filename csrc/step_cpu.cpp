@@ -68,14 +68,14 @@ FUSED_ISA(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,
 
 using Update = void (*)(const double*, int64_t, void*, const void*, void* const*, const uint32_t*);
 template <typename T> struct Kernels {
-  Update update[4];                           // by Rule; all streams are in the compute type
+  Update update[kRules];                      // by Rule; all streams are in the compute type
   void (*load[4])(const void*, T*, int64_t);  // by Format
   void (*store[4])(const T*, void*, int64_t);
 };
 
 // Loops over values of 16 bits or fewer, which are computed in float.
 struct NarrowKernels {
-  Update pairs[4], random_pairs[4];  // by Rule; all streams are pairs of bf16
+  Update pairs[kRules], random_pairs[kRules];  // by Rule; all streams are pairs of bf16
   void (*read_master[4][2])(const void*, const void*, float*, int64_t);  // by Master; bf16, f16
   void (*write_master[4][2])(const float*, void*, void*, int64_t);
   void (*store_random[2])(const float*, void*, const uint32_t*, int64_t);    // parameter, second moment
@@ -86,8 +86,12 @@ struct NarrowKernels {
 
 // tensor_checks.py refuses storage narrower than fp32 for fp64 arithmetic, because it would round twice.
 #define FUSED_RULES(Isa, ...)                                                                                \
-  {Isa::template update<Adam<false>, __VA_ARGS__>, Isa::template update<Adam<true>, __VA_ARGS__>,            \
-   Isa::template update<Sgd<false>, __VA_ARGS__>, Isa::template update<Sgd<true>, __VA_ARGS__>}
+  {Isa::template update<Adam<Rule::adam>, __VA_ARGS__>,                                                      \
+   Isa::template update<Adam<Rule::adam_amsgrad>, __VA_ARGS__>,                                              \
+   Isa::template update<Sgd<false>, __VA_ARGS__>,                                                            \
+   Isa::template update<Sgd<true>, __VA_ARGS__>,                                                             \
+   Isa::template update<Adam<Rule::adam_cautious_decay>, __VA_ARGS__>,                                       \
+   Isa::template update<Adam<Rule::adam_cautious_update>, __VA_ARGS__>}
 #define FUSED_MASTERS(function)                                                                              \
   {                                                                                                          \
     {}, {function<Master::kahan, BFloat16>}, {function<Master::split16, BFloat16>}, {                        \
@@ -218,12 +222,11 @@ void fill_random(const NarrowKernels& k, const Row& row, uint32_t step, int64_t 
 }
 
 int states_of(Rule rule) {
-  constexpr int states[] = {Adam<false>::kStates, Adam<true>::kStates, Sgd<false>::kStates,
-                            Sgd<true>::kStates};
-  return states[int(rule)];
+  if (is_adam(rule)) return rule == Rule::adam_amsgrad ? kMaxStates : Adam<Rule::adam>::kStates;
+  return rule == Rule::sgd ? Sgd<false>::kStates : Sgd<true>::kStates;
 }
 int second_moment_of(Rule rule) {
-  return is_adam(rule) ? Adam<false>::kSecondMoment : Sgd<false>::kSecondMoment;
+  return is_adam(rule) ? Adam<Rule::adam>::kSecondMoment : Sgd<false>::kSecondMoment;
 }
 
 // Prefetches the beginning of a row. Small tensors end before the processor sees that they are streams:

@@ -443,19 +443,26 @@ template <class R, class P, class G, Master kMaster> StepKernel kernel_of(Format
   }
 }
 
+template <class R> constexpr bool kCautious = false;
+template <> constexpr bool kCautious<Adam<Rule::adam_cautious_decay>> = true;
+template <> constexpr bool kCautious<Adam<Rule::adam_cautious_update>> = true;
+
 template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
   const bool plain = v.master == Master::none && !v.stochastic && v.state != Format::i8;
-  if (plain) {
-    if constexpr (R::kStates == 0) return step_kernel<R, P, G, P, Master::none, false>;
-    switch (v.state) {
-    case Format::f32: return step_kernel<R, P, G, float, Master::none, false>;
-    case Format::bf16: return step_kernel<R, P, G, BFloat16, Master::none, false>;
-    default: return step_kernel<R, P, G, Float16, Master::none, false>;
+  if constexpr (!kCautious<R>) {
+    if (plain) {
+      if constexpr (R::kStates == 0) return step_kernel<R, P, G, P, Master::none, false>;
+      switch (v.state) {
+      case Format::f32: return step_kernel<R, P, G, float, Master::none, false>;
+      case Format::bf16: return step_kernel<R, P, G, BFloat16, Master::none, false>;
+      default: return step_kernel<R, P, G, Float16, Master::none, false>;
+      }
     }
   }
   // The other formats are compiled for gradients of float32 or of the parameter's type, and for moments of
   // float32, bfloat16 or int8. That is half as many kernels again; every mix would be four times as many.
-  if constexpr (std::is_same<G, float>::value || std::is_same<G, P>::value) {
+  // Cautious rules are compiled for gradients of the parameter's type, and these moments.
+  if constexpr (std::is_same<G, P>::value || (std::is_same<G, float>::value && !kCautious<R>)) {
     if (v.master == Master::none) return kernel_of<R, P, G, Master::none>(v.state, v.stochastic);
     if constexpr (sizeof(P) == 2)
       if (v.master == Master::fp32) return kernel_of<R, P, G, Master::fp32>(v.state, v.stochastic);
@@ -486,10 +493,12 @@ template <class R> StepKernel kernel_of(const Variant& v) {
 // Returns the compiled kernel of a variant, or nullptr.
 StepKernel kernel_of(const Variant& v) {
   switch (v.rule) {
-  case Rule::adam: return kernel_of<Adam<false>>(v);
-  case Rule::adam_amsgrad: return kernel_of<Adam<true>>(v);
+  case Rule::adam: return kernel_of<Adam<Rule::adam>>(v);
+  case Rule::adam_amsgrad: return kernel_of<Adam<Rule::adam_amsgrad>>(v);
   case Rule::sgd: return kernel_of<Sgd<false>>(v);
-  default: return kernel_of<Sgd<true>>(v);
+  case Rule::sgd_momentum: return kernel_of<Sgd<true>>(v);
+  case Rule::adam_cautious_decay: return kernel_of<Adam<Rule::adam_cautious_decay>>(v);
+  default: return kernel_of<Adam<Rule::adam_cautious_update>>(v);
   }
 }
 

@@ -12,9 +12,23 @@ from fused_adamw.options import Backend
 from fused_adamw.tensors import Numbering, gradient, local, real
 
 #: The family of each rule: the key of its scalars and hyperparameters.
-FAMILIES = {"adam": "adam", "adam_amsgrad": "adam", "sgd": "sgd", "sgd_momentum": "sgd"}
+FAMILIES = {
+    "adam": "adam",
+    "adam_amsgrad": "adam",
+    "sgd": "sgd",
+    "sgd_momentum": "sgd",
+    "adam_cautious_decay": "adam",
+    "adam_cautious_update": "adam",
+}
 #: How many states each rule moves.
-STATES = {"adam": 2, "adam_amsgrad": 3, "sgd": 0, "sgd_momentum": 1}
+STATES = {
+    "adam": 2,
+    "adam_amsgrad": 3,
+    "sgd": 0,
+    "sgd_momentum": 1,
+    "adam_cautious_decay": 2,
+    "adam_cautious_update": 2,
+}
 #: The key of each master's data in the state.
 MASTER_KEYS = {"kahan": "compensation", "split16": "lower_half", "fp32": "master"}
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_adamw import options
 from fused_adamw.base import FusedOptimizer
-from fused_adamw.options import Backend, Master, Params, ProcessGroups, Rounding, StateDtype, documented
+from fused_adamw.options import Backend, Cautious, Master, Params, ProcessGroups, Rounding, StateDtype, documented
 
 
 @documented
@@ -41,6 +41,7 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         decouple_lr: bool = False,
+        cautious: Cautious | None = None,
         state_dtype: StateDtype | None = None,
         rounding: Rounding = "nearest",
         master: Master | None = None,
@@ -61,6 +62,7 @@ class Adam(FusedOptimizer):
             "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
             "decouple_lr": decouple_lr,
+            "cautious": cautious,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "master": master,
@@ -82,7 +84,12 @@ class Adam(FusedOptimizer):
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         if group["amsgrad"]:
             return "adam_amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        return "adam", ("exp_avg", "exp_avg_sq")
+        return _adam_rule(group), ("exp_avg", "exp_avg_sq")
+
+
+def _adam_rule(group: dict[str, Any]) -> str:
+    cautious = group.get("cautious")
+    return f"adam_cautious_{cautious}" if cautious else "adam"
 
 
 def _floats(betas: Sequence[float | Tensor]) -> tuple[float, ...]:
@@ -105,7 +112,9 @@ class AdamW(Adam):
             - \gamma \, \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon}
 
     with :math:`d = \gamma \lambda` as in torch or, with ``decouple_lr``, :math:`d = (\gamma / \gamma_0) \lambda` as in
-    the paper, where :math:`\gamma_0` is the learning rate that the group was made with (its ``base_lr``).
+    the paper, where :math:`\gamma_0` is the learning rate that the group was made with (its ``base_lr``). With
+    ``cautious="decay"`` elements in which :math:`m_t` and :math:`\theta_{t-1}` have opposite signs are not decayed;
+    with ``cautious="update"`` those in which :math:`m_t` and :math:`g_t` differ in sign are decayed but not updated.
 
     Args:
 
@@ -135,6 +144,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decouple_lr: bool = False,
+        cautious: Cautious | None = None,
         state_dtype: StateDtype | None = None,
         rounding: Rounding = "nearest",
         master: Master | None = None,
@@ -159,6 +169,7 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             decouple_lr=decouple_lr,
+            cautious=cautious,
             state_dtype=state_dtype,
             rounding=rounding,
             master=master,
@@ -205,6 +216,7 @@ class RAdam(FusedOptimizer):
         differentiable: bool = False,
         degenerated_to_sgd: bool = True,
         decouple_lr: bool = False,
+        cautious: Cautious | None = None,
         state_dtype: StateDtype | None = None,
         rounding: Rounding = "nearest",
         master: Master | None = None,
@@ -225,6 +237,7 @@ class RAdam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "degenerated_to_sgd": degenerated_to_sgd,
             "decouple_lr": decouple_lr,
+            "cautious": cautious,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "master": master,
@@ -243,7 +256,7 @@ class RAdam(FusedOptimizer):
         )
 
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return "adam", ("exp_avg", "exp_avg_sq")
+        return _adam_rule(group), ("exp_avg", "exp_avg_sq")
 
 
 @documented

@@ -17,6 +17,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 Backend = Literal["cpu", "triton", "cuda", "reference"]
 Rounding = Literal["nearest", "stochastic"]
 Master = Literal["kahan", "split16", "fp32"]
+Cautious = Literal["decay", "update"]
 StateDtype = torch.dtype | Literal["float32", "bfloat16", "float16", "float64", "int8"]
 
 ProcessGroups: TypeAlias = "ProcessGroup | Callable[[Tensor], Sequence[ProcessGroup]] | None"
@@ -25,6 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT8 = ("int8", torch.int8)
 ROUNDINGS = get_args(Rounding)
 MASTERS = get_args(Master)
+CAUTIOUS = get_args(Cautious)
 When = Literal["construction", "loading", "step"]
 
 
@@ -40,6 +42,7 @@ class Option(NamedTuple):
 OPTIONS = {
     "decoupled_weight_decay": Option(False, ours=("sgd",)),
     "decouple_lr": Option(False, ours=("adam", "radam", "sgd")),
+    "cautious": Option(None, ours=("adam", "radam")),
     "lr_in_momentum": Option(False, ours=("sgd",)),
     "degenerated_to_sgd": Option(True, ours=("radam",)),
     "capturable": Option(False, ours=("sgd",), kept=True, replans=True),
@@ -102,6 +105,10 @@ code can.""",
     "decouple_lr": """\
 decoupled decay as in the paper, by lr / base_lr times λ, where base_lr is the learning rate that the group was made
 with. torch's decay is lr times λ.""",
+    "cautious": """\
+``"decay"`` decays only elements in which m_t and θ do not have opposite signs (arXiv 2510.12402), and needs decoupled
+weight decay; ``"update"`` updates only elements in which m_t and the gradient have the same sign (arXiv 2411.16085,
+without its rescaling by the share of such elements). Not with ``amsgrad``.""",
     "lr_in_momentum": "use the paper's momentum, in which a change of the learning rate acts on new gradients only.",
     "state_dtype": """\
 how moments are stored, a dtype or its name; by default float32, or float64 for float64 parameters. ``"int8"`` stores
@@ -228,6 +235,7 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
     if at != "step" and group.get("nesterov") and (numbers["momentum"] <= 0 or numbers["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    _check_cautious(group)
     if not group.get("decouple_lr"):
         return
     if not group.get("decoupled_weight_decay"):
@@ -239,6 +247,16 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
             "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
             f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"
         )
+
+
+def _check_cautious(group: Mapping[str, Any]) -> None:
+    cautious = group.get("cautious")
+    if cautious not in (None, *CAUTIOUS):
+        raise ValueError(f"cautious={cautious!r}: must be None or one of {', '.join(map(repr, CAUTIOUS))}")
+    if cautious and group.get("amsgrad"):
+        raise ValueError(f"cautious={cautious!r} with amsgrad=True is not supported: drop one of them")
+    if cautious == "decay" and not group.get("decoupled_weight_decay"):
+        raise ValueError("cautious='decay' needs decoupled weight decay: use AdamW, or drop it")
 
 
 def number(group: Mapping[str, Any], name: str) -> float:

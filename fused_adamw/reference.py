@@ -14,6 +14,8 @@ rounds once, to nearest even)::
            v = fma(w2, g * g, fma(-w2, v, v))                w2 = 1 - beta2
            vmax = max(vmax, v)                               amsgrad only, then in place of v below
            p = fma(-step_size, m / fma(sqrt(v), inv_sqrt_bc2, eps), p)
+           with cautious decay p is as before the decay where m and p had opposite signs; a cautious update has
+           m * (m * g > 0) in place of m in the last line, the product taken as exact
     sgd:   b = fma(c1, g, momentum * b)                      momentum only
            p = fma(-c2, fma(take_b, b, take_g * g), p)
 
@@ -59,6 +61,7 @@ def adam(
     v: Tensor,
     vmax: Tensor | None,
     *,
+    rule: str = "adam",
     decay: float,
     l2: float,
     grad_factor: float,
@@ -68,15 +71,24 @@ def adam(
     inv_sqrt_bc2: float,
     eps: float,
 ) -> None:
-    """Step Adam or AdamW once, in place (Algorithm 2; ``vmax`` is AMSGrad's, arXiv 1904.09237)."""
+    """Step Adam or AdamW once, in place (Algorithm 2; ``vmax`` is AMSGrad's, arXiv 1904.09237).
+
+    Cautious rules are Algorithm 1 of arXiv 2510.12402 (decay), whose update has the sign of m, and of 2411.16085
+    (update) without the division by the mean of the mask, which takes a pass of its own.
+    """
     x, g = decayed(p, g, decay, l2, grad_factor)
     m.lerp_(g, w1)  # line 7: m = β1·m + (1-β1)·g
     v.copy_(fma(w2, g * g, fma(-w2, v, v)))  # line 8: v = β2·v + (1-β2)·g²
     if vmax is not None:
         vmax.copy_(vmax.maximum(v))
         v = vmax
+    moved = m
+    if rule == "adam_cautious_decay":
+        x = torch.where(m.sign() * p.sign() < 0, p, x)
+    elif rule == "adam_cautious_update":
+        moved = m * (m.sign() * g.sign() > 0)  # keeps a NaN
     # lines 9, 10 and 12: step_size·m = η_t·α·m̂, sqrt(v)·inv_sqrt_bc2 = √v̂
-    p.copy_(fma(-step_size, m / (v.sqrt() * inv_sqrt_bc2 + eps), x))
+    p.copy_(fma(-step_size, moved / (v.sqrt() * inv_sqrt_bc2 + eps), x))
 
 
 def sgd(
@@ -141,7 +153,7 @@ class Launch:
         g = tensors.g.to(p.dtype)
         if row.family == "adam":
             m, v, *vmax = states
-            adam(p, g, m, v, vmax[0] if vmax else None, **values)
+            adam(p, g, m, v, vmax[0] if vmax else None, rule=row.rule, **values)
         else:
             sgd(p, g, states[0] if states else None, **values)
         codecs.write(row, tensors, p, states, step)

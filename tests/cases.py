@@ -191,6 +191,10 @@ SHARED: list[tuple[str, dict[str, Any]]] = [
 # Options that only ours has.
 OURS: list[tuple[str, dict[str, Any]]] = [
     ("AdamW", {"decouple_lr": True, "weight_decay": 1e-3}),
+    ("AdamW", {"cautious": "decay", "lr": 1e-2, "weight_decay": 0.3}),
+    ("AdamW", {"cautious": "update", "lr": 1e-2, "weight_decay": 0.1}),
+    ("Adam", {"cautious": "update", "weight_decay": 0.1, "maximize": True}),
+    ("RAdam", {"cautious": "decay", "lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True}),
     ("RAdam", {"degenerated_to_sgd": False, "decoupled_weight_decay": True, "weight_decay": 0.1, "decouple_lr": True}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3, "decouple_lr": True}),

@@ -35,8 +35,17 @@ def decayed(s: dict[str, Fraction], p: Fraction, g: Fraction) -> tuple[Fraction,
     return p, fma(s["l2"], p, rounded(s["grad_factor"] * g))
 
 
-def adam(s: dict[str, Fraction], p: Fraction, g: Fraction, m: Fraction, v: Fraction, vmax: Fraction | None = None):
+def adam(
+    s: dict[str, Fraction],
+    p: Fraction,
+    g: Fraction,
+    m: Fraction,
+    v: Fraction,
+    vmax: Fraction | None = None,
+    rule: str = "adam",
+):
     """(p, m, v, vmax) after one step of the sequence in ``reference.py``'s docstring."""
+    before = p
     p, g = decayed(s, p, g)
     near_m = s["w1"] < Fraction(1, 2)
     m = fma(s["w1"] if near_m else s["w1"] - 1, rounded(g - m), m if near_m else g)
@@ -45,7 +54,10 @@ def adam(s: dict[str, Fraction], p: Fraction, g: Fraction, m: Fraction, v: Fract
     if vmax is not None:
         second = vmax = max(vmax, v)
     denom = fma(sqrt(second), s["inv_sqrt_bc2"], s["eps"])
-    p = fma(-s["step_size"], rounded(m / denom), p)
+    if rule == "adam_cautious_decay" and m * before < 0:
+        p = before
+    moved = Fraction(0) if rule == "adam_cautious_update" and m * g <= 0 else m
+    p = fma(-s["step_size"], rounded(moved / denom), p)
     return (p, m, v) if vmax is None else (p, m, v, vmax)
 
 

@@ -78,6 +78,8 @@ ADAM_BF16 = Variant("adam", BF16, BF16, F32)
 ADAM_ALL_BF16 = Variant("adam", BF16, BF16, BF16)
 AMSGRAD = Variant("adam_amsgrad", F32, F32, F32)
 MOMENTUM = Variant("sgd_momentum", F32, F32, F32)
+CAUTIOUS_DECAY = Variant("adam_cautious_decay", BF16, BF16, F32)
+CAUTIOUS_UPDATE = Variant("adam_cautious_update", F32, F32, F32)
 VARIANTS = [
     ADAM,
     ADAM_BF16,
@@ -91,6 +93,8 @@ VARIANTS = [
     MOMENTUM,
     Variant("sgd_momentum", BF16, BF16, F32),
     Variant("sgd_momentum", F16, F32, F16),
+    CAUTIOUS_DECAY,
+    CAUTIOUS_UPDATE,
 ]
 SPLIT16 = Variant("adam", BF16, BF16, F32, "split16")
 STOCHASTIC = Variant("adam", BF16, BF16, BF16, "none", True)
@@ -116,6 +120,8 @@ FORMED = [
     Variant("sgd_momentum", BF16, F32, F32, "none", True),
     Variant("sgd_momentum", BF16, BF16, BF16, "kahan"),
     Variant("sgd_momentum", F16, F16, I8),
+    Variant("adam_cautious_decay", BF16, BF16, BF16, "none", True),
+    Variant("adam_cautious_update", BF16, BF16, I8, "split16", True),
 ]
 # The layouts that differ, each rule at least once: what is compiled for every architecture.
 LAYOUTS = [*(VARIANTS[i] for i in (0, 1, 2, 6, 8, 9)), *(FORMED[i] for i in (1, 3, 4, 7, 9))]
@@ -285,9 +291,9 @@ class Cuda:
 
     @staticmethod
     def _rule(rule: str) -> str:
-        return {"adam": "Adam<false>", "adam_amsgrad": "Adam<true>", "sgd": "Sgd<false>", "sgd_momentum": "Sgd<true>"}[
-            rule
-        ]
+        if rule.startswith("sgd"):
+            return f"Sgd<{str(rule == 'sgd_momentum').lower()}>"
+        return f"Adam<(fused_adamw::Rule){list(STATES).index(rule)}>"
 
     @functools.cache  # noqa: B019
     def module(self, sm: int) -> dict[str, Compiled]:
@@ -331,7 +337,7 @@ class Cuda:
                 ptx=one_entry(ptx, entry),
                 entry=entry,
                 threads=512 if name in ("factor_kernel", "totals_kernel") else 128,
-                width=4 if re.search(r"float|true>, |Master\)[123]", name.split("<", 1)[-1]) else 8,
+                width=4 if re.search(r"float|Rule\)1|Master\)[123]", name.split("<", 1)[-1]) else 8,
                 registers=number(r"Used (\d+) registers"),
                 frame=number(r"(\d+) bytes stack frame") + number(r"(\d+) bytes lmem"),
                 shared=number(r"(\d+) bytes smem"),

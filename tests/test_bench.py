@@ -120,6 +120,22 @@ def test_step(tmp_path: Path, here: Callable[..., str]) -> None:
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_step_of_what_torch_does_not_fuse(tmp_path: Path, here: Callable[..., str]) -> None:
+    """RAdam beside torch's foreach, cautious steps beside torch's plain one: both are judged by the oracle."""
+    algorithms = ["radam", "adamw-cautious-decay", "adamw-cautious-update"]
+    args = ["--workload", "1x131k", "--algorithm", *algorithms, "--against", "fused", "foreach"]
+    out = here("step", *args, *options(tmp_path))
+    assert "torch.optim.RAdam has no fused step: compare with --against foreach" in out
+    report = json.loads((tmp_path / "step.json").read_text())
+    found = {(r["algorithm"], r["arm"]): r for r in report["results"]}
+    for algorithm in algorithms:
+        ours, foreach = (found[algorithm, arm] for arm in ("fused_adamw cpu", "torch foreach"))
+        assert ours["match"]
+        assert foreach["match"] is (True if algorithm == "radam" else None)
+        theirs = foreach if algorithm == "radam" else found[algorithm, "torch fused"]
+        assert ours["ratio_median"] == pytest.approx(np.median(np.divide(theirs["seconds"], ours["seconds"])))
+
+
 @pytest.mark.parametrize("name", [name for name, workload in cases.WORKLOADS.items() if workload.change])
 def test_step_of_lists_that_change(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., str]

@@ -616,6 +616,33 @@ def test_a_checkpoint_of_torch_brings_its_learning_rate_as_the_base_of_the_decay
     assert p.item() == pytest.approx(0.99 * before)
 
 
+def test_cautious_goes_with_a_checkpoint_and_torch_loads_it(target):
+    p, q, r = (cases.parameters([(9,)], device=target.device)[0] for _ in range(3))
+    optimizer = cases.make("AdamW", [p], {"cautious": "update"}, backend=target.backend)
+    steps(optimizer, range(2))
+    other = cases.make("AdamW", [q], {}, backend=target.backend)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["cautious"] == "update"
+    theirs = torch.optim.AdamW([r])
+    theirs.load_state_dict(optimizer.state_dict())
+    steps(theirs, [2])
+    other.load_state_dict(theirs.state_dict())
+    assert other.state[q]["step"] == 3
+    # What a checkpoint of torch's lacks stays as it is here.
+    optimizer.load_state_dict(torch.optim.AdamW([r]).state_dict())
+    assert optimizer.param_groups[0]["cautious"] == "update"
+
+
+@pytest.mark.parametrize(("value", "text"), [("both", "must be None or one of"), ("update", "with amsgrad=True")])
+def test_a_cautious_checkpoint_that_no_step_can_use_is_refused(value, text):
+    optimizer = cases.make("AdamW", cases.parameters([(9,)]), {"amsgrad": value == "update"})
+    steps(optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["cautious"] = value
+    with pytest.raises(ValueError, match=f"AdamW: loading: cautious={value!r}.* {text}.*group 0.*put it right in"):
+        optimizer.load_state_dict(saved)
+
+
 def test_a_lower_half_in_int16_loads(target):
     """As older checkpoints have it, under its name there."""
     options = {"master": "split16", "weight_decay": 0.1}

@@ -189,8 +189,8 @@ MUTATIONS = {
         "fma(std::sqrt(second), s.inv_sqrt_bc2, s.eps)",
         "std::sqrt(second + s.eps) * s.inv_sqrt_bc2",
     ),
-    "an update with two roundings": ("fma(-s.step_size, m / denom, x.p)", "x.p - s.step_size * (m / denom)"),
-    "a reciprocal": ("m / denom", "m * (T(1) / denom)"),
+    "an update with two roundings": ("fma(-s.step_size, moved / denom, p)", "p - s.step_size * (moved / denom)"),
+    "a reciprocal": ("moved / denom", "moved * (T(1) / denom)"),
     "decay and l2 swapped": (
         "x(s.decay, s.l2, s.grad_factor, p0, g0);\n    m =",
         "x(s.l2, s.decay, s.grad_factor, p0, g0);\n    m =",

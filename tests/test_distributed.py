@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 
 RULES = [
     ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}),
-    ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "decouple_lr": True}),
+    ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "decouple_lr": True, "cautious": "decay"}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
 ]
 

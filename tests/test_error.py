@@ -78,11 +78,19 @@ def test_narrow_storage_is_one_rounding_from_the_truth(name, options, dtype, sta
             q.grad = p.grad.double()
         oracle.step()
         optimizer.step()
-        wanted = cases.tensors_of(oracle)
-        for key, x in cases.tensors_of(optimizer).items():
-            if not key.endswith(".step"):
-                bound = 0.501 if x.dtype != torch.float32 else 4
-                assert cases.ulps(x, wanted[key]).max() <= bound, key
+        found, wanted = cases.tensors_of(optimizer), cases.tensors_of(oracle)
+        for key, x in found.items():
+            if key.endswith(".step"):
+                continue
+            bound = 0.501 if x.dtype != torch.float32 else 4
+            good = cases.ulps(x, wanted[key]) <= bound
+            if "cautious" in options and key.endswith(".p"):
+                # The sign of a first moment that cancelled to less than its own rounding decides between two values.
+                m = key.replace(".p", ".exp_avg")
+                cancelled = found[m].sign() != wanted[m].sign()
+                assert cancelled.sum() <= max(1, 0.01 * x.numel())
+                good |= cancelled
+            assert good.all(), key
 
 
 def test_decay_of_bfloat16_parameters_is_lost():

@@ -240,6 +240,26 @@ def test_same_bits_as_the_cpu(name, options, dtype, backend):
 
 
 @gpu
+def test_cautious_steps_with_gradients_of_another_dtype(backend):
+    """Triton compiles for any mix; CUDA's kernels were compiled before, and refuse it before anything is written."""
+    ours, theirs = twins([(1000,)], dtype=torch.bfloat16)
+    a, b = (
+        cases.make("AdamW", ps, {"cautious": "decay"}, **own)
+        for ps, own in ((ours, {"backend": backend}), (theirs, {}))
+    )
+    for ps in (ours, theirs):
+        cases.set_gradients(ps, 0, torch.float32)
+    if backend == "cuda":
+        with pytest.raises(NotImplementedError, match=r"with cautious=, of that alone.* here they are Float and Float"):
+            a.step()
+        assert torch.equal(ours[0].cpu(), theirs[0])
+    else:
+        a.step()
+        b.step()
+        assert torch.equal(ours[0].cpu(), theirs[0])
+
+
+@gpu
 def test_a_network_trains_to_the_bits_of_the_cpu(backend):
     """The gradients are computed on the GPU and handed to the CPU's twin."""
     torch.manual_seed(0)

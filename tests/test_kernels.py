@@ -23,6 +23,8 @@ from tests.gpu_kernels import (
     AMSGRAD,
     BF16,
     BLOCK,
+    CAUTIOUS_DECAY,
+    CAUTIOUS_UPDATE,
     CHUNK,
     EXECUTED,
     F16,
@@ -128,7 +130,7 @@ def test_every_cuda_kernel():
     compiled = every.module(90)
     steps = [kernel for name, kernel in compiled.items() if name.startswith("step_kernel")]
     assert len([kernel for kernel in steps if kernel.registers <= 64]) >= 3 * 27 + 9
-    assert len(steps) == 252
+    assert len(steps) == 252 + 72  # of the cautious rules
     for kernel in steps:
         check_resources(kernel, 120)
 
@@ -474,9 +476,9 @@ def test_totals_of_segments(compiler, found):
             '"enable_fp_fusion": True',
             ".f32",
         ),
-        ("triton", "rules.py", "tl.div_rn(m, denom)", "m / denom", "div.full"),
+        ("triton", "rules.py", "tl.div_rn(moved, denom)", "moved / denom", "div.full"),
         ("triton", "rules.py", "tl.sqrt_rn(second)", "tl.sqrt(second)", "sqrt.approx"),
-        ("cuda", "rules.h", "m / denom", "__fdividef(m, denom)", "div.approx"),
+        ("cuda", "rules.h", "moved / denom", "__fdividef(moved, denom)", "div.approx"),
         ("cuda", "step_cuda.cu", "__builtin_assume(__isGlobal(pointer));", "", "ld."),
     ],
 )
@@ -611,11 +613,20 @@ WRONG_FORMATS = [
     ("triton", "formats.py", "tl.where(bits(bf16(x, 0x8000)) == bits(stored), x, p)", "x", SPLIT16),
     ("cuda", "formats.h", "rounded_away(x) == p.bits ? x : load(p)", "x", SPLIT16),
 ]
+# A moment, gradient or parameter of 0; another tensor's sign; an infinite moment.
+WRONG_CAUTIOUS = [
+    ("triton", "rules.py", "opposed(m, p0), p0, p)", "agree(m, p0), p, p0)", CAUTIOUS_DECAY),
+    ("triton", "rules.py", "tl.where(agree(m, g), 1.0, 0.0)", "tl.where(opposed(m, g), 0.0, 1.0)", CAUTIOUS_UPDATE),
+    ("cuda", "rules.h", "opposed(m, p0) ? p0 : p", "agree(m, p0) ? p : p0", CAUTIOUS_DECAY),
+    ("cuda", "rules.h", "opposed(m, p0) ?", "opposed(x.g, p0) ?", CAUTIOUS_DECAY),
+    ("cuda", "rules.h", "moved *= T(agree(m, x.g));", "moved *= T(!opposed(m, x.g));", CAUTIOUS_UPDATE),
+    ("cuda", "rules.h", "moved *= T(agree(m, x.g));", "moved = agree(m, x.g) ? m : T(0);", CAUTIOUS_UPDATE),
+]
 
 
 @needs_ptxsim
-@pytest.mark.parametrize(("name", "file", "right", "wrong", "variant"), WRONG_FORMATS)
-def test_wrong_format_is_seen(name, file, right, wrong, variant, tmp_path, cpu_step):
+@pytest.mark.parametrize(("name", "file", "right", "wrong", "variant"), WRONG_FORMATS + WRONG_CAUTIOUS)
+def test_wrong_format_or_rule_is_seen(name, file, right, wrong, variant, tmp_path, cpu_step):
     own = changed(compiler_of(name), file, right, wrong, tmp_path)
     own.variants = [variant]
     rows = scalar_rows(variant.rule)

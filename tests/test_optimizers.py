@@ -187,6 +187,23 @@ def test_decay_without_gradient(target):
     assert factors == pytest.approx({("AdamW",): 0.0005, ("AdamW", "decouple_lr"): 0.05, ("SGDW", "decouple_lr"): 0.05})
 
 
+def test_a_cautious_step_that_masks_nothing_is_the_plain_one(target):
+    """To the bit: a first update, whose moments have the gradients' signs, however small; a decay of 0."""
+    for options, steps in (({"cautious": "update", "weight_decay": 0.1}, 1), ({"cautious": "decay"}, 3)):
+        runs = []
+        for own in (options, {k: v for k, v in options.items() if k != "cautious"}):
+            params = cases.parameters(cases.SHAPES, device=target.device)
+            optimizer = cases.make("AdamW", params, {"weight_decay": 0.0} | own, backend=target.backend)
+            for t in range(steps):
+                cases.set_gradients(params, t)
+                for p in params[::2]:
+                    p.data.zero_()
+                    p.grad *= 1e-25
+                optimizer.step()
+            runs.append(cases.tensors_of(optimizer))
+        cases.assert_same_bits(*runs)
+
+
 def test_lr_of_zero_changes_no_weight(target):
     p = cases.parameters([(9,)], device=target.device)[0]
     before = p.detach().clone()

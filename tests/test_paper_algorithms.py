@@ -73,6 +73,22 @@ def radam(theta, alpha, beta1, beta2, eps, lam, waits):
                 theta[i] = x - alpha * lam * x - alpha * m_hat  # line 12
 
 
+def cautious(theta, alpha, beta1, beta2, eps, lam, kind):
+    """AdamW with Algorithm 1 of arXiv 2510.12402 or, without the division by the mask's mean, of arXiv 2411.16085."""
+    m, v = ([torch.zeros_like(x) for x in theta] for _ in range(2))
+    for t in range(1, STEPS + 1):
+        cases.set_gradients(theta, t)
+        for i, x in enumerate(theta):
+            g = x.grad
+            m[i] = beta1 * m[i] + (1 - beta1) * g
+            v[i] = beta2 * v[i] + (1 - beta2) * g**2
+            u = (m[i] / (1 - beta1**t)) / ((v[i] / (1 - beta2**t)).sqrt() + eps)
+            if kind == "decay":
+                theta[i] = x - alpha * (u + lam * x * (u * x >= 0))
+            else:
+                theta[i] = x - alpha * (u * (u * g > 0) + lam * x)
+
+
 def ours(name, options, schedule, target):
     """Parameters that our optimizer arrives at."""
     params = cases.parameters(cases.SHAPES, torch.float64, target.device)
@@ -142,3 +158,34 @@ def test_radam_is_its_papers(beta2, waits, target):
         assert all(torch.equal(p, q) for p, q in zip(got, start, strict=True))
     else:
         assert_equal(got, theta, start)
+
+
+@pytest.mark.parametrize("kind", ["decay", "update"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_cautious_rules_are_their_papers(name, kind, target):
+    """Equal to 1e-12 in float64, and another than the rule without the option."""
+    options = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.3}
+    options |= {"decoupled_weight_decay": True} if name == "Adam" else {}
+    start = cases.parameters(cases.SHAPES, torch.float64, target.device)
+    theta = [p.detach().clone() for p in start]
+    cautious(theta, 0.01, 0.9, 0.99, 1e-6, 0.3, kind)
+    assert_equal(ours(name, options | {"cautious": kind}, lambda t: (1, 1), target), theta, start)
+    plain = ours(name, options, lambda t: (1, 1), target)
+    assert max((p - x).abs().max() for p, x in zip(plain, theta, strict=True) if p.numel()) > 1e-3
+
+
+def test_a_cautious_update_masks_by_the_gradient_with_its_l2_term(target):
+    """Adam's gradient is ∇f + λθ, and so is that whose sign counts."""
+    (p,) = cases.parameters([(1,)], torch.float64, target.device)
+    p.data.fill_(1.0)
+    optimizer = cases.make("Adam", [p], {"weight_decay": 1.0, "cautious": "update"}, backend=target.backend)
+    p.grad = torch.full_like(p, 1.0)  # g = 2
+    optimizer.step()
+    before = p.item()
+    p.grad = torch.full_like(p, -0.5)  # g = 0.499, as m is above 0
+    optimizer.step()
+    assert p.item() < before
+    before = p.item()
+    p.grad = torch.full_like(p, -1.5)  # g = -0.502, m is still above 0
+    optimizer.step()
+    assert p.item() == before

@@ -259,6 +259,21 @@ def test_amsgrad_switched_on(watch):
     assert "max_exp_avg_sq" in pair.a.state[pair.ours[0]]
 
 
+def test_cautious_switched_on_and_off(watch):
+    """A weight below 0 that is stepped further down decays towards 0, but not while that is left out."""
+    p = torch.nn.Parameter(-torch.ones(3))
+    backend = "cpu" if watch == "native" else "reference"
+    optimizer = cases.make("AdamW", [p], {"lr": 0.1, "weight_decay": 0.5}, backend=backend)
+    p.grad = torch.ones_like(p)
+    moved = []
+    for cautious in (None, "decay", None):
+        optimizer.param_groups[0]["cautious"] = cautious
+        p.data.fill_(-1)
+        optimizer.step()
+        moved.append(p[0].item() + 1)
+    assert moved == pytest.approx([0.05 - 0.1, -0.1, 0.05 - 0.1], abs=1e-6)
+
+
 def test_gradient_that_becomes_strided_or_sparse(watch):
     pair = Pair()
     pair.step()

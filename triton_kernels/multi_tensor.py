@@ -125,7 +125,7 @@ def tile(ALIGNED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def step_span(
     row, addresses, base, begin, end, s, at,
-    ALIGNED: tl.constexpr, STATES: tl.constexpr,
+    ALIGNED: tl.constexpr, RULE: tl.constexpr, STATES: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
     THREADS: tl.constexpr, WIDTH: tl.constexpr,
@@ -172,7 +172,7 @@ def step_span(
         if STATES < 2:
             p, m = sgd(s, p, g, m, MOMENTUM=STATES == 1)
         else:
-            p, m, v, vmax = adam(s, p, g, m, v, vmax, AMSGRAD=STATES == 3)
+            p, m, v, vmax = adam(s, p, g, m, v, vmax, RULE)
         write(p_at + i, extra_at + i, p, random_p, mask, MASTER)
         if STATES > 0:
             store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=False)
@@ -209,7 +209,7 @@ def step_kernel(
     flags = tl.load(row + COL_FLAGS)
     k = tl.load(row + COL_SCALARS)
     at = scalars + k * SCALARS
-    STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if RULE == "sgd_momentum" else 2 if RULE == "adam" else 3
+    STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if RULE == "sgd_momentum" else 3 if RULE == "adam_amsgrad" else 2
     addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8())
     s = (
         scalar(at, given, k, a0, b0), scalar(at + 1, given, k, a1, b1), f * scalar(at + 2, given, k, a2, b2),
@@ -223,12 +223,12 @@ def step_kernel(
         whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
     # Two regions, so that neither keeps registers for the other.
     if whole > 0:
-        step_span(row, addresses, base, 0, whole, s, start, True, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
+        step_span(row, addresses, base, 0, whole, s, start, True, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
                   MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, WIDTH)  # fmt: skip
     if whole < n:
         if STATE_DTYPE.is_int8():  # here, addresses that were kept would spill
             addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8())
-        step_span(row, addresses, base, whole, n, s, start, False, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
+        step_span(row, addresses, base, whole, n, s, start, False, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
                   MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, TAIL)  # fmt: skip
 
 

@@ -29,17 +29,34 @@ def decayed(s, p, g):
 
 
 @triton.jit
-def adam(s, p, g, m, v, vmax, AMSGRAD: tl.constexpr):
+def agree(a, b):
+    """Return whether two numbers are on the same side of 0; of a NaN, anything."""
+    return (tl.minimum(a, b) > 0) | (tl.maximum(a, b) < 0)
+
+
+@triton.jit
+def opposed(a, b):
+    """Return whether they are on different sides; of a NaN, anything."""
+    return (tl.minimum(a, b) < 0) & (tl.maximum(a, b) > 0)
+
+
+@triton.jit
+def adam(s, p0, g, m, v, vmax, RULE: tl.constexpr):
     """Step Adam and AdamW: s = decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps."""
-    p, g = decayed(s, p, g)
+    p, g = decayed(s, p0, g)
     m = lerp(m, g, s[3])
     v = tl.fma(s[4], g * g, tl.fma(minus(s[4]), v, v))
     second = v
-    if AMSGRAD:
+    if RULE == "adam_amsgrad":
         vmax = tl.maximum(vmax, v, propagate_nan=tl.PropagateNan.ALL)
         second = vmax
     denom = tl.fma(tl.sqrt_rn(second), s[6], s[7])
-    p = tl.fma(minus(s[5]), tl.div_rn(m, denom), p)
+    moved = m
+    if RULE == "adam_cautious_decay":
+        p = tl.where(opposed(m, p0), p0, p)
+    if RULE == "adam_cautious_update":
+        moved = m * tl.where(agree(m, g), 1.0, 0.0)
+    p = tl.fma(minus(s[5]), tl.div_rn(moved, denom), p)
     return p, m, v, vmax
 
 
