@@ -7,7 +7,11 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstddef>
+#include <cstring>
+#include <set>
 #include <stdexcept>
+#include <vector>
 
 #include "step.h"
 
@@ -84,26 +88,42 @@ FUSED_HD Local local_of(const at::Tensor& t, PyObject* object = nullptr) {
   return wrapper ? inside(t, object) : Local{&t};
 }
 
-// Returns a hash of everything that a plan depends on of a tensor but its address: dtype, device, layout,
-// conjugate and negative bits, sizes and strides. It is never 0.
-//
-// It is a hash because a poll compares up to five tensors for each parameter and mostly waits for memory: 8
-// bytes for each of them instead of 16 for each dimension. Every number goes through a bijection, so layouts
-// that differ in one number never share a hash. Others share one with the probability of two random numbers,
-// 2^-64: no two of 12,940,744 layouts of matrices of 8 dtypes do.
-FUSED_HD uint64_t layout_of(const at::Tensor& t) {
-  const at::TensorImpl& impl = *t.unsafeGetTensorImpl();
-  uint64_t hash = impl.key_set().raw_repr();
-  const auto mix = [&hash](uint64_t value) {
-    hash = (hash ^ value) * 0x9e3779b97f4a7c15u;
-    hash ^= hash >> 32;
-  };
-  mix(uint64_t(t.scalar_type()) << 8 | uint8_t(t.device().index()));
-  if (impl.layout() == at::kStrided)
-    for (const at::IntArrayRef values : {impl.sizes(), impl.strides()})
-      for (const int64_t value : values) mix(uint64_t(value));
-  return hash ? hash : 1;
+// Everything that a plan depends on of a tensor but its address, as numbers. LAYOUT_KEYS is torch's set of
+// dispatch keys, which has the kind of device, sparsity, and the conjugate and negative bits; for the kind
+// see kind_of(). Sizes and then strides follow where a tensor is dense.
+using Layout = std::vector<int64_t>;
+enum { LAYOUT_KEYS, LAYOUT_KIND, LAYOUT_ITEMSIZE, LAYOUT_DENSE, LAYOUT_SIZES };
+
+FUSED_HD int64_t kind_of(const at::TensorImpl& impl, size_t dims) {
+  return int64_t(dims) << 16 | int64_t(uint8_t(impl.dtype().toScalarType())) << 8 |
+         uint8_t(impl.device().index());
 }
+inline Layout layout_of(const at::TensorImpl& impl) {
+  const bool dense = impl.layout() == at::kStrided;
+  Layout layout{int64_t(impl.key_set().raw_repr()), kind_of(impl, dense ? impl.sizes().size() : 0),
+                int64_t(impl.itemsize()), dense};
+  if (dense) {
+    layout.insert(layout.end(), impl.sizes().begin(), impl.sizes().end());
+    layout.insert(layout.end(), impl.strides().begin(), impl.strides().end());
+  }
+  return layout;
+}
+// Whether layout_of(impl) has the numbers from `layout` on.
+FUSED_HD bool has_layout(const at::TensorImpl& impl, const int64_t* layout) {
+  if (int64_t(impl.key_set().raw_repr()) != layout[LAYOUT_KEYS]) return false;
+  if (!layout[LAYOUT_DENSE]) return kind_of(impl, 0) == layout[LAYOUT_KIND];
+  const at::IntArrayRef sizes = impl.sizes(), strides = impl.strides();
+  const size_t dims = sizes.size();
+  if (kind_of(impl, dims) != layout[LAYOUT_KIND]) return false;
+  const int64_t* const seen = layout + LAYOUT_SIZES;
+  for (size_t d = 0; d < dims; ++d)
+    if (sizes[d] != seen[d] || strides[d] != seen[dims + d]) return false;
+  return true;
+}
+
+// The layouts that a watch has seen, each of them once: a poll compares five tensors for each parameter, and
+// finds the few layouts of a model in the L1 cache.
+using Layouts = std::set<Layout>;
 
 // Prefetches every cache line of an object. malloc aligns to 16 bytes, so most objects begin within a line.
 // always_inline: GCC drops calls to a function that only prefetches.
@@ -128,38 +148,42 @@ struct ObjectAddresses {
         storage(t->has_storage() ? t->storage().unsafeGetStorageImpl() : nullptr) {}
   FUSED_HD void prefetch() const {
     fused_adamw::prefetch<kPythonBytes>(python);
-    if (owner) fused_adamw::prefetch<kGradientBytes>(owner);
-    if (shard) fused_adamw::prefetch<kPythonBytes>(shard);
+    if (owner) {
+      fused_adamw::prefetch<kSlotBytes>(python);
+      fused_adamw::prefetch<kGradientBytes>(owner);
+      fused_adamw::prefetch<kPythonBytes>(shard);
+    }
     fused_adamw::prefetch<sizeof(at::TensorImpl)>(impl);
     fused_adamw::prefetch<64>(storage);  // the address, the size, and the flags that say who may read it
   }
-  // Prefetches what bump_version() reads.
+  // Prefetches what bump_version() reads, but for the counter itself.
   FUSED_HD void prefetch_version() const {
     FUSED_PREFETCH(python);
-    FUSED_PREFETCH(owner);
-    FUSED_PREFETCH(shard);
-    FUSED_PREFETCH(impl);
+    if (owner) FUSED_PREFETCH(owner), FUSED_PREFETCH(shard);
+    fused_adamw::prefetch<kGradientBytes>(impl);
   }
-  static constexpr size_t kPythonBytes = 64;    // a DTensor object with its slots
-  static constexpr size_t kGradientBytes = 32;  // an implementation up to the pointer to its gradient
+  static constexpr size_t kPythonBytes = offsetof(THPVariable, cdata) + sizeof(at::Tensor);
+  static constexpr size_t kSlotBytes = 64;      // a DTensor object with its slots
+  static constexpr size_t kGradientBytes = 48;  // an implementation up to its autograd metadata and version
 };
-constexpr size_t kAhead = 4;  // how many tensors ahead to prefetch
+constexpr size_t kAhead = 3;      // how many tensors ahead to prefetch
+constexpr size_t kFarAhead = 16;  // where little is done for each
 
 // What a plan depends on of a tensor, and which objects it had when it was last seen. Nothing here keeps a
 // tensor alive.
 struct Seen {
-  uint64_t layout = 0;  // 0: no tensor
-  size_t reach = 0;     // bytes from its first element to the end of its last
-  py::object spec;      // of a DTensor
+  const int64_t* layout = nullptr;  // numbers of one of the watch's layouts
+  size_t reach = 0;                 // bytes from its first element to the end of its last
+  py::object spec;                  // of a DTensor, and of nothing else
   ObjectAddresses objects;
 
   Seen() = default;
   // `object`: its Python object, if the caller has it.
-  explicit Seen(const at::Tensor& tensor, PyObject* object = nullptr) {
+  Seen(Layouts& layouts, const at::Tensor& tensor, PyObject* object = nullptr) {
     const Local t = local_of(tensor, object);
-    layout = layout_of(*t);
+    layout = layouts.insert(layout_of(*t->unsafeGetTensorImpl())).first->data();
     spec = py::reinterpret_borrow<py::object>(t.spec);
-    objects = ObjectAddresses(object ? object : t.dtensor, t);
+    take_addresses(tensor, object);
     // A collective may still be writing a gradient, whose memory is then not seen.
     if (!t->has_storage() || !t->storage().data() || t->numel() == 0) return;
     int64_t last = 0;
@@ -172,14 +196,17 @@ struct Seen {
   // share with others until then (copy on write).
   template <bool kWritten>
   FUSED_HD bool follow(const at::Tensor& tensor, PyObject* object, const void*& address) {
-    const Local t = local_of(tensor, object);
-    if (layout_of(*t) != layout || !same_spec(t)) return false;
-    const at::TensorImpl& impl = *t->unsafeGetTensorImpl();
-    at::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
-    if (objects.storage != storage || objects.impl != &impl)
-      objects = ObjectAddresses(object ? object : t.dtensor, t);
+    const at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    if (spec) {  // else a DTensor has other keys
+      const Local t = local_of(tensor, object);
+      if (!same_spec(t)) return false;
+      impl = t->unsafeGetTensorImpl();
+    }
+    if (!has_layout(*impl, layout)) return false;
+    at::StorageImpl* const storage = impl->unsafe_storage().unsafeGetStorageImpl();
+    if (objects.storage != storage || objects.impl != impl) take_addresses(tensor, object);
     if (!reach) return true;
-    const size_t offset = impl.itemsize() * impl.storage_offset();
+    const size_t offset = layout[LAYOUT_ITEMSIZE] * impl->storage_offset();
     if (!storage || storage->nbytes() < offset + reach) return false;
     const void* const data = kWritten ? storage->mutable_data() : storage->data();
     if (!data) return false;
@@ -188,9 +215,13 @@ struct Seen {
   }
 
 private:
+  void take_addresses(const at::Tensor& tensor, PyObject* object) {
+    const Local t = local_of(tensor, object);
+    objects = ObjectAddresses(object ? object : t.dtensor, t);
+  }
   bool same_spec(const Local& t) {
     if (t.spec == spec.ptr()) return true;
-    if (!t.spec || !spec) return false;
+    if (!t.spec) return false;
     auto other = py::reinterpret_borrow<py::object>(t.spec);
     for (const char* name : {"mesh", "placements"})
       if (!other.attr(name).equal(spec.attr(name))) return false;
@@ -199,9 +230,37 @@ private:
   }
 };
 
-// Returns the address of a dict's table of keys, to prefetch.
-inline const void* keys_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_keys; }
-constexpr size_t kKeysBytes = 3 * 64;  // the table of a dict with a few entries
+// Returns a number that no other dict and no other contents of it ever had (PEP 509), or 0: Python 3.14 has
+// none, and a dict that shares its keys with others may change without one.
+inline uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030e0000 && !defined(Py_GIL_DISABLED)
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+#endif
+  const auto* const d = reinterpret_cast<PyDictObject*>(dict);
+  return d->ma_values ? 0 : d->ma_version_tag;
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+#else
+  return 0;
+#endif
+}
+
+// Returns where the gradient of a tensor is kept; nullptr where there is no place for one.
+FUSED_HD const at::Tensor* gradient_of(const at::TensorImpl& impl) {
+  const auto* const meta = static_cast<torch::autograd::AutogradMeta*>(impl.autograd_meta());
+  return meta ? &meta->grad_ : nullptr;
+}
+
+// Returns the address of a tensor's counter of changes, to prefetch.
+FUSED_HD const void* version_counter_of(const at::TensorImpl& impl) {
+  static_assert(sizeof(c10::VariableVersion) == sizeof(void*), "a counter is one pointer");
+  const void* address;
+  std::memcpy(&address, &impl.version_counter(), sizeof(address));
+  return address;
+}
 
 // Counts a change of a tensor's data, and of a DTensor's shard, for autograd.
 inline void bump_version(PyObject* param) {

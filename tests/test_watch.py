@@ -239,6 +239,41 @@ def test_a_storage_that_is_too_small_is_refused(which, size, target, watch):
     assert torch.equal(p, before)
 
 
+@pytest.mark.parametrize("other", ["dicts", "tensors"])
+def test_states_that_are_exchanged_and_come_back(other, target, watch):
+    """A poll that fails at the second parameter has already read the first one's."""
+    target = of_watch(watch, target)
+    a, _, ps, _ = made(target)
+
+    def step(t):
+        cases.set_gradients(ps, t)
+        a.step()
+
+    step(0)
+    step(1)
+    before = {p: dict(own) for p, own in a.state.items()}
+    exchanged = {p: {key: t.clone() for key, t in own.items()} for p, own in before.items()}
+    data, ps[1].data = ps[1].data, torch.ones(2, device=target.device)
+    if other == "dicts":
+        kept, a.state = a.state, type(a.state)(dict, exchanged)
+    else:
+        for p in ps:
+            a.state[p].clear()
+            a.state[p].update(exchanged[p])
+    with pytest.raises(ValueError, match="group 0, parameter 1 .*'exp_avg' has shape"):
+        step(2)
+    ps[1].grad, ps[1].data = None, data
+    if other == "dicts":
+        a.state = kept
+    else:
+        for p in ps:
+            a.state[p].clear()
+            a.state[p].update(before[p])
+    step(3)
+    assert [own["step"].item() for own in before.values()] == [3] * 3
+    assert exchanged[ps[0]]["step"].item() == 2
+
+
 # ---- nothing is kept alive
 
 
