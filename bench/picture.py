@@ -1,4 +1,4 @@
-"""Draw the pictures of README and docs/formats.md from tables in docs/, so that both show the same runs."""
+"""Draw the pictures of README and of docs/ from tables in docs/, so that all show the same runs."""
 
 import argparse
 import re
@@ -10,20 +10,24 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw speed.png from docs/performance.md, and formats.png from docs/formats.md."""
+    """Draw speed.png from docs/performance.md, speed_gpu.png from docs/gpu.md, and formats.png from docs/formats.md."""
     from bench.plot import differences, speedups
 
-    ratios = spreads(DOCS / "performance.md", "torch fused / ours")
-    rows = [(name, low, middle, high) for name, (middle, low, high) in ratios.items()]
-    speedups(rows, args.out / "speed.png", "a step on 2 threads of an AMD EPYC: median and range of three runs")
-    wrote(args.out / "speed.png")
+    for page, name, title in (
+        ("performance.md", "speed.png", "a step on 2 threads of an AMD EPYC: median and range of three runs"),
+        ("gpu.md", "speed_gpu.png", "a step on an NVIDIA H200: median and least of seven rounds"),
+    ):
+        ratios = spreads(DOCS / page, "torch fused / ours")
+        rows = [(of, min(numbers), numbers[0], max(numbers)) for of, numbers in ratios.items()]
+        speedups(rows, args.out / name, title)
+        wrote(args.out / name)
     differences(spreads(DOCS / "formats.md", "beside fp32"), args.out / "formats.png")
     wrote(args.out / "formats.png")
     return 0
 
 
-def spreads(page: Path, column: str) -> dict[str, tuple[float, float, float]]:
-    """Return the number, the least and the most in a column, by the name of the row, of the first table that has it."""
+def spreads(page: Path, column: str) -> dict[str, tuple[float, ...]]:
+    """Return the numbers in a column, by the name of the row, of the first table that has it: one, and its range."""
     lines = page.read_text("utf-8").splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("|") and f"| {column} |" in line)
     place = cells(lines[first]).index(column)
@@ -34,7 +38,7 @@ def spreads(page: Path, column: str) -> dict[str, tuple[float, float, float]]:
         row = cells(line)
         numbers = [float(number) for number in re.findall(r"[-+]?[\d.]+", row[place].replace("\u2212", "-"))]
         if numbers:
-            found[row[0]] = (numbers[0], numbers[1], numbers[2])
+            found[row[0]] = tuple(numbers)
     return found
 
 

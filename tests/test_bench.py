@@ -340,18 +340,27 @@ def test_report(tmp_path: Path, here: Callable[..., str]) -> None:
 
 
 def test_picture(tmp_path: Path) -> None:
-    """README's picture and figures are those of the table of docs/performance.md, its figures the medians."""
+    """README's pictures and figures are those of the tables of docs/performance.md and docs/gpu.md: the medians."""
     assert main(["picture", "--out", str(tmp_path)]) == 0
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("speed.png", "formats.png"))
+    assert all(
+        (tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("speed.png", "speed_gpu.png", "formats.png")
+    )
     found = picture.spreads(picture.DOCS / "performance.md", "torch fused / ours")
     assert len(found) == 15
     medians = {name: median for name, (median, *_) in found.items()}
-    many = [median for name, median in medians.items() if "s of " in name]
-    readme = (ROOT / "README.md").read_text("utf-8")
-    told = re.search(r"small is (\S+) times as fast as\s.* (\d+) to (\d+) times as fast \(.* med", readme, re.DOTALL)
+    on_gpu = {name: m for name, (m, *_) in picture.spreads(picture.DOCS / "gpu.md", "torch fused / ours").items()}
+    many, many_on_gpu = (
+        [m for name, m in of.items() if "s of " in name and "of Llama" not in name] for of in (medians, on_gpu)
+    )
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    told = re.search(r"small is (\S+) times .* clipping (\S+) times, .* (\d+) to (\d+) times\. On 2 CPU", readme)
+    assert told
+    gpt2 = [round(m, 1) for name, m in on_gpu.items() if name.startswith("GPT-2")]
+    assert [float(n) for n in told.groups()] == [*gpt2, round(min(many_on_gpu)), max(many_on_gpu)]
+    told = re.search(r"clipped step of GPT-2 small is (\S+) times as .* (\d+) to (\d+) times as fast", readme)
     assert told
     assert [float(n) for n in told.groups()] == [round(medians["GPT-2 small, clipped"], 1), min(many), max(many)]
-    slower = next(line for line in readme.splitlines() if line.startswith("| slower than torch |"))
+    slower = re.search(r"\| slower than torch \| on a CPU(.*?)\|", readme)[1]
     assert sorted(map(float, re.findall(r"\d\.\d+", slower))) == sorted(n for n in medians.values() if n < 1)
     apart = picture.spreads(picture.DOCS / "formats.md", "beside fp32")
     assert apart["fp32, int8 moments"] == (-0.0079, -0.0121, -0.0001)
