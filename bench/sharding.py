@@ -135,7 +135,7 @@ def main() -> None:
             f"{elements * ranks / whole:.2f}",
             f"{28 * elements / 1e9:.3f}",
             f"{len(optimizer._plans)}",
-            f"{launch.buffer.nbytes / 1e3:,.0f}",
+            f"{sum(t.nbytes for t in (launch.buffer, launch.chunks, launch.norm_chunks)) / 1e3:,.0f}",
             f"{built * 1e3:.0f}",
             f"{stepped * 1e6:.0f}",
         )

@@ -1,4 +1,4 @@
-"""Prepares and runs launches on a GPU: tables that stay on the device, one small upload and one launch per step.
+"""Prepares and runs launches on a GPU: tables that stay on the device, one launch and at most one upload per step.
 
 ``layout.py`` tells what is in the tables.
 """
@@ -77,12 +77,17 @@ def chunk_size(variant: Variant) -> int:
     return 2048 if max(variant.p.itemsize, variant.g.itemsize, variant.state.itemsize) < 4 else 1024
 
 
-def chunks_of(numels: Tensor, size: int) -> Tensor:
-    """Return the row and the number of each chunk, int32 [chunks, 2], of rows with so many elements."""
+def chunks_of(numels: Tensor, size: int, device: torch.device) -> Tensor:
+    """Return the row and the number of each chunk, int32 [chunks, 2], of rows with so many elements.
+
+    They are made on the device: 70 billion parameters on 8 of them have 8.6 million chunks each.
+    """
     counts = -(-numels // size)
-    rows = torch.arange(len(numels), device="cpu").repeat_interleave(counts)
-    firsts = (counts.cumsum(0) - counts)[rows]
-    return torch.stack([rows, torch.arange(len(rows), device="cpu") - firsts], dim=1).int()
+    firsts = (counts.cumsum(0) - counts).int().to(device)
+    rows = torch.arange(len(numels), dtype=torch.int32, device=device)
+    rows = rows.repeat_interleave(counts.to(device), output_size=int(counts.sum()))
+    numbers = torch.arange(len(rows), dtype=torch.int32, device=device) - firsts.index_select(0, rows)
+    return torch.stack([rows, numbers], dim=1)
 
 
 class Launch:
@@ -113,8 +118,8 @@ class Launch:
         # Zeros, because kernels read rows of scalars before they know whether they step by them.
         self._use(torch.zeros(sum(self.sizes), dtype=torch.uint8, device=self.device))
         numels = table[:, COL_NUMEL]
-        self.chunks = chunks_of(numels, self.chunk).to(self.device)
-        self.norm_chunks = chunks_of(numels if owner.scales_gradients else numels[:0], NORM_CHUNK).to(self.device)
+        self.chunks = chunks_of(numels, self.chunk, self.device)
+        self.norm_chunks = chunks_of(numels if owner.scales_gradients else numels[:0], NORM_CHUNK, self.device)
         for tensor in (self.chunks, self.norm_chunks, self.ones):
             self.keep(tensor)
         self.uploaded = False
