@@ -94,7 +94,7 @@ template <Rule kRule> struct Adam {
     const T denom = fma(std::sqrt(second), s.inv_sqrt_bc2, s.eps);
     T p = x.p, moved = m;
     if constexpr (kRule == Rule::adam_cautious_decay) p = opposed(m, p0) ? p0 : p;
-    if constexpr (kRule == Rule::adam_cautious_update) moved *= T(agree(m, x.g));  // keeps a NaN
+    if constexpr (kRule == Rule::adam_cautious_update) moved *= agree(m, x.g) ? T(1) : T(0);  // keeps a NaN
     return fma(-s.step_size, moved / denom, p);
   }
 };

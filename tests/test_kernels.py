@@ -122,6 +122,15 @@ def check_resources(compiled, registers=64):
     assert not forbidden(compiled.ptx)
 
 
+@pytest.mark.parametrize("rule", ["adam_cautious_decay", "adam_cautious_update"])
+@pytest.mark.parametrize("sm", Triton.architectures)
+def test_cautious_rules_do_not_spill(sm, rule):
+    """With random words, and with codes, which leave the least room."""
+    triton = compiler_of("triton")
+    check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, BF16, "none", True)), 72)
+    check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, I8)), 72)
+
+
 @pytest.mark.slow
 def test_every_cuda_kernel():
     """All mixes of dtypes, for one architecture."""
@@ -619,8 +628,8 @@ WRONG_CAUTIOUS = [
     ("triton", "rules.py", "tl.where(agree(m, g), 1.0, 0.0)", "tl.where(opposed(m, g), 0.0, 1.0)", CAUTIOUS_UPDATE),
     ("cuda", "rules.h", "opposed(m, p0) ? p0 : p", "agree(m, p0) ? p : p0", CAUTIOUS_DECAY),
     ("cuda", "rules.h", "opposed(m, p0) ?", "opposed(x.g, p0) ?", CAUTIOUS_DECAY),
-    ("cuda", "rules.h", "moved *= T(agree(m, x.g));", "moved *= T(!opposed(m, x.g));", CAUTIOUS_UPDATE),
-    ("cuda", "rules.h", "moved *= T(agree(m, x.g));", "moved = agree(m, x.g) ? m : T(0);", CAUTIOUS_UPDATE),
+    ("cuda", "rules.h", "moved *= agree(m, x.g) ? T(1) : T(0);", "moved *= T(!opposed(m, x.g));", CAUTIOUS_UPDATE),
+    ("cuda", "rules.h", "moved *= agree(m, x.g) ? T(1) : T(0);", "moved = agree(m, x.g) ? m : T(0);", CAUTIOUS_UPDATE),
 ]
 
 

@@ -52,9 +52,10 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     }
     if not codes and not any(random):
         return constexprs, OPTIONS
-    # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64.
+    # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64,
+    # and the cautious rules, by two registers, on an sm_100 or an sm_120.
     more = codes and (any(random) or variant.master != "none")
-    return constexprs, OPTIONS | {"maxnreg": 80 if more else 64}
+    return constexprs, OPTIONS | {"maxnreg": 80 if more else 72 if variant.rule.startswith("adam_cautious") else 64}
 
 
 def square_constexprs(g: torch.dtype, warp_size: int) -> dict:
