@@ -1,5 +1,6 @@
 // The sum of the squares of all gradients, for clipping by their global norm.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "step.h"
@@ -22,6 +23,31 @@ constexpr int kLanes = 32;
 // Bytes to prefetch ahead. Without that the sum takes 1.13 to 1.2 times as long (AMD EPYC, AVX2, 498 MB).
 constexpr size_t kAhead = 2048;
 
+// Adds the squares of kLanes values to as many sums, of which unshuffle() then makes the sum of each lane.
+template <class G> FUSED_HD void add_squares(const G* g, double* sums) {
+  for (int k = 0; k < kLanes; ++k) {
+    const double x = load(g[k]);
+    sums[k] += x * x;
+  }
+}
+template <class G> FUSED_HD void unshuffle(double*) {}
+
+// Even and odd values apart: to widen them in their order takes 1.24 (AVX2) and 1.35 (AVX-512) times as long.
+template <> FUSED_HD void add_squares(const BFloat16* g, double* sums) {
+  for (int k = 0; k < kLanes / 2; ++k) {
+    uint32_t pair;
+    std::memcpy(&pair, g + 2 * k, sizeof(pair));
+    const double low = bit_cast<float>(pair << 16), high = bit_cast<float>(pair & 0xffff0000u);
+    sums[k] += low * low;
+    sums[k + kLanes / 2] += high * high;
+  }
+}
+template <> FUSED_HD void unshuffle<BFloat16>(double* sums) {
+  double apart[kLanes];
+  std::copy_n(sums, kLanes, apart);
+  for (int k = 0; k < kLanes; ++k) sums[k] = apart[k / 2 + k % 2 * (kLanes / 2)];
+}
+
 // In double the square of a float is exact, and neither overflows nor underflows. So contraction changes
 // nothing, and the result has the same bits for any instruction set.
 template <class G> FUSED_HD double sum_squares(const void* from, int64_t n) {
@@ -31,11 +57,9 @@ template <class G> FUSED_HD double sum_squares(const void* from, int64_t n) {
   for (; i + kLanes <= n; i += kLanes) {
     for (size_t line = 0; line < kLanes * sizeof(G); line += 64)
       FUSED_PREFETCH(reinterpret_cast<const char*>(g + i) + kAhead + line);
-    for (int k = 0; k < kLanes; ++k) {
-      const double x = load(g[i + k]);
-      sums[k] += x * x;
-    }
+    add_squares(g + i, sums);
   }
+  unshuffle<G>(sums);
   for (int k = 0; i + k < n; ++k) {
     const double x = load(g[i + k]);
     sums[k] += x * x;
