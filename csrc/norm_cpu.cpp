@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "formats_avx2.h"
 #include "step.h"
 #include "threads_cpu.h"
 
@@ -72,7 +73,18 @@ template <class G> FUSED_HD double sum_squares(const void* from, int64_t n) {
 FUSED_CLONES double sum_f32(const void* g, int64_t n) { return sum_squares<float>(g, n); }
 FUSED_CLONES double sum_f64(const void* g, int64_t n) { return sum_squares<double>(g, n); }
 FUSED_CLONES double sum_bf16(const void* g, int64_t n) { return sum_squares<BFloat16>(g, n); }
-FUSED_CLONES double sum_f16(const void* g, int64_t n) { return sum_squares<Float16>(g, n); }
+FUSED_CLONES double sum_f16_generic(const void* g, int64_t n) { return sum_squares<Float16>(g, n); }
+// Takes at most kUnit elements. The generic loop takes 2.2 times as long in the cache and 1.3 out of it.
+double sum_f16(const void* g, int64_t n) {
+#ifdef FUSED_X86
+  if (cpu_isas()[1]) {
+    alignas(64) float x[kUnit];
+    load_f16c(g, x, n);
+    return sum_f32(x, n);
+  }
+#endif
+  return sum_f16_generic(g, n);
+}
 
 constexpr double (*kSums[])(const void*, int64_t) = {sum_f32, sum_f64, sum_bf16, sum_f16};  // by Format
 constexpr int64_t kItemsize[] = {4, 8, 2, 2};
