@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "formats_avx2.h"
+#include "formats_avx512.h"
 #include "loops_cpu.h"
 #include "step.h"
 #include "threads_cpu.h"
@@ -132,6 +132,11 @@ template <class Isa> constexpr NarrowKernels narrow_kernels_avx2() {
   k.encode[2] = encode_avx2<FirstMoment, true>, k.encode[3] = encode_avx2<SecondMoment, true>;
   return k;
 }
+template <class Isa> constexpr NarrowKernels narrow_kernels_avx512() {
+  NarrowKernels k = narrow_kernels_avx2<Isa>();
+  k.philox = philox_avx512;
+  return k;
+}
 template <class Isa> constexpr Kernels<float> kernels_avx2() {
   Kernels<float> k = kernels<Isa>(0.0f);
   k.load[int(Format::f16)] = load_f16c;
@@ -149,7 +154,7 @@ constexpr IsaTable kIsas[] = {
     {kernels<Generic>(0.0f), kernels<Generic>(0.0), narrow_kernels<Generic>()},
 #ifdef FUSED_X86
     {kernels_avx2<Avx2>(), kernels<Avx2>(0.0), narrow_kernels_avx2<Avx2>()},
-    {kernels_avx2<Avx512>(), kernels<Avx512>(0.0), narrow_kernels_avx2<Avx512>()},
+    {kernels_avx2<Avx512>(), kernels<Avx512>(0.0), narrow_kernels_avx512<Avx512>()},
 #endif
 };
 

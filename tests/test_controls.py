@@ -215,7 +215,10 @@ def test_pairwise_leaves_no_pair_out(sizes):
     assert len(rows) <= 2 * largest * next_largest
 
 
-SOURCES = ("rules.h", "formats.h", "step.h", "loops_cpu.h", "formats_avx2.h", "threads_cpu.h", "step_cpu.cpp")
+SOURCES = (
+    *("rules.h", "formats.h", "step.h", "loops_cpu.h"),
+    *("formats_avx2.h", "formats_avx512.h", "threads_cpu.h", "step_cpu.cpp"),
+)
 
 
 @pytest.mark.slow

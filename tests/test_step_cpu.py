@@ -194,6 +194,24 @@ def test_a_split_moves_the_norm_by_its_last_bits(dtype):
         torch.testing.assert_close(whole.detach(), joined, rtol=1e-14, atol=1e-17)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.name_of)
+def test_the_sum_of_squares_is_that_of_the_same_float32_values(dtype):
+    """To the bit: the order of the additions does not depend on the dtype."""
+    generator = torch.Generator().manual_seed(0)
+    sums: list[list[float]] = [[], []]
+    for n in range(9_000, 9_032):
+        values = torch.randn(n, generator=generator) * 2.0 ** torch.randint(-14, 13, (n,), generator=generator)
+        for k, x in enumerate([values.to(dtype), values.to(dtype).float()]):
+            p = torch.nn.Parameter(torch.zeros_like(x))
+            p.grad = x
+            optimizer = cases.make("AdamW", [p], {}, max_grad_norm=1.0)
+            optimizer.step()
+            total = torch.zeros(1, dtype=torch.float64)
+            optimizer._plans[0].launch.sum_squares(optimizer, total)
+            sums[k].append(total.item())
+    assert sums[0] == sums[1]
+
+
 BF16 = torch.bfloat16
 
 
