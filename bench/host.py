@@ -88,6 +88,9 @@ def compare(tensors: int, moved: bool, rounds: int) -> list[np.ndarray]:
         move(params)
         calls[name] = arm(make(params).step, params)
     calls["the move"] = arm(lambda: None, params)
+    for _ in range(20):  # the first calls are slow, and would make interleave() time too few of them
+        for call in calls.values():
+            call()
     times = interleave(calls, range(rounds))
     return [np.array(times[name]) - (np.array(times["the move"]) if moved else 0) for name in MAKERS]
 
