@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from bench.gpu.record import Record
 from bench.measures import first_line
 from tests import cases
 
+ROOT = Path(__file__).resolve().parents[2]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 TOOLS = ("nvcc", "g++", "ninja", "ncu", "compute-sanitizer", "cuobjdump", "nvidia-smi")
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "setuptools")
@@ -60,7 +62,7 @@ def facts(record: Record) -> None:
         "packages": ", ".join(f"{name} {version}" for name in PACKAGES if (version := version_of(name))),
         "tools": ", ".join(f"{name}{'' if shutil.which(name) else ': none'}" for name in TOOLS),
         "nvcc": (timing.output(["nvcc", "--version"]).splitlines() or ["none"])[-1],
-        "backends": timing.output([sys.executable, "-m", "fused_adamw"]),
+        "backends": timing.output([sys.executable, "-m", "fused_adamw"]).replace(f"{ROOT}/", ""),
     }
     if record.tiny:
         found["tiny"] = "lists of a few elements: no figure means anything"
