@@ -1,11 +1,11 @@
-"""List what a static model of the kernels predicts for an H100 and an H200; it has never been measured.
+"""List what a static model of the kernels predicted for an H100 and an H200, before any of them ran.
 
 The model counts bytes and instructions of the compiled kernels, and times the host's part over stubbed kernels.
 """
 
 from typing import Any, NamedTuple
 
-MODEL = "static model, never measured"
+MODEL = "static model"
 HOST = "host part over stubbed kernels, the rest guessed"
 PUBLISHED = "published for another machine or version"
 GOAL = "goal"
