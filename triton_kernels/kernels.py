@@ -53,9 +53,10 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     if not codes and not any(random):
         return constexprs, OPTIONS
     # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64,
-    # and the cautious rules, by two registers, on an sm_100 or an sm_120.
-    more = codes and (any(random) or variant.master != "none")
-    return constexprs, OPTIONS | {"maxnreg": 80 if more else 72 if variant.rule.startswith("adam_cautious") else 64}
+    # with both on an sm_120 at 80, and the cautious rules, by two registers, on an sm_100 or an sm_120.
+    beside = any(random) + (variant.master != "none") if codes else 0
+    least = 72 if variant.rule.startswith("adam_cautious") else 64
+    return constexprs, OPTIONS | {"maxnreg": (least, 80, 88)[beside]}
 
 
 def square_constexprs(g: torch.dtype, warp_size: int) -> dict:
