@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch.optim import swa_utils
 
 import fused_adamw
 from fused_adamw import backends, gpu
@@ -31,6 +32,11 @@ class Algorithm(NamedTuple):
         """Whether torch's class computes the same."""
         return self.ours == self.torchs and not self.lacking
 
+    @property
+    def ema_decay(self) -> float | None:
+        """The decay of averages of the parameters, where there are any."""
+        return self.lacking.get("ema_decay")
+
 
 ALGORITHMS = {
     "adamw": Algorithm("AdamW", ADAM, "AdamW"),
@@ -40,6 +46,8 @@ ALGORITHMS = {
     "radam": Algorithm("RAdam", {**ADAM, "decoupled_weight_decay": True}, "RAdam"),
     "adamw-cautious-decay": Algorithm("AdamW", ADAM, "AdamW", lacking={"cautious": "decay"}),
     "adamw-cautious-update": Algorithm("AdamW", ADAM, "AdamW", lacking={"cautious": "update"}),
+    # Others average after the step: torch's arms an AveragedModel, one more of ours by torch._foreach_lerp_.
+    "adamw-ema": Algorithm("AdamW", ADAM, "AdamW", lacking={"ema_decay": 0.999}),
     "sgdw": Algorithm("SGDW", SGD, "SGD"),  # torch has no SGDW
     "sgd": Algorithm("SGD", SGD, "SGD"),
 }
@@ -99,7 +107,12 @@ def ours(algorithm: Algorithm, storage: Storage, device: torch.device, everythin
         if (backend.devices and device.type not in backend.devices) or (backend.name == "reference" and not everything):
             continue
 
-        def make(groups: Groups, capturable: bool, backend: str = backend.name) -> torch.optim.Optimizer:
+        def make(
+            groups: Groups,
+            capturable: bool,
+            backend: str = backend.name,
+            lacking: dict[str, Any] = algorithm.lacking,
+        ) -> torch.optim.Optimizer:
             dtypes = {p.dtype for group in groups for p in group["params"]}
             if why := backends.named(backend).refuses(device, dtypes, capturable):
                 raise Missing(why)
@@ -107,13 +120,49 @@ def ours(algorithm: Algorithm, storage: Storage, device: torch.device, everythin
             more["max_grad_norm"] = algorithm.max_grad_norm
             cls = getattr(fused_adamw, algorithm.ours)
             kept = {"state_dtype": storage.state_dtype, **storage.options}
-            return cls(groups, **algorithm.options, **algorithm.lacking, **kept, backend=backend, **more)
+            return cls(groups, **algorithm.options, **lacking, **kept, backend=backend, **more)
+
+        def make_lerp(groups: Groups, make: Callable = make) -> torch.optim.Optimizer:
+            return with_lerp(make(groups, False, lacking={}), algorithm.ema_decay)
 
         # The oracle steps pieces of the tensors, which have another norm: tests/test_clipping.py compares.
         same = algorithm.max_grad_norm is None and not storage.options and storage.state_dtype is not torch.int8
         more = {"same_rule": same}
         arms += _with_graph(f"fused_adamw {backend.name}", make, device, backend.capturable, **more)
+        if algorithm.ema_decay is not None:
+            arms.append(Arm(f"fused_adamw {backend.name} + foreach_lerp", make_lerp, **more))
     return arms
+
+
+def with_lerp(optimizer: torch.optim.Optimizer, decay: float) -> torch.optim.Optimizer:
+    """Let a step be followed by one call that moves averages of all parameters."""
+    params = params_of(optimizer)
+    averages = [p.detach().clone() for p in params]
+    return _followed(optimizer, torch.no_grad()(lambda: torch._foreach_lerp_(averages, params, 1 - decay)))
+
+
+def with_averaged_model(optimizer: torch.optim.Optimizer, decay: float) -> torch.optim.Optimizer:
+    """Let a step be followed by the update of an AveragedModel."""
+    model = torch.nn.ParameterList(params_of(optimizer))
+    averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
+    return _followed(optimizer, lambda: averaged.update_parameters(model))
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """List the parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _followed(optimizer: Any, update: Callable[[], object]) -> torch.optim.Optimizer:
+    step = optimizer.step
+
+    def both() -> None:
+        step()
+        update()
+
+    optimizer.step = both
+    optimizer.bytes_after_step = 3 * sum(p.nbytes for p in params_of(optimizer))  # which timing.bytes_of_step adds
+    return optimizer
 
 
 def _with_graph(name: str, make: Callable, device: torch.device, capturable: bool, **more: Any) -> list[Arm]:
@@ -147,6 +196,8 @@ def torchs(name: str, algorithm: Algorithm, device: torch.device) -> list[Arm]:
             params = [p for group in groups for p in group["params"]]
             clip = torch.nn.utils.clip_grad_norm_
             optimizer.register_step_pre_hook(lambda *_: (clip(params, algorithm.max_grad_norm), None)[1])
+        if algorithm.ema_decay is not None:
+            optimizer = with_averaged_model(optimizer, algorithm.ema_decay)
         return optimizer
 
     same = algorithm.same_rule and algorithm.max_grad_norm is None

@@ -183,7 +183,7 @@ class Bench:
     def _fit(self, arms: list[Arm]) -> str:
         """Choose the layers and the number of buffer sets; return why not even one layer fits."""
         workload = cases.WORKLOADS[self.case.workload]
-        states = 3 if self.case.algorithm == "amsgrad" else 2
+        states = 3 if self.case.algorithm in ("amsgrad", "adamw-ema") else 2
         temporary = 8 if any(not a.name.startswith(("fused_adamw", FUSED)) for a in arms) else 0
         own = states * self.state_dtype.itemsize + (4 if "master" in DTYPES[self.case.dtypes].options else 0)
         free = 0.8 * available_memory(self.device)

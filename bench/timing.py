@@ -105,7 +105,7 @@ def device_of(name: str | None) -> torch.device:
 
 def bytes_of_step(optimizer: torch.optim.Optimizer) -> int:
     """Count the bytes that a step must move: it reads parameter, gradient and state, and writes parameter and state."""
-    total = 0
+    total = getattr(optimizer, "bytes_after_step", 0)
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
         states = [t for name, t in optimizer.state[p].items() if isinstance(t, torch.Tensor) and name != "step"]
         total += 2 * sum(t.nbytes for t in (p, *states)) + p.grad.nbytes

@@ -156,6 +156,7 @@ private:
     for (int j = 0; j < kMaxStates; ++j) row.state[j] = address(COL_STATE + j);
     row.extra = address(COL_EXTRA);
     for (int j = 0; j < 2; ++j) row.scales[j] = static_cast<float*>(address(COL_SCALES + j));
+    row.ema = address(COL_EMA);
   }
 
   // Other Python threads may drop tensors while the GIL is released, so their memory is held for as long.

@@ -123,6 +123,12 @@ FUSED_HD void update_loop(const double* scalars, int64_t n, Word* FUSED_RESTRICT
   }
 }
 
+// Moves averages towards new parameters.
+template <typename T>
+FUSED_HD void average_loop(T* FUSED_RESTRICT ema, const T* FUSED_RESTRICT p, T weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) ema[i] = lerp(ema[i], p[i], weight);
+}
+
 template <class S, typename T> FUSED_HD void load_loop(const void* from, T* FUSED_RESTRICT to, int64_t n) {
   const S* FUSED_RESTRICT source = static_cast<const S*>(from);
   for (int64_t i = 0; i < n; ++i) to[i] = T(load(source[i]));

@@ -32,7 +32,8 @@ constexpr int kRules = 6;
 constexpr bool is_adam(Rule rule) { return rule != Rule::sgd && rule != Rule::sgd_momentum; }
 
 // The columns of a row of scalars, in the order of the fields of Adam::Scalars and Sgd::Scalars; after them
-// the number of the step, which stochastic rounding draws its random bits by.
+// the number of the step, which stochastic rounding draws its random bits by, and the weight of a new
+// parameter in its average.
 enum Scalar {
   SCALAR_DECAY,
   SCALAR_L2,
@@ -43,6 +44,7 @@ enum Scalar {
   SCALAR_INV_SQRT_BC2,
   SCALAR_EPS,
   SCALAR_STEP,
+  SCALAR_EMA,
   SCALARS,  // how many there are
   SCALAR_MOMENTUM = SCALAR_W1,
   SCALAR_C1,

@@ -19,8 +19,10 @@ enum Hyper {
   HYPER_BETA1,
   HYPER_BETA2,
   HYPER_EPS,
-  HYPER_RECTIFY,  // 0, or what RAdam does
-  HYPERS,         // how many there are
+  HYPER_RECTIFY,     // 0, or what RAdam does
+  HYPER_EMA_DECAY,   // of the average of the parameter
+  HYPER_EMA_WARMUP,  // 1 where that decay grows to its value, else 0
+  HYPERS,            // how many there are
   HYPER_MOMENTUM = HYPER_BETA1,
   HYPER_DAMPENING,
   HYPER_FLAGS,  // NESTEROV, LR_IN_MOMENTUM
@@ -36,6 +38,8 @@ FUSED_HD void scalars_of(const double* hyper, double lr, double count, const Pow
   row[SCALAR_L2] = T(hyper[HYPER_L2]);
   row[SCALAR_GRAD_FACTOR] = T(hyper[HYPER_SIGN]);
   row[SCALAR_STEP] = T(count);
+  const double ema_decay = hyper[HYPER_EMA_DECAY], early = (1 + count) / (10 + count);
+  row[SCALAR_EMA] = T(1 - (hyper[HYPER_EMA_WARMUP] != 0 && early < ema_decay ? early : ema_decay));
   if constexpr (kAdam) {
     const double beta2 = hyper[HYPER_BETA2], beta2_power = power(beta2, count), bc2 = 1 - beta2_power;
     const double step_size = lr / (1 - power(hyper[HYPER_BETA1], count));

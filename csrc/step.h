@@ -29,6 +29,7 @@ struct Row {
 
   void* extra;       // the stream of the master
   float* scales[2];  // of int8 states, one for every kQuantBlock elements
+  void* ema;  // the average of the parameter, in the type of the arithmetic; nullptr where none is kept
   // Stochastic rounding draws by the seed, the index of the parameter, and the number of an element in the
   // whole parameter. Of a shard, element i has the number offset + i + i / run * skip.
   uint64_t seed;
@@ -61,13 +62,14 @@ enum Column {
   COL_SCALARS,
   COL_FLAGS,
   COL_EXTRA,
-  COL_SCALES,  // the first of two
-  COL_SEED = COL_SCALES + 2,
+  COL_SCALES,                // the first of two
+  COL_EMA = COL_SCALES + 2,  // 0 where no average is kept
+  COL_SEED,
   COL_INDEX,
   COL_OFFSET,
   COL_RUN,
   COL_SKIP,
-  COLUMNS,  // how many there are
+  COLUMNS = COL_SKIP + 2,  // an even number, so that what follows the rows is aligned to 16 bytes
 };
 // Bits of COL_FLAGS. SHARD_ALIGNED: the numbering of the shard's elements (offset, run, skip) keeps to
 // multiples of 8, or nothing is drawn by it. ALIGNED: SHARD_ALIGNED, and every address is a multiple of 16.

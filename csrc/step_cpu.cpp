@@ -50,6 +50,9 @@ constexpr int64_t kRowsAhead = 2;
     encode(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {                \
       encode_loop<Q, kRandom>(from, codes, scales, words, n);                                                \
     }                                                                                                        \
+    template <typename T> target_attribute static void average(T* ema, const T* p, T weight, int64_t n) {    \
+      average_loop(ema, p, weight, n);                                                                       \
+    }                                                                                                        \
     template <class S, typename T> target_attribute static void load(const void* from, T* to, int64_t n) {   \
       load_loop<S, T>(from, to, n);                                                                          \
     }                                                                                                        \
@@ -71,6 +74,7 @@ template <typename T> struct Kernels {
   Update update[kRules];                      // by Rule; all streams are in the compute type
   void (*load[4])(const void*, T*, int64_t);  // by Format
   void (*store[4])(const T*, void*, int64_t);
+  void (*average)(T*, const T*, T, int64_t);
 };
 
 // Loops over values of 16 bits or fewer, which are computed in float.
@@ -103,13 +107,15 @@ template <class Isa> constexpr Kernels<float> kernels(float) {
           {nullptr, Isa::template load<double, float>, Isa::template load<BFloat16, float>,
            Isa::template load<Float16, float>},
           {nullptr, Isa::template store<double, float>, Isa::template store<BFloat16, float>,
-           Isa::template store<Float16, float>}};
+           Isa::template store<Float16, float>},
+          Isa::template average<float>};
 }
 template <class Isa> constexpr Kernels<double> kernels(double) {
   return {FUSED_RULES(Isa, double, double),
           {Isa::template load<float, double>, nullptr, Isa::template load<BFloat16, double>,
            Isa::template load<Float16, double>},
-          {Isa::template store<float, double>, nullptr, nullptr, nullptr}};
+          {Isa::template store<float, double>, nullptr, nullptr, nullptr},
+          Isa::template average<double>};
 }
 template <class Isa> constexpr NarrowKernels narrow_kernels() {
   return {FUSED_RULES(Isa, float, Pair),
@@ -259,8 +265,10 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
   const unsigned random =
       row.stochastic ? random_streams(p.format, p.master, states > 0, second >= 0, row.state_format) : 0;
   p.random = random & RANDOM_PARAM;
-  bool native = p.native() && g.native();
-  bool bf16 = p.format == Format::bf16 && p.master == Master::none && g.format == Format::bf16;
+  // An average takes parameters before they are rounded, and finds them in the L1 cache, a tile at a time.
+  T* const ema = static_cast<T*>(row.ema);
+  bool native = !ema && p.native() && g.native();
+  bool bf16 = !ema && p.format == Format::bf16 && p.master == Master::none && g.format == Format::bf16;
   for (int j = 0; j < states; ++j) {
     x[j] = {&isa, static_cast<char*>(row.state[j]), row.state_format, tiles[2 + j]};
     x[j].second_moment = j == second;
@@ -285,7 +293,9 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
     const int64_t n = std::min(stride, end - i);
     void* s[kMaxStates] = {};
     for (int j = 0; j < states; ++j) s[j] = x[j].read(i, n);
-    kernels_of(isa, T()).update[int(row.rule)](scalars, n, p.read(i, n), g.read(i, n), s, nullptr);
+    T* const values = p.read(i, n);
+    kernels_of(isa, T()).update[int(row.rule)](scalars, n, values, g.read(i, n), s, nullptr);
+    if (ema) kernels_of(isa, T()).average(ema + i, values, T(scalars[SCALAR_EMA]), n);
     if (random) fill_random(isa.narrow, row, step, i, n, words);
     p.write(i, n, words);
     for (int j = 0; j < states; ++j) x[j].write(i, n, words);

@@ -53,7 +53,9 @@ template <class P, class G, class S, Master kMaster> struct Streams {
   G* g;
   S *s0, *s1, *s2;
   Extra* extra;
-  float *scales0, *scales1;
+  float *scales0, *scales1, *ema;
+  float weight;   // of new parameters in their averages
+  bool averages;  // whether there are any, at ema
 };
 
 // The elements that a thread steps at a time. Where kWhole, they are neighbours and one access moves them;
@@ -233,6 +235,17 @@ __device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S
   }
 }
 
+// Moves the averages of a tile towards new parameters. They are read last, when the registers of the moments
+// are free: every kernel can step averages, and none is to need more registers for it.
+template <bool kWhole, int kWidth> __device__ __forceinline__ void
+average(const Tile<kWhole, kWidth>& tile, float* ema, const Vector<float, kWidth>& p, float weight) {
+  static_assert(kWidth <= 4, "addresses are aligned to 16 bytes");
+  Vector<float, kWidth> x = tile.load(ema);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) x.x[k] = lerp(x.x[k], p.x[k], weight);
+  tile.store(ema, x);
+}
+
 template <class R, class P, class S, Master kMaster> constexpr unsigned kRandomStreams =
     random_streams(kFormat<P>, kMaster, R::kStates > 0, R::kSecondMoment >= 0, kFormat<S>);
 
@@ -241,6 +254,7 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
                                           const Streams<P, G, S, kMaster>& to, const Random& random,
                                           int begin, int end) {
   constexpr unsigned kRandom = kStochastic ? kRandomStreams<R, P, S, kMaster> : 0;
+  constexpr bool kAverages = kWidth <= 4;
   using ThreadTile = Tile<kWhole, kWidth>;
   for (ThreadTile tile{begin + ThreadTile::first(), end}; tile.any(); tile.i += kThreads * kWidth) {
     Vector<P, kWidth> p = tile.load(to.p);
@@ -251,6 +265,7 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
     if constexpr (R::kStates > 0) x0 = read_moment<FirstMoment>(tile, to.s0, to.scales0);
     if constexpr (R::kStates > 1) x1 = read_moment<SecondMoment>(tile, to.s1, to.scales1);
     if constexpr (R::kStates > 2) x2 = read_moment<SecondMoment>(tile, to.s2, to.scales1);
+    Vector<float, kWidth> stepped;  // before it is rounded
     Vector<uint32_t, kWidth> words;
     if constexpr (kRandom != 0) words = random.words(tile);
 #pragma unroll
@@ -261,6 +276,7 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
       else
         x = Mastered<kMaster>::read(p.x[k], extra.x[k]);
       x = R::update(s, x, load(g.x[k]), x0.x[k], x1.x[k], x2.x[k]);
+      stepped.x[k] = x;
       if constexpr (kMaster != Master::none)
         Mastered<kMaster>::write(x, p.x[k], extra.x[k]);
       else if constexpr (kRandom & RANDOM_PARAM)
@@ -275,6 +291,8 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
     if constexpr (R::kStates > 1)
       write_moment<SecondMoment, (kRandom & RANDOM_SECOND_MOMENT) != 0>(tile, to.s1, to.scales1, x1, words);
     if constexpr (R::kStates > 2) write_moment<SecondMoment, false>(tile, to.s2, to.scales1, x2, words);
+    if constexpr (kAverages)
+      if (to.averages) average(tile, to.ema, stepped, to.weight);
   }
 }
 
@@ -314,16 +332,20 @@ __global__ void __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code),
   const Chunk c(rows, chunks, chunk);
   const int64_t k = c.row[COL_SCALARS];
   using To = Streams<P, G, S, kMaster>;
-  const To to{stream<P>(c.row, COL_PARAM, c.base),
-              stream<G>(c.row, COL_GRAD, c.base),
-              stream<S>(c.row, COL_STATE, c.base),
-              stream<S>(c.row, COL_STATE + 1, c.base),
-              stream<S>(c.row, COL_STATE + 2, c.base),
-              stream<typename To::Extra>(c.row, COL_EXTRA, c.base),
-              stream<float>(c.row, COL_SCALES, c.base / kQuantBlock),
-              stream<float>(c.row, COL_SCALES + 1, c.base / kQuantBlock)};
+  To to{stream<P>(c.row, COL_PARAM, c.base),
+        stream<G>(c.row, COL_GRAD, c.base),
+        stream<S>(c.row, COL_STATE, c.base),
+        stream<S>(c.row, COL_STATE + 1, c.base),
+        stream<S>(c.row, COL_STATE + 2, c.base),
+        stream<typename To::Extra>(c.row, COL_EXTRA, c.base),
+        stream<float>(c.row, COL_SCALES, c.base / kQuantBlock),
+        stream<float>(c.row, COL_SCALES + 1, c.base / kQuantBlock),
+        stream<float>(c.row, COL_EMA, c.base),
+        0,
+        c.row[COL_EMA] != 0};
   // Behind the loads of the addresses, which else would wait for its branch.
   const ScalarRow numbers = scalar_row(scalars, given, k);
+  to.weight = numbers.x[SCALAR_EMA];
   auto s = reinterpret_cast<const typename R::template Scalars<float>&>(numbers);
   s.grad_factor *= f;
   const Random random(c.row, c.base, numbers.x[SCALAR_STEP]);
@@ -334,7 +356,11 @@ __global__ void __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code),
   constexpr int kWidth = kNarrow && R::kStates < 3 && kMaster == Master::none ? 8 : 4;
   const bool skipped = f < 0;
   const int n = skipped ? 0 : c.n, whole = skipped ? 0 : c.whole<kCodes ? 32 * kWidth : kWidth>();
-  step_span<R, kStochastic, true, kWidth>(s, to, random, 0, whole);
+  // With averages, which are fp32, 8 elements spill.
+  if (kWidth > 4 && to.averages)
+    step_span<R, kStochastic, true, 4>(s, to, random, 0, whole);
+  else
+    step_span<R, kStochastic, true, kWidth>(s, to, random, 0, whole);
   step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, n);
 }
 

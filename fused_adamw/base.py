@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_adamw import backends, checkpoints, checks, clipping, formats, loaded, options, plan, sharing, state
+from fused_adamw.averages import Averages
 from fused_adamw.contract import Clipping, Variant, counts_on_device
 from fused_adamw.options import Backend, Params, ProcessGroups
 
 # Attributes that other modules read and users need not: dir() and tab completion leave them out.
-_INTERNAL = {"family", "plan_key", "requested", "rule_of", "scales_gradients", "skips_steps"}
+_INTERNAL = {"family", "plan_key", "requested", "rule_of", "scales_gradients", "skips_steps", "swapped"}
 
 
 # How many plans of other groups are kept: DeepSpeed's ZeRO hands the step one group after the other.
@@ -29,7 +30,7 @@ def _is_captured(part: plan.Plan) -> bool:
     return bool(getattr(part.launch, "captured", None))
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Averages, Optimizer):
     """Steps all tensors on the best backend of each device, in few launches; the base of the classes."""
 
     family: str  # a key of scalars.ROWS
@@ -202,7 +203,8 @@ class FusedOptimizer(Optimizer):
             lr = group["lr"]
             # A new plan warns of a negative rate. Of a tensor's it takes 0.6 us to know: it is left as it is.
             ascends = (type(lr) is not float or lr < 0) and not isinstance(lr, Tensor) and options.ascends(group)
-            return self.rule_of(group), ascends, *map(group.get, options.REPLANS, options.REPLAN_DEFAULTS)
+            averages = group.get("ema_decay") is not None
+            return self.rule_of(group), ascends, averages, *map(group.get, options.REPLANS, options.REPLAN_DEFAULTS)
         except (KeyError, TypeError, ValueError):  # where the group is stepped, the new plan's checks tell why
             return ()
 
@@ -331,12 +333,16 @@ class FusedOptimizer(Optimizer):
                 backend = backends.pick(p.device, {p.dtype, dtype}, bool(group.get("capturable")), self.requested)
                 storage = formats.storage_of(p, group, names)
                 dtype = p.dtype if not names else torch.int8 if storage.int8 else dtype
-                variant = Variant(rule, p.dtype, p.dtype, dtype, storage.master, storage.stochastic)
+                variant = Variant(rule, p.dtype, p.dtype, dtype, storage.master, storage.stochastic, storage.ema)
                 backend.warmup(p.device, variant, self.scales_gradients, counts_on_device(self, group, p))
 
     def _retire(self, built: Iterable[plan.Built]) -> None:
         # A captured graph goes on using the tables of the plan that it was captured from.
         self._captured = [*self._captured, *(p for old in built for p in old.plans if _is_captured(p))]
+
+    def _drop_plans(self) -> None:
+        self._retire([*self._built, *self._built_some.values()])
+        self._built, self._built_some = (), {}
 
     def refresh_captured(self) -> None:
         """Bring hyperparameters that changed (lr, betas, weight decay, ...) to the device, for graphs to replay with.

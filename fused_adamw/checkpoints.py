@@ -221,7 +221,7 @@ def _read_state(
     # torch would cast every state to its parameter's dtype: a loss, where that is bfloat16.
     with torch.no_grad():
         own = {key: value.clone() if isinstance(value, Tensor) else value for key, value in saved.items()}
-        state.init(own, p, names, storage, declared=group.get("state_dtype"), step_device=step_device)
+        state.init(own, p, names, storage, declared=group.get("state_dtype"), step_device=step_device, loading=True)
     return own
 
 
@@ -250,7 +250,7 @@ def _is_as_kept(p: Tensor, group: dict[str, Any], names: tuple[str, ...], saved:
 def _check_state(
     optimizer: Owner, p: Tensor, group: dict[str, Any], names: tuple[str, ...], saved: Mapping[str, Any]
 ) -> Storage:
-    shaped = tensor_checks.check_state(p, names, saved)
+    shaped = tensor_checks.check_state(p, group, names, saved)
     found = {key.removesuffix("_codes"): value for key, value in saved.items() if not state.is_missing(value)}
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in found]
     if found and missing and optimizer.family != "sgd":

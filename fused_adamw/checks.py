@@ -124,7 +124,7 @@ def _check_param(owner: Owner, i: int, j: int, rule: str, names: tuple[str, ...]
     p, where = group["params"][j], describe(owner, i, j)
     param_state = owner.state.get(p, {})
     try:
-        states = tensor_checks.check_state(p, names, param_state)
+        states = tensor_checks.check_state(p, group, names, param_state)
         storage = tensor_checks.check_storage(p, group, names, param_state)
         tensor_checks.check_sharding(p, p.grad, states)
     except (TypeError, ValueError) as error:

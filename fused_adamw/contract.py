@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fused_adamw.layout import COL_EXTRA, COL_SCALES, COL_STATE
+from fused_adamw.layout import COL_EMA, COL_EXTRA, COL_SCALES, COL_STATE
 from fused_adamw.options import Backend
 from fused_adamw.tensors import Numbering, gradient, local, real
 
@@ -29,6 +29,8 @@ STATES = {
     "adam_cautious_decay": 2,
     "adam_cautious_update": 2,
 }
+#: The key of the average of the parameter in the state.
+EMA = "ema"
 #: The key of each master's data in the state.
 MASTER_KEYS = {"kahan": "compensation", "split16": "lower_half", "fp32": "master"}
 
@@ -59,6 +61,7 @@ class Storage(NamedTuple):
     master: str = "none"  # or a key of MASTER_KEYS
     stochastic: bool = False  # whether anything is rounded stochastically
     int8: bool = False
+    ema: bool = False  # whether an average of the parameter is kept
 
     def moments(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return the keys in the state of the moments of these names."""
@@ -88,6 +91,7 @@ class Variant(NamedTuple):
     state: torch.dtype  # int8: codes, with a scale for each codecs.BLOCK of them
     master: str = "none"
     stochastic: bool = False
+    ema: bool = False
 
     @property
     def is_adam(self) -> bool:
@@ -123,6 +127,7 @@ class Owner(Protocol):
     state: Any  # by parameter, a dict of its state
     family: str
     requested: Backend | None
+    swapped: bool  # parameters hold their averages
     process_group: Any  # of parameters that are no DTensors: None, a group, or a function that returns a parameter's
 
     @property
@@ -149,6 +154,7 @@ class Tensors(NamedTuple):
     step: Tensor
     master_data: Tensor | None
     scales: tuple[Tensor, ...]
+    ema: Tensor | None  # as p
 
 
 @dataclass(slots=True)
@@ -197,13 +203,14 @@ class Row:
     @property
     def variant(self) -> Variant:
         """What the kernel that steps the row depends on."""
-        return Variant(self.rule, self.p, self.g, self.state, self.master, self.stochastic)
+        return Variant(self.rule, self.p, self.g, self.state, self.master, self.stochastic, self.storage.ema)
 
     @property
     def columns(self) -> dict[str, int]:
         """The columns of ``layout.py`` that hold the addresses of the parameter's state, by its keys."""
         columns = {key: COL_STATE + j for j, key in enumerate(self.storage.moments(self.names))}
         columns |= {key: COL_SCALES + j for j, key in enumerate(self.storage.scales(self.names))}
+        columns |= {EMA: COL_EMA} if self.storage.ema else {}
         return columns | ({self.storage.master_key: COL_EXTRA} if self.storage.master_key else {})
 
     def param(self, owner: Owner) -> Tensor:
@@ -221,6 +228,7 @@ class Row:
             step=own["step"],
             master_data=local(own[master_key]) if master_key else None,
             scales=tuple(local(own[key]) for key in self.storage.scales(self.names)),
+            ema=real(local(own[EMA])) if self.storage.ema else None,
         )
 
     def is_live(self, owner: Owner) -> bool:

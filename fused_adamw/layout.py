@@ -19,12 +19,13 @@ COL_SCALARS = 6  # the index of the row of scalars
 COL_FLAGS = 7  # ALIGNED, SHARD_ALIGNED
 COL_EXTRA = 8  # the address of what the master holds
 COL_SCALES = 9  # addresses of the scales of the first 2 states
-COL_SEED = 11  # from here on: of stochastic rounding
-COL_INDEX = 12  # of the parameter
-COL_OFFSET = 13  # element i of the row is element offset + i + i / run * skip of the parameter
-COL_RUN = 14
-COL_SKIP = 15
-COLUMNS = 16
+COL_EMA = 11  # the address of the average of the parameter; 0 where none is kept
+COL_SEED = 12  # from here on: of stochastic rounding
+COL_INDEX = 13  # of the parameter
+COL_OFFSET = 14  # element i of the row is element offset + i + i / run * skip of the parameter
+COL_RUN = 15
+COL_SKIP = 16
+COLUMNS = 18  # an even number, so that what follows the rows is aligned to 16 bytes
 STATES = COL_NUMEL - COL_STATE
 ADDRESSES = (COL_PARAM, COL_GRAD, *range(COL_STATE, COL_NUMEL), COL_EXTRA, *range(COL_SCALES, COL_SEED))
 
@@ -37,7 +38,8 @@ SCALAR_DECAY, SCALAR_L2, SCALAR_GRAD_FACTOR = 0, 1, 2
 SCALAR_W1, SCALAR_W2, SCALAR_STEP_SIZE, SCALAR_INV_SQRT_BC2, SCALAR_EPS = 3, 4, 5, 6, 7
 SCALAR_MOMENTUM, SCALAR_C1, SCALAR_C2, SCALAR_TAKE_G, SCALAR_TAKE_B = 3, 4, 5, 6, 7
 SCALAR_STEP = 8
-SCALARS = 9
+SCALAR_EMA = 9  # how much of the new parameter its average takes
+SCALARS = 10
 SCALARS_BYTES = 4 * SCALARS
 
 # Columns of hyper, by family. The decay is lr / base_lr * HYPER_DECAY, so a base_lr of 1 makes it torch's.
@@ -49,7 +51,9 @@ HYPER_SIGN = 4  # -1 to maximize
 HYPER_BETA1, HYPER_BETA2, HYPER_EPS = 5, 6, 7
 HYPER_MOMENTUM, HYPER_DAMPENING, HYPER_FLAGS = 5, 6, 7
 HYPER_RECTIFY = 8  # 0, or what RAdam does
-HYPERS = 9
+HYPER_EMA_DECAY = 9  # of the average of the parameter
+HYPER_EMA_WARMUP = 10  # 1 where that decay grows to its value, else 0
+HYPERS = 11
 
 # Bits of HYPER_FLAGS.
 NESTEROV, LR_IN_MOMENTUM = 1, 2

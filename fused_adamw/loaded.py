@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_adamw import codecs, formats, state, tensor_checks
+from fused_adamw.contract import EMA
 from fused_adamw.tensors import is_dtensor, local
 
 _BEGUN = ("momentum_buffer",)
@@ -59,7 +60,7 @@ def only(
                     "with which it was saved, or load the whole state with set_optimizer_state_dict and "
                     "StateDictOptions(full_state_dict=True)"
                 )
-            mine = {*state.MASTERS, *(name + part for name in moments for part in ("", *state.CODED))}
+            mine = {*state.MASTERS, EMA, *(name + part for name in moments for part in ("", *state.CODED))}
             other = other | (kept & mine)
         if other:
             saved = {key: t for key, t in saved.items() if key not in other}

@@ -46,6 +46,8 @@ class Adam(FusedOptimizer):
         rounding: Rounding = "nearest",
         master: Master | None = None,
         seed: int = 0,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -67,6 +69,8 @@ class Adam(FusedOptimizer):
             "rounding": rounding,
             "master": master,
             "seed": seed,
+            "ema_decay": ema_decay,
+            "ema_warmup": ema_warmup,
         }
         super().__init__(
             params,
@@ -149,6 +153,8 @@ class AdamW(Adam):
         rounding: Rounding = "nearest",
         master: Master | None = None,
         seed: int = 0,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -174,6 +180,8 @@ class AdamW(Adam):
             rounding=rounding,
             master=master,
             seed=seed,
+            ema_decay=ema_decay,
+            ema_warmup=ema_warmup,
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
@@ -221,6 +229,8 @@ class RAdam(FusedOptimizer):
         rounding: Rounding = "nearest",
         master: Master | None = None,
         seed: int = 0,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -242,6 +252,8 @@ class RAdam(FusedOptimizer):
             "rounding": rounding,
             "master": master,
             "seed": seed,
+            "ema_decay": ema_decay,
+            "ema_warmup": ema_warmup,
         }
         super().__init__(
             params,
@@ -298,6 +310,8 @@ class SGD(FusedOptimizer):
         rounding: Rounding = "nearest",
         master: Master | None = None,
         seed: int = 0,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -319,6 +333,8 @@ class SGD(FusedOptimizer):
             "rounding": rounding,
             "master": master,
             "seed": seed,
+            "ema_decay": ema_decay,
+            "ema_warmup": ema_warmup,
         }
         super().__init__(
             params,

@@ -52,6 +52,8 @@ OPTIONS = {
     "lr_mult": Option(1.0, ours=("adam", "radam", "sgd")),
     "wd_mult": Option(1.0, ours=("adam", "radam", "sgd")),
     "seed": Option(0, ours=("adam", "radam", "sgd"), replans=True),
+    "ema_decay": Option(None, ours=("adam", "radam", "sgd"), kept=True),
+    "ema_warmup": Option(False, ours=("adam", "radam", "sgd"), kept=True),
 }
 KEPT = tuple(name for name, option in OPTIONS.items() if option.kept)
 REPLANS = tuple(name for name, option in OPTIONS.items() if option.replans)
@@ -123,6 +125,12 @@ for bfloat16 parameters, more digits than they hold: ``"kahan"`` keeps a compens
 lower half of a float32 whose upper half is the parameter, ``"fp32"`` a whole float32. Float16 parameters can have
 ``"fp32"``. The step updates the master, and the parameter is its rounded value. See :meth:`refresh_masters`.""",
     "seed": "seed of stochastic rounding, which has no other state.",
+    "ema_decay": """\
+keep an exponential moving average of each parameter in ``optimizer.state[p]["ema"]``, a float32 (float64 for float64
+parameters), which begins as a copy of it; a step then makes it ``ema_decay * ema + (1 - ema_decay) * p``, with p before
+its rounding to a narrower dtype. At least 0 and below 1, and free to change between steps; None keeps none. See
+:meth:`ema_swapped` and :meth:`ema_state_dict`.""",
+    "ema_warmup": "use min(ema_decay, (1 + t) / (10 + t)) in the t-th step of a parameter in place of ``ema_decay``.",
     "backend": """\
 ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"``; by default the best one that runs on the device of a tensor.""",
     "max_grad_norm": """\
@@ -236,6 +244,7 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
     if at != "step" and group.get("nesterov") and (numbers["momentum"] <= 0 or numbers["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     _check_cautious(group)
+    _check_ema(group)
     if not group.get("decouple_lr"):
         return
     if not group.get("decoupled_weight_decay"):
@@ -257,6 +266,12 @@ def _check_cautious(group: Mapping[str, Any]) -> None:
         raise ValueError(f"cautious={cautious!r} with amsgrad=True is not supported: drop one of them")
     if cautious == "decay" and not group.get("decoupled_weight_decay"):
         raise ValueError("cautious='decay' needs decoupled weight decay: use AdamW, or drop it")
+
+
+def _check_ema(group: Mapping[str, Any]) -> None:
+    decay = group.get("ema_decay")
+    if decay is not None and not 0 <= as_float("ema_decay", decay) < 1:
+        raise ValueError(f"Invalid ema_decay: {decay}, it must be None, or at least 0 and below 1")
 
 
 def number(group: Mapping[str, Any], name: str) -> float:

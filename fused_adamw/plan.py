@@ -102,6 +102,11 @@ def build(owner: Owner, previous: Built | None = None, only: Sequence[Tensor] | 
     ``previous`` plans tell which gradients there were before. Raises TypeError, ValueError or RuntimeError for the
     first tensor that cannot be stepped, naming its group, index and shape; nothing has been written then.
     """
+    if owner.swapped:
+        raise RuntimeError(
+            f"{type(owner).__name__}: a step within ema_swapped() would move the averages, not the weights: leave the "
+            "block first"
+        )
     shared = sharing.sharing_of(owner)
     if only is None:
         # A rank that raised alone would leave the others waiting for it in a sum.

@@ -18,6 +18,7 @@ rounds once, to nearest even)::
            m * (m * g > 0) in place of m in the last line, the product taken as exact
     sgd:   b = fma(c1, g, momentum * b)                      momentum only
            p = fma(-c2, fma(take_b, b, take_g * g), p)
+    both:  ema = lerp(ema, p, 1 - ema_decay)                 where one is kept, by p before its rounding to storage
 
 Why these forms: ``x - w * x`` in one rounding keeps a decay of 1e-6, or a 1 - beta of 1e-3, that the float32 factor
 ``1 - w`` would get wrong by a percent, or by 3e-5; ``lerp(a, b, w)``, ``fma(w, b - a, a)`` or, from w = 1/2,
@@ -148,7 +149,7 @@ class Launch:
             tensors.step.add_(1)
         values = self._scalars_of(owner, row, tensors.step)._asdict()
         values["grad_factor"] *= factor
-        step = int(values.pop("step"))
+        step, weight = int(values.pop("step")), values.pop("ema")
         p, *states = codecs.read(row, tensors, torch.float64 if row.p is torch.float64 else torch.float32)
         g = tensors.g.to(p.dtype)
         if row.family == "adam":
@@ -156,6 +157,8 @@ class Launch:
             adam(p, g, m, v, vmax[0] if vmax else None, rule=row.rule, **values)
         else:
             sgd(p, g, states[0] if states else None, **values)
+        if tensors.ema is not None:
+            tensors.ema.lerp_(p, weight)
         codecs.write(row, tensors, p, states, step)
 
     def _scalars_of(self, owner: Owner, row: Row, step: Tensor) -> scalars.Adam | scalars.Sgd:

@@ -29,6 +29,7 @@ class Adam(NamedTuple):
     inv_sqrt_bc2: float
     eps: float
     step: float
+    ema: float
 
 
 class Sgd(NamedTuple):
@@ -43,12 +44,13 @@ class Sgd(NamedTuple):
     take_g: float
     take_b: float
     step: float
+    ema: float
 
 
 def adam(group: Mapping[str, Any], step: float) -> Adam:
     """Return the row of Adam and AdamW at their ``step``-th step (1 at the first)."""
     _check_count(step)
-    lr, base_lr, decay, l2, sign, beta1, beta2, eps, _ = adam_hyper(_on_host(group))
+    lr, base_lr, decay, l2, sign, beta1, beta2, eps, *_ = adam_hyper(_on_host(group))
     return Adam(
         decay=lr / base_lr * decay,
         l2=l2,
@@ -59,6 +61,7 @@ def adam(group: Mapping[str, Any], step: float) -> Adam:
         inv_sqrt_bc2=1 / math.sqrt(1 - beta2**step),
         eps=eps,
         step=step,
+        ema=_ema(group, step),
     )
 
 
@@ -106,24 +109,25 @@ def sgd(group: Mapping[str, Any], step: float) -> Sgd:
         take_g=take_g,
         take_b=take_b,
         step=step,
+        ema=_ema(group, step),
     )
 
 
-def adam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """Return what ``adam`` depends on, in the order of ``layout.HYPER_LR`` and on.
+def adam_hyper(group: Mapping[str, Any], rectify: float = 0.0) -> tuple[float, ...]:
+    """Return what ``adam`` depends on, in the order of ``layout.HYPER_LR`` and on, and ``rectify`` in its place.
 
     Raises as ``options.check_hyperparameters`` for what no step can use: the one check of their ranges at a step.
     """
     beta1, beta2 = (options.as_float("beta", beta) for beta in group["betas"])
-    numbers = (*_decay_hyper(group, group["decoupled_weight_decay"]), beta1, beta2, options.number(group, "eps"), 0.0)
+    numbers = (*_decay_hyper(group, group["decoupled_weight_decay"]), beta1, beta2, options.number(group, "eps"))
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and math.isfinite(sum(numbers))):
         options.check_hyperparameters(group, at="step")
-    return numbers
+    return (*numbers, rectify, *_ema_hyper(group))
 
 
 def radam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     """Return what ``radam`` depends on, as ``adam_hyper`` does."""
-    return (*adam_hyper(group)[:-1], RECTIFY if group.get("degenerated_to_sgd", True) else RECTIFY_OR_WAIT)
+    return adam_hyper(group, RECTIFY if group.get("degenerated_to_sgd", True) else RECTIFY_OR_WAIT)
 
 
 def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
@@ -134,7 +138,7 @@ def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     numbers = (*_decay_hyper(group, decoupled), options.number(group, "momentum"), dampening, flags, 0.0)
     if not math.isfinite(sum(numbers)):
         options.check_hyperparameters(group, at="step")
-    return numbers
+    return (*numbers, *_ema_hyper(group))
 
 
 def is_on_device(lr: float | Tensor | None) -> bool:
@@ -161,6 +165,21 @@ def _decay_hyper(group: Mapping[str, Any], decoupled: bool) -> tuple[float, ...]
     weight_decay = options.number(group, "weight_decay") * wd_mult
     parts = (weight_decay, 0.0) if decoupled else (0.0, weight_decay)
     return (lr, base_lr, *parts, -1.0 if group["maximize"] else 1.0)
+
+
+def _ema(group: Mapping[str, Any], step: float) -> float:
+    """Return how much of the new parameter its average takes."""
+    decay, warmup = _ema_hyper(group)
+    return 1 - (min(decay, (1 + step) / (10 + step)) if warmup else decay)
+
+
+def _ema_hyper(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the columns HYPER_EMA_DECAY and HYPER_EMA_WARMUP of ``layout.py``."""
+    decay = group.get("ema_decay")
+    decay = 0.0 if decay is None else options.as_float("ema_decay", decay)
+    if not 0 <= decay < 1:
+        options.check_hyperparameters(group, at="step")
+    return decay, float(bool(group.get("ema_warmup")))
 
 
 def _check_count(step: float) -> None:

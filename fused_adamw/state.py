@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_adamw import codecs, formats
-from fused_adamw.contract import MASTER_KEYS, Storage
+from fused_adamw.contract import EMA, MASTER_KEYS, Storage
 from fused_adamw.tensors import dense_like, flat, in_order, is_dtensor, local, same_layout
 
 if TYPE_CHECKING:
@@ -27,10 +27,12 @@ def init(
     *,
     declared: Any,
     step_device: torch.device,
+    loading: bool = False,
 ) -> None:
     """Make the state of p that is missing; bring the rest to the form, dtype, device and layout that a step needs.
 
-    ``declared`` is the group's state_dtype; the steps are counted on ``step_device``.
+    ``declared`` is the group's state_dtype; the steps are counted on ``step_device``. While ``loading`` no average is
+    begun, because p may yet be loaded.
     """
     step: Any = param_state.get("step")
     if is_missing(step) or names == ("momentum_buffer",):
@@ -44,6 +46,7 @@ def init(
     for name in names:
         _init_moment(param_state, name, p, storage, declared)
     _init_master(param_state, p, storage)
+    _init_ema(param_state, p, storage, loading)
 
 
 def is_ready(
@@ -63,6 +66,8 @@ def is_ready(
         needed[key] = _code_dtype(name) if storage.int8 else formats.state_dtype_of(p, declared)
     if storage.master_key:
         needed[storage.master_key] = _master_dtype(p, storage)
+    if storage.ema:
+        needed[EMA] = formats.state_dtype_of(p, None)
     wrong = {*MASTERS, *names, *(name + part for name in names for part in CODED)}
     wrong -= {*needed, *storage.scales(names)}
     if not wrong.isdisjoint(param_state) or any(key not in param_state for key in storage.scales(names)):
@@ -185,6 +190,24 @@ def _init_master(param_state: ParamState, p: Tensor, storage: Storage) -> None:
         local(param_state[storage.master_key]).copy_(local(have).view(dtype))
 
 
+def _init_ema(param_state: ParamState, p: Tensor, storage: Storage, loading: bool) -> None:
+    have: Any = param_state.get(EMA)
+    dtype = formats.state_dtype_of(p, None)
+    begins = not isinstance(have, Tensor)
+    if not storage.ema or (begins and loading) or (not begins and _fits(have, p, dtype, storage)):
+        return
+    param_state[EMA] = _empty_like(p, dtype, storage)
+    local(param_state[EMA]).copy_(_value_of(param_state, p, storage) if begins else local(have))
+
+
+def _value_of(param_state: ParamState, p: Tensor, storage: Storage) -> Tensor:
+    """Return the shard of p, with the digits that its master holds."""
+    own = local(p).detach()
+    return (
+        codecs.read_master(storage.master, own, local(param_state[storage.master_key])) if storage.master_key else own
+    )
+
+
 def refresh_master(param_state: ParamState, p: Tensor, storage: Storage) -> None:
     """Reset what the master holds, so that the value of the parameter is what the parameter itself says."""
     if storage.master_key is not None:
@@ -204,8 +227,8 @@ def is_missing(value: Any) -> bool:
 
 
 def plain(param_state: ParamState) -> ParamState:
-    """Return the state that torch's class keeps: no masters, and moments in float32 where they are int8."""
+    """Return the state that torch's class keeps: no masters or averages, and moments in float32 where they are int8."""
     names = [key.removesuffix("_codes") for key in param_state if key.endswith("_codes")]
     moments = {name: _as_float(param_state, name) for name in names}
-    left = {*MASTERS, *(name + part for name in names for part in CODED)}
+    left = {*MASTERS, EMA, *(name + part for name in names for part in CODED)}
     return {**{key: value for key, value in param_state.items() if key not in left}, **moments}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_adamw import codecs, options, state
-from fused_adamw.contract import Storage
+from fused_adamw.contract import EMA, Storage
 from fused_adamw.formats import storage_of
 from fused_adamw.tensors import (
     cut_dims,
@@ -37,9 +37,10 @@ def check_storage(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], p
     return storage
 
 
-def check_state(p: Tensor, names: tuple[str, ...], param_state: Mapping) -> dict[str, Tensor]:
+def check_state(p: Tensor, group: Mapping, names: tuple[str, ...], param_state: Mapping) -> dict[str, Tensor]:
     """Return the entries of a state that are to have p's shape; raise TypeError or ValueError for one of no use."""
     check_step(param_state.get("step"))
+    names = names if group.get("ema_decay") is None else (*names, EMA)
     shaped = state.shaped(param_state, names)
     for name, value in shaped.items():
         if not isinstance(value, Tensor):

@@ -196,6 +196,8 @@ OURS: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {"cautious": "update", "weight_decay": 0.1, "maximize": True}),
     ("RAdam", {"cautious": "decay", "lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True}),
     ("RAdam", {"degenerated_to_sgd": False, "decoupled_weight_decay": True, "weight_decay": 0.1, "decouple_lr": True}),
+    ("AdamW", {"ema_decay": 0.9, "lr": 1e-2, "amsgrad": True}),
+    ("SGD", {"ema_decay": 0.99, "ema_warmup": True, "lr": 0.1, "weight_decay": 0.1}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3, "decouple_lr": True}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "decouple_lr": True, "lr_in_momentum": True}),

@@ -30,6 +30,11 @@ def sqrt(x: Fraction) -> Fraction:
     return Fraction(float(np.sqrt(np.float32(float(x)))))
 
 
+def lerp(a: Fraction, b: Fraction, w: Fraction) -> Fraction:
+    near_a = w < Fraction(1, 2)
+    return fma(w if near_a else w - 1, rounded(b - a), a if near_a else b)
+
+
 def decayed(s: dict[str, Fraction], p: Fraction, g: Fraction) -> tuple[Fraction, Fraction]:
     p = fma(-s["decay"], p, p)
     return p, fma(s["l2"], p, rounded(s["grad_factor"] * g))
@@ -47,8 +52,7 @@ def adam(
     """(p, m, v, vmax) after one step of the sequence in ``reference.py``'s docstring."""
     before = p
     p, g = decayed(s, p, g)
-    near_m = s["w1"] < Fraction(1, 2)
-    m = fma(s["w1"] if near_m else s["w1"] - 1, rounded(g - m), m if near_m else g)
+    m = lerp(m, g, s["w1"])
     v = fma(s["w2"], rounded(g * g), fma(-s["w2"], v, v))
     second = v
     if vmax is not None:

@@ -26,7 +26,7 @@ import torch
 
 from fused_adamw import contract
 from fused_adamw.contract import STATES
-from fused_adamw.layout import SCALARS
+from fused_adamw.layout import COLUMNS, SCALARS
 from fused_adamw.tensors import NOT_SHARDED
 from tests import cases
 
@@ -48,14 +48,18 @@ class Variant(contract.Variant):
     """With what the tests ask of it."""
 
     def __str__(self) -> str:
-        formats = [self.master] * (self.master != "none") + ["stochastic"] * self.stochastic
+        formats = [self.master] * (self.master != "none") + ["stochastic"] * self.stochastic + ["ema"] * self.ema
         return "-".join([self.rule, *(str(d).removeprefix("torch.") for d in self[1:4]), *formats])
 
     @property
+    def extra(self) -> list[torch.dtype]:
+        """The dtype of what the master holds."""
+        return {"none": [], "kahan": [self.p], "split16": [torch.int16], "fp32": [F32]}[self.master]
+
+    @property
     def streams(self) -> list[torch.dtype]:
-        """The dtypes of p, g, the states and what the master holds: what has a value for each element."""
-        extra = {"none": [], "kahan": [self.p], "split16": [torch.int16], "fp32": [F32]}[self.master]
-        return [self.p, self.g] + [self.state] * STATES[self.rule] + extra
+        """The dtypes of p, g, the states, what the master holds and the average: what has a value for each element."""
+        return [self.p, self.g] + [self.state] * STATES[self.rule] + self.extra + [F32] * self.ema
 
     @property
     def scales(self) -> int:
@@ -122,6 +126,22 @@ FORMED = [
     Variant("sgd_momentum", F16, F16, I8),
     Variant("adam_cautious_decay", BF16, BF16, BF16, "none", True),
     Variant("adam_cautious_update", BF16, BF16, I8, "split16", True),
+]
+# An average beside each kind of rule, of parameter, of master, and of a moment.
+AVERAGED = [
+    Variant("adam", F32, F32, F32, ema=True),
+    Variant("adam", BF16, BF16, BF16, ema=True),
+    Variant("adam_amsgrad", F16, F32, F32, ema=True),
+    Variant("sgd", F16, F16, F16, ema=True),
+    Variant("sgd_momentum", F32, F32, F32, ema=True),
+    Variant("adam", BF16, BF16, F32, "split16", ema=True),
+    Variant("adam", BF16, F32, BF16, "kahan", True, ema=True),
+    Variant("adam", F16, F16, F32, "fp32", ema=True),
+    Variant("adam", BF16, BF16, BF16, "none", True, ema=True),
+    Variant("adam_amsgrad", BF16, BF16, BF16, "none", True, ema=True),
+    Variant("adam", F32, F32, I8, "none", True, ema=True),
+    Variant("adam", BF16, F32, I8, "split16", True, ema=True),
+    Variant("adam_cautious_update", BF16, BF16, I8, "split16", True, ema=True),
 ]
 # The layouts that differ, each rule at least once: what is compiled for every architecture.
 LAYOUTS = [*(VARIANTS[i] for i in (0, 1, 2, 6, 8, 9)), *(FORMED[i] for i in (1, 3, 4, 7, 9))]
@@ -246,7 +266,7 @@ class Cuda:
     """Compiles a folder of C++ sources with nvcc."""
 
     name, folder, architectures = "cuda", ROOT / "csrc", (75, 80, 86, 89, 90, 100, 120)
-    variants: ClassVar = [*VARIANTS, *FORMED]
+    variants: ClassVar = [*VARIANTS, *FORMED, *AVERAGED]
 
     def __init__(self, folder: Path = folder) -> None:
         self.folder = folder
@@ -305,7 +325,8 @@ class Cuda:
         if self.variants:
             source = source[: source.index("using StepKernel")]
             names = {F32: "float", BF16: "BFloat16", F16: "Float16", I8: "Code"}
-            for v in self.variants if sm in EXECUTED else LAYOUTS:
+            # Every kernel steps averages.
+            for v in dict.fromkeys(v._replace(ema=False) for v in (self.variants if sm in EXECUTED else LAYOUTS)):
                 args = ", ".join([names[d] for d in v[1:4]] + [f"Master::{v.master}", str(v.stochastic).lower()])
                 source += (
                     f"template __global__ void step_kernel<{self._rule(v.rule)}, {args}>"
@@ -449,7 +470,8 @@ def tensors(variant, sizes, rows, seed=0, unaligned=False, places=(NOT_SHARDED,)
     made, states = [], STATES[variant.rule]
     for i, n in enumerate(sizes):
         data = [make(k, n, d) for k, d in enumerate(variant.streams[: 2 + states])]
-        data += [extra(data[0], d) for d in variant.streams[2 + states :]]
+        data += [extra(data[0], d) for d in variant.extra]
+        data += [make(2, n, F32) for _ in range(variant.ema)]
         data += [make(3, -(-n // QUANT_BLOCK), F32).nan_to_num(1.0, 1.0, 1.0) for _ in range(variant.scales)]
         if variant.scales and n >= 3 * QUANT_BLOCK:  # a block whose new second moments are too small for a scale
             data[1][2 * QUANT_BLOCK : 3 * QUANT_BLOCK] = 1e-18
@@ -460,16 +482,18 @@ def tensors(variant, sizes, rows, seed=0, unaligned=False, places=(NOT_SHARDED,)
     return made
 
 
-def columns(variant, addresses: list[int]) -> tuple[list[int], int, list[int]]:
-    """The addresses of p, g and three states; that of what the master holds; those of two scales."""
+def columns(variant, addresses: list[int]) -> tuple[list[int], int, list[int], int]:
+    """The addresses of p, g and three states; of what the master holds; of two scales; of the average."""
     states, streams = 2 + STATES[variant.rule], len(variant.streams)
     own, extra, scales = addresses[:states], addresses[states:streams], addresses[streams:]
-    return own + [0] * (5 - len(own)), (extra or [0])[0], scales + [0] * (2 - len(scales))
+    ema = extra.pop() if variant.ema else 0
+    return own + [0] * (5 - len(own)), (extra or [0])[0], scales + [0] * (2 - len(scales)), ema
 
 
 def scalar_rows(rule: str) -> list[tuple[float, ...]]:
-    """The numbers of a rule, and the step."""
-    return [(*row, step) for row, step in zip(_scalar_rows(rule), (1.0, 2.0, 1000.0, 1e7), strict=True)]
+    """The numbers of a rule, the step, and the weight of the average."""
+    steps, weights = (1.0, 2.0, 1000.0, 1e7), (1e-3, 0.7, 0.5, 1.0)
+    return [(*row, *more) for row, *more in zip(_scalar_rows(rule), steps, weights, strict=True)]
 
 
 def _scalar_rows(rule: str) -> list[tuple[float, ...]]:
@@ -517,11 +541,11 @@ def cpu_step(tmp_path_factory):
         results = [[x.clone() for x in t.data] for t in given]
         kinds = [list(STATES).index(variant.rule), *(FORMATS[d] for d in variant[1:4])]
         kinds += [MASTERS.index(variant.master), variant.stochastic]
-        table = np.zeros(len(given), np.dtype("u8,u8,3u8,i8,i4,6u1,u8,2u8,u8,u4,3i8", align=True))
+        table = np.zeros(len(given), np.dtype("u8,u8,3u8,i8,i4,6u1,u8,2u8,u8,u8,u4,3i8", align=True))
         for i, (t, data) in enumerate(zip(given, results, strict=True)):
-            (p, g, *states), extra, scales = columns(variant, [x.data_ptr() for x in data])
+            (p, g, *states), extra, scales, ema = columns(variant, [x.data_ptr() for x in data])
             numel = data[0].numel()
-            table[i] = (p, g, states, numel, t.scalars, kinds, extra, scales, SEED, t.index, t.place)
+            table[i] = (p, g, states, numel, t.scalars, kinds, extra, scales, ema, SEED, t.index, t.place)
         numbers = np.array(rows, np.float32).astype(np.float64)
         library.fused_step(
             ctypes.c_void_p(table.ctypes.data),
@@ -548,11 +572,12 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, by_value
         ]
         moved = [bias] * len(variant.streams) + [bias // QUANT_BLOCK] * variant.scales
         addresses = [b.addr - m * x.element_size() for b, m, x in zip(own, moved, t.data, strict=True)]
-        first, extra, scales = columns(variant, addresses)
+        first, extra, scales, ema = columns(variant, addresses)
         offset, run, skip = t.place
         placed = not variant.stochastic or not any(x % 8 for x in (offset, *((run, skip) if skip else ())))
         flags = placed * (2 + (not any(b.addr % 16 for b in own)))
-        table.append([*first, n + bias, t.scalars, flags, extra, *scales, SEED, t.index, offset - bias, run, skip])
+        place = SEED, t.index, offset - bias, run, skip
+        table.append([*first, n + bias, t.scalars, flags, extra, *scales, ema, *place, 0])
         chunks += [[i, bias // chunk + c] for c in range(max(1, -(-n // chunk)))]
         buffers.append(own)
     tables = [
@@ -595,7 +620,7 @@ def sums_of_squares(compiled, given, chunk, reads=1) -> np.ndarray:
     for i, t in enumerate(given):
         g = mem.upload(t.data[1], f"{i}", offset=t.offsets[1], readonly=True)
         n = t.data[1].numel()
-        table.append([0, g.addr, 0, 0, 0, n, 0, int(g.addr % 16 == 0), *[0] * 8])
+        table.append([0, g.addr, 0, 0, 0, n, 0, int(g.addr % 16 == 0), *[0] * (COLUMNS - 8)])
         chunks += [[i, c] for c in range(max(1, -(-n // chunk)))]
         buffers.append(g)
     tables = [mem.upload(np.array(x, dtype), readonly=True) for x, dtype in ((table, np.int64), (chunks, np.int32))]

@@ -121,8 +121,8 @@ def test_step(tmp_path: Path, here: Callable[..., str]) -> None:
 
 
 def test_step_of_what_torch_does_not_fuse(tmp_path: Path, here: Callable[..., str]) -> None:
-    """RAdam beside torch's foreach, cautious steps beside torch's plain one: both are judged by the oracle."""
-    algorithms = ["radam", "adamw-cautious-decay", "adamw-cautious-update"]
+    """RAdam beside torch's foreach, cautious steps beside torch's plain one, averages: all are judged by the oracle."""
+    algorithms = ["radam", "adamw-cautious-decay", "adamw-cautious-update", "adamw-ema"]
     args = ["--workload", "1x131k", "--algorithm", *algorithms, "--against", "fused", "foreach"]
     out = here("step", *args, *options(tmp_path))
     assert "torch.optim.RAdam has no fused step: compare with --against foreach" in out
@@ -134,6 +134,10 @@ def test_step_of_what_torch_does_not_fuse(tmp_path: Path, here: Callable[..., st
         assert foreach["match"] is (True if algorithm == "radam" else None)
         theirs = foreach if algorithm == "radam" else found[algorithm, "torch fused"]
         assert ours["ratio_median"] == pytest.approx(np.median(np.divide(theirs["seconds"], ours["seconds"])))
+    moved = {arm: r["bytes"] / r["parameters"] for (algorithm, arm), r in found.items() if algorithm == "adamw-ema"}
+    assert moved["fused_adamw cpu"] == 36
+    assert moved["fused_adamw cpu + foreach_lerp"] == moved["torch fused"] == moved["torch foreach"] == 40
+    assert found["adamw-ema", "fused_adamw cpu + foreach_lerp"]["match"]
 
 
 @pytest.mark.parametrize("name", [name for name, workload in cases.WORKLOADS.items() if workload.change])

@@ -195,12 +195,15 @@ MUTATIONS = {
         "x(s.decay, s.l2, s.grad_factor, p0, g0);\n    m =",
         "x(s.l2, s.decay, s.grad_factor, p0, g0);\n    m =",
     ),
+    "an average of another weight": ("T(scalars[SCALAR_EMA]), n", "T(scalars[SCALAR_W2]), n"),
+    "an average with two roundings": ("lerp(ema[i], p[i], weight)", "ema[i] + weight * (p[i] - ema[i])"),
     "a skipped tail": ("i < n; ++i) {\n    T xp[lanes]", "i < n / 64 * 64; ++i) {\n    T xp[lanes]"),
 }
 ENTRY = """
-extern "C" void step(float* p, float* g, float* m, float* v, long n, const double* scalars) {
+extern "C" void step(float* p, float* g, float* m, float* v, float* ema, long n, const double* scalars) {
   using namespace fused_adamw;
-  const Row row{p, g, {m, v, nullptr}, n, 0, Rule::adam, Format::f32, Format::f32, Format::f32};
+  Row row{p, g, {m, v, nullptr}, n, 0, Rule::adam, Format::f32, Format::f32, Format::f32};
+  row.ema = ema;
   step_cpu(&row, 1, scalars, 0);
 }
 """
@@ -237,7 +240,7 @@ def test_a_mutated_kernel_is_seen(name, tmp_path):
     n = 200
     rng = np.random.default_rng(0)
     p, g, m = (rng.standard_normal(n).astype(np.float32) for _ in range(3))
-    streams = [p, g, m, rng.random(n).astype(np.float32) * 1e-2]
+    streams = [p, g, m, rng.random(n).astype(np.float32) * 1e-2, rng.standard_normal(n).astype(np.float32)]
     row = scalars.adam(
         {
             "lr": 1e-2,
@@ -247,12 +250,17 @@ def test_a_mutated_kernel_is_seen(name, tmp_path):
             "decoupled_weight_decay": True,
             "decouple_lr": False,
             "maximize": False,
+            "ema_decay": 0.9,
         },
         7,
     )
     s = {k: Fraction(float(np.float32(v))) for k, v in row._asdict().items()}
-    wanted = [exact.adam(s, *(Fraction(float(x)) for x in e)) for e in zip(*streams, strict=True)]
+    wanted = []
+    for element in zip(*streams, strict=True):
+        *before, ema = (Fraction(float(x)) for x in element)
+        stepped = exact.adam(s, *before)
+        wanted.append((*stepped, exact.lerp(ema, stepped[0], s["ema"])))
     arguments = [x.ctypes.data_as(ctypes.c_void_p) for x in streams]
-    ctypes.CDLL(str(tmp_path / "step.so")).step(*arguments, ctypes.c_long(n), (ctypes.c_double * 9)(*row))
-    got = [tuple(Fraction(float(x)) for x in e) for e in zip(streams[0], streams[2], streams[3], strict=True)]
+    ctypes.CDLL(str(tmp_path / "step.so")).step(*arguments, ctypes.c_long(n), (ctypes.c_double * len(row))(*row))
+    got = [tuple(Fraction(float(x)) for x in e) for e in zip(streams[0], *streams[2:], strict=True)]
     assert (got == wanted) == (name == "as it is")

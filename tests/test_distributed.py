@@ -53,6 +53,7 @@ FORMATS = [
     ("AdamW", {"lr": 1e-2, "master": "kahan"}),
     ("AdamW", {"lr": 1e-2, "master": "split16", "state_dtype": BF16, "rounding": "stochastic"}),
     ("AdamW", {"lr": 1e-2, "master": "fp32"}),
+    ("SGDW", {"lr": 0.1, "momentum": 0.9, "master": "split16", "ema_decay": 0.9, "ema_warmup": True}),
 ]
 
 
@@ -934,6 +935,40 @@ def test_fsdp1_is_clipped_by_the_norm_of_its_process_group():
 # ---- distributed checkpoints
 
 
+def check_averages():
+    """Those of FSDP2's shards are those of the whole, where it keeps gathered parameters after a forward pass, too."""
+    twin, model = Net(), shard(Net())
+    a, b = (cases.make("SGD", trainable(m), {"lr": 0.1, "ema_decay": 0.5}) for m in (model, twin))
+    for t in range(3):
+        inject(model, twin, t)
+        a.step()
+        b.step()
+    with pytest.raises(ValueError, match=r"^SGD.ema_swapped: parameters are DTensors"), a.ema_swapped():
+        pass
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [model(x)]
+        with b.ema_swapped():
+            averaged = twin(x)
+        with a.ema_swapped(model):
+            torch.testing.assert_close(model(x), averaged)
+            with pytest.raises(RuntimeError, match=r"a step within ema_swapped\(\)"):
+                a.step()
+        outputs += [model(x), twin(x)]
+    assert not torch.allclose(averaged, outputs[-1])
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[-1])
+    cases.assert_same_bits(*locals_of(a, b))
+    whole = b.ema_state_dict(twin)
+    for key, value in a.ema_state_dict(model).items():
+        assert isinstance(value, DTensor) == isinstance(model.state_dict()[key], DTensor)
+        assert torch.equal(value.full_tensor() if isinstance(value, DTensor) else value, whole[key])
+
+
+def test_averages_of_shards():
+    ranks.run(2, check_averages)
+
+
 def check_save(folder, name, options, dtype, flat):
     twin, model = Net(dtype), shard(Net(dtype))
     optimizer = cases.make(name, trainable(model), options)
@@ -985,7 +1020,7 @@ def check_load(folder, name, options, dtype, flat, init, plain):
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize(("name", "options"), [*RULES[1:], FORMATS[0], FORMATS[3]], ids=cases.name_of)
+@pytest.mark.parametrize(("name", "options"), [*RULES[1:], FORMATS[0], FORMATS[3], FORMATS[5]], ids=cases.name_of)
 def test_saved_on_2_ranks_loaded_on_1_2_and_3(name, options, flat, tmp_path):
     """bfloat16 parameters, whose moments stay float32."""
     ranks.run(2, check_save, str(tmp_path), name, options, torch.bfloat16, flat)

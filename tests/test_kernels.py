@@ -21,6 +21,7 @@ from tests.gpu_kernels import (
     ADAM_ALL_BF16,
     ADAM_BF16,
     AMSGRAD,
+    AVERAGED,
     BF16,
     BLOCK,
     CAUTIOUS_DECAY,
@@ -86,12 +87,15 @@ def test_compiled_code(name, sm, variant):
     check_resources(compiled, most_registers(name, variant))
     wide = [compiled.width * d.itemsize for d in variant.streams]  # bytes per access of a stream on the full path
     assert max(wide) == 16 or name == "triton"
-    for kind, sizes in (("ld", wide), ("st", wide[:1] + wide[2:])):
-        sizes = [size for size in sizes if size > 4]  # 4 codes are one scalar access
+    # Every CUDA kernel steps averages, by tiles of at most 4 elements a thread.
+    averaged = [4 * d.itemsize for d in [*variant.streams, F32]] if name == "cuda" else []
+    for kind, own, others in (("ld", wide, averaged), ("st", wide[:1] + wide[2:], averaged[:1] + averaged[2:])):
+        sizes, others = ([size for size in s if size > 4] for s in (own, others))  # 4 codes are one scalar access
         accesses = [size for size in gpu_kernels.vectors(compiled.ptx, kind) if size > 4]
-        assert set(accesses) == set(sizes)
+        assert set(accesses) == {*sizes, *others}
         # A loop that the compiler unrolled has its accesses several times over.
-        assert all(accesses.count(size) % sizes.count(size) == 0 for size in sizes)
+        assert all(accesses.count(size) % sizes.count(size) == 0 or others for size in sizes)
+        assert all(accesses.count(size) >= max(sizes.count(size), others.count(size)) for size in accesses)
 
 
 @pytest.mark.parametrize("variant", [ADAM, MOMENTUM, INT8_STOCHASTIC], ids=str)
@@ -110,15 +114,18 @@ def most_registers(name, variant):
     if not codes and not variant.stochastic:
         return 64
     if name == "triton":
-        return (64, 80, 88)[variant.stochastic + (variant.master != "none") if codes else 0]
+        beside = variant.stochastic + (variant.master != "none") if codes else 0
+        more = variant.ema and variant.rule == "adam_amsgrad"
+        return (72 if more else 64, 80, 88)[beside] + (8 if codes else 16) * variant.ema
     if codes and variant.stochastic and variant.master != "none":
         return 120
     return 80 if codes + variant.stochastic + (variant.rule == "adam_amsgrad") == 1 else 96
 
 
-def check_resources(compiled, registers=64):
+def check_resources(compiled, registers=64, spilled=0):
     assert compiled.registers <= registers
-    assert compiled.frame == compiled.shared == 0
+    assert compiled.frame <= spilled
+    assert compiled.shared == 0
     assert not forbidden(compiled.ptx)
 
 
@@ -129,6 +136,13 @@ def test_cautious_rules_do_not_spill(sm, rule):
     triton = compiler_of("triton")
     check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, BF16, "none", True)), 72)
     check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, I8)), 72)
+
+
+@pytest.mark.parametrize("variant", AVERAGED, ids=str)
+@pytest.mark.parametrize("sm", Triton.architectures)
+def test_registers_of_averages(sm, variant):
+    """CUDA's kernels are the same with and without. With random words ptxas spills two registers, at any limit."""
+    check_resources(compiler_of("triton").step(sm, variant), most_registers("triton", variant), 8 * variant.stochastic)
 
 
 @pytest.mark.slow
@@ -162,6 +176,20 @@ def test_bits(compiler, sm, variant, cpu_step):
     assert same_bits(got, cpu_step(variant, given, rows))
 
 
+@needs_ptxsim
+def test_averages_take_no_part(compiler, cpu_step):
+    """Tensors step to the same bits with an average and without."""
+    for variant in AVERAGED:
+        rows = scalar_rows(variant.rule)
+        given = tensors(variant, [CHUNK + 77], rows)
+        average = len(variant.streams) - 1
+        without = [dataclasses.replace(t, data=[x for k, x in enumerate(t.data) if k != average]) for t in given]
+        stepped = cpu_step(variant, given, rows)
+        for t in stepped:
+            del t[average - 1]  # there is no gradient in it
+        assert same_bits(cpu_step(gpu_kernels.Variant(*variant[:6]), without, rows), stepped)
+
+
 # Of shards: pieces of one dimension or another, the first ones of rows that 8 divides, and of large tensors.
 PLACES = [
     NOT_SHARDED,
@@ -174,7 +202,7 @@ PLACES = [
 
 
 @needs_ptxsim
-@pytest.mark.parametrize(("sm", "variant"), [(EXECUTED[i % 3], v) for i, v in enumerate(FORMED)], ids=str)
+@pytest.mark.parametrize(("sm", "variant"), [(EXECUTED[i % 3], v) for i, v in enumerate(FORMED + AVERAGED)], ids=str)
 def test_bits_of_formats(compiler, sm, variant, cpu_step):
     """Whatever the errors of approximate instructions, within the bounds that NVIDIA documents."""
     rows = scalar_rows(variant.rule)
@@ -250,6 +278,8 @@ def test_beyond_32_bits(compiler, sm, variant, cpu_step):
         (ADAM, 28, 21),
         (ADAM_BF16, 22, 24),
         (MOMENTUM, 20, 14),
+        (AVERAGED[0], 36, 26),
+        (AVERAGED[1], 22, 41),
         (ADAM_ALL_BF16, 14, 34),
         (SPLIT16, 26, 43),
         (STOCHASTIC, 14, 70),
@@ -278,7 +308,8 @@ def test_bytes_and_instructions(compiler, sm, variant, minimum, instructions):
     scales = variant.scales * 2 * 28 / gpu_kernels.QUANT_BLOCK
     assert 32 * sum(i["sectors"] for i in memory) <= (minimum + scales + 8 * words) * n + 4 * 24 * 32 * programs
     wide = {i["bytes_per_lane"] for i in memory if i["lanes"] * i["bytes_per_lane"] > n / 8 and i["eff"] > 0.5}
-    assert wide == {compiled.width * d.itemsize for d in variant.streams}
+    width = 4 if variant.ema else compiled.width
+    assert wide == {width * d.itemsize for d in variant.streams}
     for i in memory:
         if i["bytes_per_lane"] in wide and i["text"].startswith(("ld.global.v", "st.global.v")):
             assert i["eff"] >= 0.99, i
@@ -324,7 +355,8 @@ def test_scalars_on_the_device(compiler, sm, family):
                 "lr_in_momentum": lr_in_momentum,
             }
             groups.append(base | own | {"decouple_lr": False})
-    groups.append(groups[0] | {"lr_mult": 0.3, "wd_mult": 0.7})
+    groups.append(groups[0] | {"lr_mult": 0.3, "wd_mult": 0.7, "ema_decay": 0.9999})
+    groups.append(groups[0] | {"ema_decay": 0.99, "ema_warmup": True})
     cases_of = [(group, step) for group in groups for step in steps]
     mem = gpu_kernels.ptxsim.GlobalMemory(1 << 24)
     numbers = np.array([scalars.HYPER[family](group) for group, _ in cases_of])
@@ -349,7 +381,7 @@ def test_scalars_on_the_device(compiler, sm, family):
         args = [*tables, factor, out, *count]
         compiler.scalars(sm, family != "sgd").launch(mem, compiler.blocks(len(cases_of)), args)
     expected = [list(scalars.ROWS[family](group, step)) for group, step in cases_of]
-    np.testing.assert_array_equal(out.get().reshape(-1, 9), np.array(expected, np.float32))
+    np.testing.assert_array_equal(out.get().reshape(-1, layout.SCALARS), np.array(expected, np.float32))
     np.testing.assert_array_equal(counters.get(), np.array([step for _, step in cases_of], np.float32))
 
 
@@ -634,8 +666,19 @@ WRONG_CAUTIOUS = [
 ]
 
 
+# The weight of another scalar; the parameter after it was rounded, or before it was stepped.
+WRONG_AVERAGES = [
+    ("triton", "multi_tensor.py", "lerp(average, p, s[SCALAR_EMA])", "lerp(average, p, s[SCALAR_W2])", AVERAGED[0]),
+    ("triton", "multi_tensor.py", "lerp(average, p, s", "lerp(average, p.to(P_DTYPE).to(tl.float32), s", AVERAGED[5]),
+    ("triton", "multi_tensor.py", "lerp(average, p, s", "lerp(p, average, s", AVERAGED[1]),
+    ("cuda", "step_cuda.cu", "to.weight = numbers.x[SCALAR_EMA];", "to.weight = numbers.x[SCALAR_W2];", AVERAGED[0]),
+    ("cuda", "step_cuda.cu", "stepped.x[k] = x;", "stepped.x[k] = load(p.x[k]);", AVERAGED[5]),
+    ("cuda", "step_cuda.cu", "lerp(x.x[k], p.x[k], weight)", "fma(weight, p.x[k] - x.x[k], x.x[k])", AVERAGED[1]),
+]
+
+
 @needs_ptxsim
-@pytest.mark.parametrize(("name", "file", "right", "wrong", "variant"), WRONG_FORMATS + WRONG_CAUTIOUS)
+@pytest.mark.parametrize(("name", "file", "right", "wrong", "variant"), WRONG_FORMATS + WRONG_CAUTIOUS + WRONG_AVERAGES)
 def test_wrong_format_or_rule_is_seen(name, file, right, wrong, variant, tmp_path, cpu_step):
     own = changed(compiler_of(name), file, right, wrong, tmp_path)
     own.variants = [variant]

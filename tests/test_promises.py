@@ -35,6 +35,12 @@ PROMISES = {
         "every learning rate scheduler of torch": "test_scheduler",
         "lr as a float or a tensor, changed between steps": "test_lr_changes_its_kind_between_steps",
     },
+    "test_averages": {
+        "averages are those of torch's AveragedModel": "test_equals_torchs_averaged_model",
+        "of the parameter before it is rounded": "test_an_average_takes_the_parameter_before_it_is_rounded",
+        "and nothing else changes a bit": "test_everything_else_keeps_its_bits",
+        "a swap brings every bit back": "test_swapped",
+    },
     "test_averaging": {
         "averaged models": "test_averaged_model",
         "optimizers around ours": "test_sam_around_ours",

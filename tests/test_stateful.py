@@ -20,6 +20,7 @@ FORMATS = [
     ("AdamW", torch.bfloat16, {"master": "split16", "state_dtype": torch.bfloat16}),
     ("AdamW", torch.float16, {"master": "fp32"}),
     ("AdamW", torch.float32, {"state_dtype": "int8", "rounding": "stochastic"}),
+    ("AdamW", torch.bfloat16, {"rounding": "stochastic", "ema_decay": 0.9}),
     ("SGDW", torch.float32, {"momentum": 0.9, "dampening": 0.1}),
     ("SGD", torch.bfloat16, {"momentum": 0.9, "master": "fp32"}),
 ]
@@ -97,7 +98,7 @@ class Twin:
     def state_elsewhere(self, k):
         """In another dtype or layout, from which the step brings it back."""
         own = self.own(k)
-        for key in ("exp_avg", "momentum_buffer"):
+        for key in ("exp_avg", "momentum_buffer", "ema"):
             if key in own:
                 own[key] = (
                     own[key].double() if k % 2 else own[key].t().contiguous().t() if own[key].dim() == 2 else own[key]

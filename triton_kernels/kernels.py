@@ -43,6 +43,7 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
         "RANDOM_P": random.param,
         "RANDOM_M": random.first_moment,
         "RANDOM_V": random.second_moment,
+        "EMA": variant.ema,
         "THREADS": NUM_WARPS * warp_size,
         # 16 bytes of fp32. With 8, a mix of 2 and 4 bytes reads the fp32 streams at a stride of 32 bytes (sector
         # efficiency 0.6), and Adam in 2 bytes spills.
@@ -53,10 +54,11 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     if not codes and not any(random):
         return constexprs, OPTIONS
     # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64,
-    # with both on an sm_120 at 80, and the cautious rules, by two registers, on an sm_100 or an sm_120.
+    # with both on an sm_120 at 80, and the cautious rules, by two registers, on an sm_100 or an sm_120. An average takes 8
+    # or 16 more.
     beside = any(random) + (variant.master != "none") if codes else 0
-    least = 72 if variant.rule.startswith("adam_cautious") else 64
-    return constexprs, OPTIONS | {"maxnreg": (least, 80, 88)[beside]}
+    more = variant.rule.startswith("adam_cautious") or (variant.ema and variant.rule == "adam_amsgrad")
+    return constexprs, OPTIONS | {"maxnreg": (72 if more else 64, 80, 88)[beside] + (8 if codes else 16) * variant.ema}
 
 
 def square_constexprs(g: torch.dtype, warp_size: int) -> dict:

@@ -19,6 +19,7 @@ from .formats import (
     write,
 )
 from .layout import (
+    COL_EMA,
     COL_EXTRA,
     COL_FLAGS,
     COL_GRAD,
@@ -33,6 +34,8 @@ from .layout import (
     HYPER_BETA2,
     HYPER_DAMPENING,
     HYPER_DECAY,
+    HYPER_EMA_DECAY,
+    HYPER_EMA_WARMUP,
     HYPER_EPS,
     HYPER_FLAGS,
     HYPER_L2,
@@ -48,6 +51,7 @@ from .layout import (
     SCALAR_C1,
     SCALAR_C2,
     SCALAR_DECAY,
+    SCALAR_EMA,
     SCALAR_EPS,
     SCALAR_GRAD_FACTOR,
     SCALAR_INV_SQRT_BC2,
@@ -61,7 +65,7 @@ from .layout import (
     SCALAR_W2,
     SCALARS,
 )
-from .rules import adam, sgd
+from .rules import adam, lerp, sgd
 
 # Where the sum of squares of a chunk of up to 2^16 elements is at least this, what float32 lost below its range is less
 # than a rounding. Less than it times SCALE_UP, and anything finite times SCALE_DOWN, has a square in the range.
@@ -92,7 +96,7 @@ def place(rows, chunks, chunk):
 
 
 @triton.jit
-def addresses_of(row, STATES: tl.constexpr, MASTER: tl.constexpr, CODES: tl.constexpr):
+def addresses_of(row, STATES: tl.constexpr, MASTER: tl.constexpr, CODES: tl.constexpr, EMA: tl.constexpr):
     """Return the addresses of a row in the order of its columns; that of the parameter for what it does not have."""
     p = tl.load(row + COL_PARAM)
     return (
@@ -104,6 +108,7 @@ def addresses_of(row, STATES: tl.constexpr, MASTER: tl.constexpr, CODES: tl.cons
         tl.load(row + COL_EXTRA) if MASTER != "none" else p,
         tl.load(row + COL_SCALES) if CODES else p,
         tl.load(row + COL_SCALES + 1) if CODES and STATES > 1 else p,
+        tl.load(row + COL_EMA) if EMA else p,
     )
 
 
@@ -128,11 +133,11 @@ def step_span(
     ALIGNED: tl.constexpr, RULE: tl.constexpr, STATES: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
-    THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    EMA: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole tiles and needs no mask."""
     CODES: tl.constexpr = STATE_DTYPE.is_int8()
-    param, grad, state0, state1, state2, extra, first_scales, second_scales = addresses
+    param, grad, state0, state1, state2, extra, first_scales, second_scales, ema = addresses
     p_at = stream(param, base, P_DTYPE, ALIGNED)
     g_at = stream(grad, base, G_DTYPE, ALIGNED)
     EXTRA_DTYPE: tl.constexpr = P_DTYPE if MASTER == "kahan" else tl.int16 if MASTER == "split16" else tl.float32
@@ -142,6 +147,7 @@ def step_span(
     state2_at = stream(state2, base, STATE_DTYPE, ALIGNED)
     scales0_at = stream(first_scales, base // QUANT_BLOCK, tl.float32, False)
     scales1_at = stream(second_scales, base // QUANT_BLOCK, tl.float32, False)
+    ema_at = stream(ema, base, tl.float32, ALIGNED)
 
     own, first = tile(ALIGNED, THREADS, WIDTH)
     for start in range(begin, end, THREADS * WIDTH):
@@ -164,6 +170,7 @@ def step_span(
             v = load_moment(state1_at + i, scales1, mask, some, SECOND=True)
         if STATES > 2:
             vmax = load(state2_at + i, mask)
+        average = load(ema_at + i, mask) if EMA else g
         if RANDOM_P or RANDOM_M or RANDOM_V:
             word = words(row, at, s[SCALAR_STEP].to(tl.uint32), start + first, end - start, ALIGNED)
             random_p = for_parameter(word) if RANDOM_P else None
@@ -173,6 +180,8 @@ def step_span(
             p, m = sgd(s, p, g, m, MOMENTUM=STATES == 1)
         else:
             p, m, v, vmax = adam(s, p, g, m, v, vmax, RULE)
+        if EMA:
+            store(ema_at + i, lerp(average, p, s[SCALAR_EMA]), mask)
         write(p_at + i, extra_at + i, p, random_p, mask, MASTER)
         if STATES > 1:
             store_moment(state1_at + i, scales1, v, word_v, mask, some, SECOND=True)
@@ -191,11 +200,11 @@ def scalar(at, given, which, first, second):
 @triton.jit(do_not_specialize=["chunk", "given"])
 def step_kernel(
     rows, chunks, scalars, factor, chunk, given,
-    a0, a1, a2, a3, a4, a5, a6, a7, a8, b0, b1, b2, b3, b4, b5, b6, b7, b8,
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9,
     RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
-    THREADS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    EMA: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Step one entry of ``chunks`` per program; ``chunk`` is the elements of each, a multiple of QUANT_BLOCK.
 
@@ -210,11 +219,12 @@ def step_kernel(
     k = tl.load(row + COL_SCALARS)
     at = scalars + k * SCALARS
     STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if RULE == "sgd_momentum" else 3 if RULE == "adam_amsgrad" else 2
-    addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8())
+    addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8(), EMA)
     s = (
         scalar(at, given, k, a0, b0), scalar(at + 1, given, k, a1, b1), f * scalar(at + 2, given, k, a2, b2),
         scalar(at + 3, given, k, a3, b3), scalar(at + 4, given, k, a4, b4), scalar(at + 5, given, k, a5, b5),
         scalar(at + 6, given, k, a6, b6), scalar(at + 7, given, k, a7, b7), scalar(at + 8, given, k, a8, b8),
+        scalar(at + 9, given, k, a9, b9),
     )  # fmt: skip
     start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
     n = tl.where(f < 0, 0, n)
@@ -224,12 +234,12 @@ def step_kernel(
     # Two regions, so that neither keeps registers for the other.
     if whole > 0:
         step_span(row, addresses, base, 0, whole, s, start, True, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
-                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, WIDTH)  # fmt: skip
+                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, EMA, THREADS, WIDTH)  # fmt: skip
     if whole < n:
         if STATE_DTYPE.is_int8():  # here, addresses that were kept would spill
-            addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8())
+            addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8(), EMA)
         step_span(row, addresses, base, whole, n, s, start, False, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
-                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, THREADS, TAIL)  # fmt: skip
+                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, EMA, THREADS, TAIL)  # fmt: skip
 
 
 @triton.jit
@@ -312,6 +322,10 @@ def scalars_kernel(hyper, rates, steps, factor, scalars, ADAM: tl.constexpr):
         lr = lr * tl.load((~rate).to(tl.pointer_type(tl.float32))).to(tl.float64)
     to = scalars + row * SCALARS
     tl.store(to + SCALAR_STEP, count)
+    ema_decay = tl.load(h + HYPER_EMA_DECAY)
+    early = (1 + count.to(tl.float64)) / (10 + count.to(tl.float64))
+    warms = (tl.load(h + HYPER_EMA_WARMUP) != 0) & (early < ema_decay)
+    tl.store(to + SCALAR_EMA, (1 - tl.where(warms, early, ema_decay)).to(tl.float32))
     decay = lr / tl.load(h + HYPER_BASE_LR) * tl.load(h + HYPER_DECAY)
     tl.store(to + SCALAR_L2, tl.load(h + HYPER_L2).to(tl.float32))
     tl.store(to + SCALAR_GRAD_FACTOR, tl.load(h + HYPER_SIGN).to(tl.float32))

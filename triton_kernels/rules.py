@@ -1,6 +1,6 @@
 """Defines the update rules once for Triton: the roundings of ``csrc/rules.h``, in its order and with its names.
 
-``s`` is a row of nine launch scalars. Everything is fp32; a storage type is never seen here.
+``s`` is a row of launch scalars. Everything is fp32; a storage type is never seen here.
 """
 
 import triton
