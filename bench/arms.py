@@ -38,6 +38,8 @@ ALGORITHMS = {
     "adam": Algorithm("Adam", ADAM, "Adam"),
     "adamw-clip": Algorithm("AdamW", ADAM, "AdamW", max_grad_norm=1.0),
     "radam": Algorithm("RAdam", {**ADAM, "decoupled_weight_decay": True}, "RAdam"),
+    "adabound": Algorithm("AdaBound", ADAM, "Adam"),  # torch has no AdaBound
+    "amsbound": Algorithm("AdaBound", ADAM, "Adam", lacking={"amsbound": True}),
     "adamw-cautious-decay": Algorithm("AdamW", ADAM, "AdamW", lacking={"cautious": "decay"}),
     "adamw-cautious-update": Algorithm("AdamW", ADAM, "AdamW", lacking={"cautious": "update"}),
     "sgdw": Algorithm("SGDW", SGD, "SGD"),  # torch has no SGDW

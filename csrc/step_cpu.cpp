@@ -91,7 +91,9 @@ struct NarrowKernels {
    Isa::template update<Sgd<false>, __VA_ARGS__>,                                                            \
    Isa::template update<Sgd<true>, __VA_ARGS__>,                                                             \
    Isa::template update<Adam<Rule::adam_cautious_decay>, __VA_ARGS__>,                                       \
-   Isa::template update<Adam<Rule::adam_cautious_update>, __VA_ARGS__>}
+   Isa::template update<Adam<Rule::adam_cautious_update>, __VA_ARGS__>,                                      \
+   Isa::template update<Adam<Rule::adabound>, __VA_ARGS__>,                                                  \
+   Isa::template update<Adam<Rule::amsbound>, __VA_ARGS__>}
 #define FUSED_MASTERS(function)                                                                              \
   {                                                                                                          \
     {}, {function<Master::kahan, BFloat16>}, {function<Master::split16, BFloat16>}, {                        \
@@ -227,7 +229,7 @@ void fill_random(const NarrowKernels& k, const Row& row, uint32_t step, int64_t 
 }
 
 int states_of(Rule rule) {
-  if (is_adam(rule)) return rule == Rule::adam_amsgrad ? kMaxStates : Adam<Rule::adam>::kStates;
+  if (is_adam(rule)) return has_maximum(rule) ? kMaxStates : Adam<Rule::adam>::kStates;
   return rule == Rule::sgd ? Sgd<false>::kStates : Sgd<true>::kStates;
 }
 int second_moment_of(Rule rule) {

@@ -443,13 +443,16 @@ template <class R, class P, class G, Master kMaster> StepKernel kernel_of(Format
   }
 }
 
-template <class R> constexpr bool kCautious = false;
-template <> constexpr bool kCautious<Adam<Rule::adam_cautious_decay>> = true;
-template <> constexpr bool kCautious<Adam<Rule::adam_cautious_update>> = true;
+// Rules that few use are compiled for fewer formats.
+template <class R> constexpr bool kFew = false;
+template <> constexpr bool kFew<Adam<Rule::adam_cautious_decay>> = true;
+template <> constexpr bool kFew<Adam<Rule::adam_cautious_update>> = true;
+template <> constexpr bool kFew<Adam<Rule::adabound>> = true;
+template <> constexpr bool kFew<Adam<Rule::amsbound>> = true;
 
 template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
   const bool plain = v.master == Master::none && !v.stochastic && v.state != Format::i8;
-  if constexpr (!kCautious<R>) {
+  if constexpr (!kFew<R>) {
     if (plain) {
       if constexpr (R::kStates == 0) return step_kernel<R, P, G, P, Master::none, false>;
       switch (v.state) {
@@ -461,8 +464,8 @@ template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
   }
   // The other formats are compiled for gradients of float32 or of the parameter's type, and for moments of
   // float32, bfloat16 or int8. That is half as many kernels again; every mix would be four times as many.
-  // Cautious rules are compiled for gradients of the parameter's type, and these moments.
-  if constexpr (std::is_same<G, P>::value || (std::is_same<G, float>::value && !kCautious<R>)) {
+  // Few are compiled for gradients of the parameter's type alone, and these moments.
+  if constexpr (std::is_same<G, P>::value || (std::is_same<G, float>::value && !kFew<R>)) {
     if (v.master == Master::none) return kernel_of<R, P, G, Master::none>(v.state, v.stochastic);
     if constexpr (sizeof(P) == 2)
       if (v.master == Master::fp32) return kernel_of<R, P, G, Master::fp32>(v.state, v.stochastic);
@@ -498,7 +501,9 @@ StepKernel kernel_of(const Variant& v) {
   case Rule::sgd: return kernel_of<Sgd<false>>(v);
   case Rule::sgd_momentum: return kernel_of<Sgd<true>>(v);
   case Rule::adam_cautious_decay: return kernel_of<Adam<Rule::adam_cautious_decay>>(v);
-  default: return kernel_of<Adam<Rule::adam_cautious_update>>(v);
+  case Rule::adam_cautious_update: return kernel_of<Adam<Rule::adam_cautious_update>>(v);
+  case Rule::adabound: return kernel_of<Adam<Rule::adabound>>(v);
+  default: return kernel_of<Adam<Rule::amsbound>>(v);
   }
 }
 

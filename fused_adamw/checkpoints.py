@@ -17,6 +17,7 @@ from fused_adamw.contract import Owner, Storage, counts_on_device
 _GROUP_KEYS = {
     "adam": ("lr", "betas", "eps", "weight_decay"),
     "radam": ("lr", "betas", "eps", "weight_decay"),
+    "adabound": ("lr", "betas", "final_lr", "gamma", "eps", "weight_decay"),
     "sgd": ("lr", "momentum", "dampening", "weight_decay"),
 }
 _OURS = {family: options.ours(family) for family in _GROUP_KEYS}
@@ -275,8 +276,10 @@ def complete_groups(optimizer: Any, before: list[dict[str, Any]], decoupled: boo
     for i, group in enumerate(optimizer.param_groups):
         full = before[i] if i < len(before) else optimizer.defaults
         group.update((key, full[key]) for key in full if key not in group and key != "base_lr")
-        if group.get("decouple_lr"):
-            group.setdefault("base_lr", options.as_float("lr", group.get("initial_lr", group["lr"])))
+        if options.needs_base_lr(group):
+            # AdaBound's authors take the base from the constructor: that of this group, where a checkpoint is theirs.
+            made_with = full.get("base_lr", group["lr"]) if "amsbound" in group else group["lr"]
+            group.setdefault("base_lr", options.as_float("lr", group.get("initial_lr", made_with)))
         if decoupled is not None:
             put(group, "decoupled_weight_decay", decoupled)
         if i < len(before):

@@ -19,6 +19,8 @@ FAMILIES = {
     "sgd_momentum": "sgd",
     "adam_cautious_decay": "adam",
     "adam_cautious_update": "adam",
+    "adabound": "adabound",
+    "amsbound": "adabound",
 }
 #: How many states each rule moves.
 STATES = {
@@ -28,11 +30,13 @@ STATES = {
     "sgd_momentum": 1,
     "adam_cautious_decay": 2,
     "adam_cautious_update": 2,
+    "adabound": 2,
+    "amsbound": 3,
 }
 #: The key of each master's data in the state.
 MASTER_KEYS = {"kahan": "compensation", "split16": "lower_half", "fp32": "master"}
 
-Scalars = list[tuple[float, ...]]  # rows of layout.SCALARS numbers, the fields of scalars.Adam or scalars.Sgd
+Scalars = list[tuple[float, ...]]  # rows of layout.SCALARS numbers, the fields of a class in scalars.py
 
 
 class RandomStreams(NamedTuple):
@@ -91,8 +95,8 @@ class Variant(NamedTuple):
 
     @property
     def is_adam(self) -> bool:
-        """Whether the rule is Adam's, with a second moment."""
-        return FAMILIES[self.rule] == "adam"
+        """Whether the rule is Adam's or AdaBound's, with a second moment."""
+        return FAMILIES[self.rule] != "sgd"
 
     @property
     def random_streams(self) -> RandomStreams:
@@ -192,7 +196,7 @@ class Row:
     @property
     def second_moment(self) -> int:
         """The index of the second moment among the states; -1 if there is none."""
-        return 1 if self.family == "adam" else -1
+        return -1 if self.family == "sgd" else 1
 
     @property
     def variant(self) -> Variant:

@@ -1,6 +1,5 @@
 """Defines the classes: torch.optim's arguments, the formula, and which rule steps a group."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -54,7 +53,7 @@ class Adam(FusedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": _floats(betas),
+            "betas": options.floats(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -90,16 +89,6 @@ class Adam(FusedOptimizer):
 def _adam_rule(group: dict[str, Any]) -> str:
     cautious = group.get("cautious")
     return f"adam_cautious_{cautious}" if cautious else "adam"
-
-
-def _floats(betas: Sequence[float | Tensor]) -> tuple[float, ...]:
-    if not hasattr(betas, "__len__"):
-        raise TypeError(f"betas must be two numbers, and is {betas!r}")
-    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
-        raise ValueError("betas must be either both floats or both Tensors")
-    return tuple(
-        options.as_float(f"betas[{i}]" if isinstance(beta, Tensor) else "beta", beta) for i, beta in enumerate(betas)
-    )
 
 
 @documented
@@ -229,7 +218,7 @@ class RAdam(FusedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": _floats(betas),
+            "betas": options.floats(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,

@@ -39,19 +39,20 @@ class Option(NamedTuple):
     replans: bool = False  # a change makes the plans stale
 
 
+_ALL = ("adam", "radam", "adabound", "sgd")
 OPTIONS = {
     "decoupled_weight_decay": Option(False, ours=("sgd",)),
-    "decouple_lr": Option(False, ours=("adam", "radam", "sgd")),
+    "decouple_lr": Option(False, ours=_ALL),
     "cautious": Option(None, ours=("adam", "radam")),
     "lr_in_momentum": Option(False, ours=("sgd",)),
     "degenerated_to_sgd": Option(True, ours=("radam",)),
     "capturable": Option(False, ours=("sgd",), kept=True, replans=True),
-    "state_dtype": Option(None, ours=("adam", "radam", "sgd"), kept=True, replans=True),
-    "rounding": Option("nearest", ours=("adam", "radam", "sgd"), kept=True, replans=True),
-    "master": Option(None, ours=("adam", "radam", "sgd"), kept=True, replans=True),
-    "lr_mult": Option(1.0, ours=("adam", "radam", "sgd")),
-    "wd_mult": Option(1.0, ours=("adam", "radam", "sgd")),
-    "seed": Option(0, ours=("adam", "radam", "sgd"), replans=True),
+    "state_dtype": Option(None, ours=_ALL, kept=True, replans=True),
+    "rounding": Option("nearest", ours=_ALL, kept=True, replans=True),
+    "master": Option(None, ours=_ALL, kept=True, replans=True),
+    "lr_mult": Option(1.0, ours=_ALL),
+    "wd_mult": Option(1.0, ours=_ALL),
+    "seed": Option(0, ours=_ALL, replans=True),
 }
 KEPT = tuple(name for name, option in OPTIONS.items() if option.kept)
 REPLANS = tuple(name for name, option in OPTIONS.items() if option.replans)
@@ -60,6 +61,10 @@ REPLAN_DEFAULTS = tuple(OPTIONS[name].default for name in REPLANS)
 NEEDED = {
     "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
     "radam": ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay"),
+    "adabound": (
+        *("lr", "betas", "final_lr", "gamma", "eps", "weight_decay", "amsbound"),
+        *("maximize", "decoupled_weight_decay", "base_lr"),
+    ),
     "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
 }
 #: Arguments of the constructor that hold for all groups.
@@ -91,6 +96,11 @@ its steps ascend, as in torch, with a warning. Schedules may end a little below 
     "weight_decay": "weight decay λ.",
     "nesterov": "use Nesterov's momentum: :math:`g_t + \\mu b_t` in place of :math:`b_t`.",
     "amsgrad": "divide by the maximum of all v_t so far (arXiv 1904.09237).",
+    "final_lr": """\
+learning rate α that the bounds come together at, as in SGD; it is scaled by lr / base_lr, so that a schedule moves it
+too. base_lr is the learning rate that the group was made with, and is saved with the group.""",
+    "gamma": "speed γ at which the bounds come together, above 0 and below 1.",
+    "amsbound": "divide by the maximum of all v_t so far: AMSBound.",
     "foreach": "torch's choice of an implementation. The step is always fused: True is refused.",
     "differentiable": "True is refused: a fused step has no derivative.",
     "fused": "torch's choice of an implementation. The step is always fused: any value is accepted.",
@@ -214,7 +224,7 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
     A step takes what torch's takes: a negative number, and Nesterov's momentum without one. Loading takes a negative
     number of rounding size, with which a run may have ended.
     """
-    read = (*_NOT_NEGATIVE, "dampening", *(("base_lr",) if group.get("decouple_lr") else ()))
+    read = (*_NOT_NEGATIVE, "dampening", *(("base_lr",) if needs_base_lr(group) else ()))
     numbers = {name: as_float(name, group[name]) for name in read if name in group}
     for name, text in _NOT_NEGATIVE.items():
         value = numbers.get(name, 0.0)
@@ -236,15 +246,18 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
     if at != "step" and group.get("nesterov") and (numbers["momentum"] <= 0 or numbers["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     _check_cautious(group)
-    if not group.get("decouple_lr"):
+    if "amsbound" in group:
+        _check_bounds(group)
+    if not needs_base_lr(group):
         return
-    if not group.get("decoupled_weight_decay"):
+    if group.get("decouple_lr") and not group.get("decoupled_weight_decay"):
         raise ValueError("decouple_lr=True needs decoupled weight decay: use AdamW or SGDW, or drop it")
     if at == "step" and "base_lr" not in group:
         raise ValueError("decouple_lr=True, set by hand, needs the group's 'base_lr' too: a positive float")
     if not numbers.get("base_lr", numbers["lr"]) > 0:
+        scaled = "AdaBound scales final_lr" if "amsbound" in group else "decouple_lr=True scales the decay"
         raise ValueError(
-            "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
+            f"{scaled} by lr / base_lr, and base_lr, the lr the group was made with, is "
             f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"
         )
 
@@ -257,6 +270,18 @@ def _check_cautious(group: Mapping[str, Any]) -> None:
         raise ValueError(f"cautious={cautious!r} with amsgrad=True is not supported: drop one of them")
     if cautious == "decay" and not group.get("decoupled_weight_decay"):
         raise ValueError("cautious='decay' needs decoupled weight decay: use AdamW, or drop it")
+
+
+def _check_bounds(group: Mapping[str, Any]) -> None:
+    if not 0 <= as_float("final_lr", group["final_lr"]) < math.inf:
+        raise ValueError(f"Invalid final learning rate: {group['final_lr']}")
+    if not 0 < as_float("gamma", group["gamma"]) < 1:
+        raise ValueError(f"Invalid gamma parameter: {group['gamma']}, it must be above 0 and below 1")
+
+
+def needs_base_lr(group: Mapping[str, Any]) -> bool:
+    """Return whether steps of a group depend on the learning rate that it was made with."""
+    return bool(group.get("decouple_lr")) or "amsbound" in group
 
 
 def number(group: Mapping[str, Any], name: str) -> float:
@@ -275,6 +300,15 @@ def number(group: Mapping[str, Any], name: str) -> float:
 def ascends(group: Mapping[str, Any]) -> bool:
     """Return whether the learning rate is negative by more than rounding; never of one that only a device can read."""
     return getattr(group["lr"], "is_cpu", True) and number(group, "lr") < 0
+
+
+def floats(betas: Sequence[float | Tensor]) -> tuple[float, ...]:
+    """Return betas as floats; raise TypeError or ValueError, in torch's words, for a mix of numbers and tensors."""
+    if not hasattr(betas, "__len__"):
+        raise TypeError(f"betas must be two numbers, and is {betas!r}")
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError("betas must be either both floats or both Tensors")
+    return tuple(as_float(f"betas[{i}]" if isinstance(beta, Tensor) else "beta", beta) for i, beta in enumerate(betas))
 
 
 def as_float(name: str, value: Any) -> float:
@@ -322,9 +356,10 @@ def _check_storage(group: Mapping[str, Any]) -> None:
     seed = group.get("seed", 0)
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 1 << 63:
         raise ValueError(f"seed={seed!r}: must be a whole number from 0 to 2**63 - 1")
-    if group.get("state_dtype") in INT8 and group.get("amsgrad"):
+    if group.get("state_dtype") in INT8 and (group.get("amsgrad") or group.get("amsbound")):
+        name = "amsbound" if group.get("amsbound") else "amsgrad"
         raise ValueError(
-            "state_dtype='int8' with amsgrad=True is not supported, because a running maximum keeps int8's errors: "
+            f"state_dtype='int8' with {name}=True is not supported, because a running maximum keeps int8's errors: "
             "use state_dtype=torch.bfloat16"
         )
     declared = group.get("state_dtype")

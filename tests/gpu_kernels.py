@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from fused_adamw import contract
-from fused_adamw.contract import STATES
+from fused_adamw.contract import FAMILIES, STATES
 from fused_adamw.layout import SCALARS
 from fused_adamw.tensors import NOT_SHARDED
 from tests import cases
@@ -80,6 +80,8 @@ AMSGRAD = Variant("adam_amsgrad", F32, F32, F32)
 MOMENTUM = Variant("sgd_momentum", F32, F32, F32)
 CAUTIOUS_DECAY = Variant("adam_cautious_decay", BF16, BF16, F32)
 CAUTIOUS_UPDATE = Variant("adam_cautious_update", F32, F32, F32)
+ADABOUND = Variant("adabound", F32, F32, F32)
+AMSBOUND = Variant("amsbound", F16, F16, F32)
 VARIANTS = [
     ADAM,
     ADAM_BF16,
@@ -95,6 +97,8 @@ VARIANTS = [
     Variant("sgd_momentum", F16, F32, F16),
     CAUTIOUS_DECAY,
     CAUTIOUS_UPDATE,
+    ADABOUND,
+    AMSBOUND,
 ]
 SPLIT16 = Variant("adam", BF16, BF16, F32, "split16")
 STOCHASTIC = Variant("adam", BF16, BF16, BF16, "none", True)
@@ -122,6 +126,8 @@ FORMED = [
     Variant("sgd_momentum", F16, F16, I8),
     Variant("adam_cautious_decay", BF16, BF16, BF16, "none", True),
     Variant("adam_cautious_update", BF16, BF16, I8, "split16", True),
+    Variant("adabound", BF16, BF16, I8, "none", True),
+    Variant("amsbound", BF16, BF16, BF16, "kahan", True),
 ]
 # The layouts that differ, each rule at least once: what is compiled for every architecture.
 LAYOUTS = [*(VARIANTS[i] for i in (0, 1, 2, 6, 8, 9)), *(FORMED[i] for i in (1, 3, 4, 7, 9))]
@@ -337,7 +343,7 @@ class Cuda:
                 ptx=one_entry(ptx, entry),
                 entry=entry,
                 threads=512 if name in ("factor_kernel", "totals_kernel") else 128,
-                width=4 if re.search(r"float|Rule\)1|Master\)[123]", name.split("<", 1)[-1]) else 8,
+                width=4 if re.search(r"float|Rule\)[17]|Master\)[123]", name.split("<", 1)[-1]) else 8,
                 registers=number(r"Used (\d+) registers"),
                 frame=number(r"(\d+) bytes stack frame") + number(r"(\d+) bytes lmem"),
                 shared=number(r"(\d+) bytes smem"),
@@ -462,10 +468,23 @@ def columns(variant, addresses: list[int]) -> tuple[list[int], int, list[int]]:
 
 def scalar_rows(rule: str) -> list[tuple[float, ...]]:
     """The numbers of a rule, and the step."""
-    return [(*row, step) for row, step in zip(_scalar_rows(rule), (1.0, 2.0, 1000.0, 1e7), strict=True)]
+    steps = (1.0, 2.0, 1000.0, 1e7)
+    return [(*row[:8], step, 0.0, *row[8:]) for row, step in zip(_scalar_rows(rule), steps, strict=True)]
 
 
 def _scalar_rows(rule: str) -> list[tuple[float, ...]]:
+    """The numbers before the step, and hi."""
+    if FAMILIES[rule] == "adabound":
+        return [
+            (2e-2, 0.0, 1.0, 0.1, 0.001, 1e-2, 1e-4, 1e-8, 1.0),  # AdaBoundW
+            (0.0, 1e-2, 1.0, 1e-1, 1e-3, 3e-3, 1e-2, 1e-8, 2e-2),  # AdaBound, L2, nearly SGD
+            (3e-7, 0.0, -0.125, 0.7, 0.5, -1e-4, -1e2, 1e-15, -1e-4),  # ascends, scaled gradients, small betas
+            (0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0),  # betas = lr = eps = 0
+        ]
+    return [(*row, 0.0) for row in _unbound_rows(rule)]
+
+
+def _unbound_rows(rule: str) -> list[tuple[float, ...]]:
     if rule.startswith("adam"):
         return [
             (2e-2, 0.0, 1.0, 0.1, 0.001, 1e-2, 31.6, 1e-8),  # AdamW

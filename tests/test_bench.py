@@ -121,8 +121,8 @@ def test_step(tmp_path: Path, here: Callable[..., str]) -> None:
 
 
 def test_step_of_what_torch_does_not_fuse(tmp_path: Path, here: Callable[..., str]) -> None:
-    """RAdam beside torch's foreach, cautious steps beside torch's plain one: both are judged by the oracle."""
-    algorithms = ["radam", "adamw-cautious-decay", "adamw-cautious-update"]
+    """RAdam beside torch's foreach, the others beside torch's Adam: all are judged by the oracle."""
+    algorithms = ["radam", "adabound", "amsbound", "adamw-cautious-decay", "adamw-cautious-update"]
     args = ["--workload", "1x131k", "--algorithm", *algorithms, "--against", "fused", "foreach"]
     out = here("step", *args, *options(tmp_path))
     assert "torch.optim.RAdam has no fused step: compare with --against foreach" in out

@@ -616,6 +616,49 @@ def test_a_checkpoint_of_torch_brings_its_learning_rate_as_the_base_of_the_decay
     assert p.item() == pytest.approx(0.99 * before)
 
 
+@pytest.mark.float64
+@pytest.mark.parametrize("amsbound", [False, True])
+def test_adabounds_rate_of_the_group_is_kept_by_a_run_that_resumes_with_another(amsbound, target):
+    """A schedule had come to a tenth of it; the authors' class would take that for the whole: larger bounds."""
+    options = {"lr": 1e-2, "gamma": 0.1, "amsbound": amsbound}
+    whole, half, again = (cases.parameters([(9,)], torch.float64, target.device) for _ in range(3))
+    a, b = (cases.make("AdaBound", ps, options, backend=target.backend) for ps in (whole, half))
+    steps(a, range(3))
+    steps(b, range(3))
+    for optimizer in (a, b):
+        optimizer.param_groups[0]["lr"] = 1e-3
+    resumed = cases.make("AdaBound", again, options | {"lr": 1e-3}, backend=target.backend)
+    again[0].data.copy_(half[0])
+    resumed.load_state_dict(through_a_file(b.state_dict()))
+    assert resumed.param_groups[0]["base_lr"] == 1e-2
+    for optimizer in (a, resumed):
+        steps(optimizer, range(3, 6))
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(resumed))
+    b.param_groups[0]["base_lr"] = 1e-3
+    steps(b, range(3, 6))
+    assert (half[0] - whole[0]).abs().max() > 1e-4
+
+
+def test_a_checkpoint_of_adabounds_authors_loads_and_ours_has_their_keys(target):
+    p = cases.parameters([(9,)], device=target.device)[0]
+    keys = {"lr": 1e-3, "betas": (0.9, 0.99), "final_lr": 0.2, "gamma": 0.1, "eps": 1e-8, "weight_decay": 0.0}
+    moments = {"exp_avg": torch.full((9,), 0.5), "exp_avg_sq": torch.ones(9)}
+    theirs = {"state": {0: {"step": 3, **moments}}, "param_groups": [{**keys, "amsbound": False, "params": [0]}]}
+    optimizer = cases.make("AdaBound", [p], {"lr": 1e-2, "amsbound": True}, backend=target.backend)
+    optimizer.load_state_dict(theirs)
+    (group,) = optimizer.param_groups
+    assert {key: group[key] for key in (*keys, "amsbound", "base_lr")} == {**keys, "amsbound": False, "base_lr": 1e-2}
+    steps(optimizer, [0])
+    assert optimizer.state[p]["step"] == 4
+    exported = optimizer.export()
+    assert exported["param_groups"][0].keys() >= theirs["param_groups"][0].keys()
+    assert "base_lr" not in exported["param_groups"][0]
+    assert exported["state"][0].keys() == theirs["state"][0].keys()
+    del theirs["param_groups"][0]["gamma"]
+    with pytest.raises(ValueError, match="AdaBound: group 0 of the checkpoint lacks 'gamma'"):
+        optimizer.load_state_dict(theirs)
+
+
 def test_cautious_goes_with_a_checkpoint_and_torch_loads_it(target):
     p, q, r = (cases.parameters([(9,)], device=target.device)[0] for _ in range(3))
     optimizer = cases.make("AdamW", [p], {"cautious": "update"}, backend=target.backend)

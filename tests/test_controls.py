@@ -253,6 +253,6 @@ def test_a_mutated_kernel_is_seen(name, tmp_path):
     s = {k: Fraction(float(np.float32(v))) for k, v in row._asdict().items()}
     wanted = [exact.adam(s, *(Fraction(float(x)) for x in e)) for e in zip(*streams, strict=True)]
     arguments = [x.ctypes.data_as(ctypes.c_void_p) for x in streams]
-    ctypes.CDLL(str(tmp_path / "step.so")).step(*arguments, ctypes.c_long(n), (ctypes.c_double * 9)(*row))
+    ctypes.CDLL(str(tmp_path / "step.so")).step(*arguments, ctypes.c_long(n), (ctypes.c_double * len(row))(*row))
     got = [tuple(Fraction(float(x)) for x in e) for e in zip(streams[0], streams[2], streams[3], strict=True)]
     assert (got == wanted) == (name == "as it is")

@@ -204,6 +204,25 @@ def test_a_cautious_step_that_masks_nothing_is_the_plain_one(target):
         cases.assert_same_bits(*runs)
 
 
+@pytest.mark.float64
+@pytest.mark.filterwarnings("ignore:.*the learning rate of group 0 is negative:RuntimeWarning")
+@pytest.mark.parametrize("name", ["AdaBound", "AdaBoundW"])
+def test_a_negative_rate_mirrors_the_bounds_of_adabound(name, target):
+    """Its steps ascend as far as those of the positive rate descend."""
+    moved = []
+    for sign in (1, -1):
+        params = cases.parameters(cases.SHAPES, torch.float64, target.device)
+        start = [p.detach().clone() for p in params]
+        optimizer = cases.make(name, params, {"gamma": 0.1}, backend=target.backend)
+        optimizer.param_groups[0]["lr"] *= sign
+        cases.set_gradients(params, 0)
+        optimizer.step()
+        moved.append([sign * (p.detach() - x) for p, x in zip(params, start, strict=True)])
+    for up, down in zip(*moved, strict=True):
+        torch.testing.assert_close(up, down, rtol=1e-9, atol=1e-15)
+        assert not up.numel() or up.count_nonzero()
+
+
 def test_lr_of_zero_changes_no_weight(target):
     p = cases.parameters([(9,)], device=target.device)[0]
     before = p.detach().clone()

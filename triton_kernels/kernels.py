@@ -53,9 +53,10 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     if not codes and not any(random):
         return constexprs, OPTIONS
     # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64,
-    # and the cautious rules, by two registers, on an sm_100 or an sm_120.
+    # and, by two registers, the cautious rules on an sm_100 or an sm_120 and AdaBound on an sm_80.
     more = codes and (any(random) or variant.master != "none")
-    return constexprs, OPTIONS | {"maxnreg": 80 if more else 72 if variant.rule.startswith("adam_cautious") else 64}
+    plain = variant.rule in ("adam", "adam_amsgrad", "sgd", "sgd_momentum")
+    return constexprs, OPTIONS | {"maxnreg": 80 if more else 64 if plain else 72}
 
 
 def square_constexprs(g: torch.dtype, warp_size: int) -> dict:

@@ -34,7 +34,9 @@ from .layout import (
     HYPER_DAMPENING,
     HYPER_DECAY,
     HYPER_EPS,
+    HYPER_FINAL,
     HYPER_FLAGS,
+    HYPER_GAMMA,
     HYPER_L2,
     HYPER_LR,
     HYPER_MOMENTUM,
@@ -50,6 +52,7 @@ from .layout import (
     SCALAR_DECAY,
     SCALAR_EPS,
     SCALAR_GRAD_FACTOR,
+    SCALAR_HI,
     SCALAR_INV_SQRT_BC2,
     SCALAR_L2,
     SCALAR_MOMENTUM,
@@ -191,7 +194,7 @@ def scalar(at, given, which, first, second):
 @triton.jit(do_not_specialize=["chunk", "given"])
 def step_kernel(
     rows, chunks, scalars, factor, chunk, given,
-    a0, a1, a2, a3, a4, a5, a6, a7, a8, b0, b1, b2, b3, b4, b5, b6, b7, b8,
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10,
     RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
@@ -209,12 +212,14 @@ def step_kernel(
     flags = tl.load(row + COL_FLAGS)
     k = tl.load(row + COL_SCALARS)
     at = scalars + k * SCALARS
-    STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if RULE == "sgd_momentum" else 3 if RULE == "adam_amsgrad" else 2
+    MAXIMUM: tl.constexpr = RULE == "adam_amsgrad" or RULE == "amsbound"
+    STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if RULE == "sgd_momentum" else 3 if MAXIMUM else 2
     addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8())
     s = (
         scalar(at, given, k, a0, b0), scalar(at + 1, given, k, a1, b1), f * scalar(at + 2, given, k, a2, b2),
         scalar(at + 3, given, k, a3, b3), scalar(at + 4, given, k, a4, b4), scalar(at + 5, given, k, a5, b5),
         scalar(at + 6, given, k, a6, b6), scalar(at + 7, given, k, a7, b7), scalar(at + 8, given, k, a8, b8),
+        scalar(at + 9, given, k, a9, b9), scalar(at + 10, given, k, a10, b10),
     )  # fmt: skip
     start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
     n = tl.where(f < 0, 0, n)
@@ -332,8 +337,19 @@ def scalars_kernel(hyper, rates, steps, factor, scalars, ADAM: tl.constexpr):
         decay = tl.where(waits, 0.0, decay)
         step_size = lr / (1 - power(beta1, step)) * tl.where(rectified, tl.sqrt(ratio * bc2), 1.0)
         inv_sqrt_bc2 = tl.where(rectified, 1.0, 1 / tl.sqrt(bc2))
-        tl.store(to + SCALAR_STEP_SIZE, tl.where(waits, 0.0, step_size).to(tl.float32))
-        tl.store(to + SCALAR_INV_SQRT_BC2, tl.where(early, 0.0, inv_sqrt_bc2).to(tl.float32))
+        step_size = tl.where(waits, 0.0, step_size)
+        inv_sqrt_bc2 = tl.where(early, 0.0, inv_sqrt_bc2)
+        gamma = tl.load(h + HYPER_GAMMA)
+        if gamma != 0:
+            final = lr * tl.load(h + HYPER_FINAL)
+            reach = gamma * count.to(tl.float64)
+            near = final * reach / (reach + 1)
+            far = final * (reach + 1) / reach
+            step_size = step_size * tl.sqrt(bc2)
+            inv_sqrt_bc2 = tl.where(final < 0, far, near)  # lo
+            tl.store(to + SCALAR_HI, tl.where(final < 0, near, far).to(tl.float32))
+        tl.store(to + SCALAR_STEP_SIZE, step_size.to(tl.float32))
+        tl.store(to + SCALAR_INV_SQRT_BC2, inv_sqrt_bc2.to(tl.float32))
         tl.store(to + SCALAR_EPS, tl.where(early, 1.0, tl.load(h + HYPER_EPS)).to(tl.float32))
     else:
         momentum = tl.load(h + HYPER_MOMENTUM)
