@@ -89,7 +89,10 @@ FUSED_HD bool update_words(const typename R::template Scalars<T>& s, int64_t n, 
       if constexpr (R::kStates > 1) pack(x1, s1[i]);
     }
     if constexpr (lanes > 1) nan |= (p[i].bits() & 0x7fff7fffu) + 0x007f007fu;
-    if constexpr (R::kStates > 0) pack(x0, s0[i]);
+    if constexpr (kRandom && R::kSecondMoment == 0)
+      pack(x0, s0[i], for_second_moment(random[2 * i]), for_second_moment(random[2 * i + 1]));
+    else if constexpr (R::kStates > 0)
+      pack(x0, s0[i]);
     if constexpr (R::kStates > 2) pack(x2, s2[i]);
   }
   return nan & 0x80008000u;

@@ -30,6 +30,7 @@ inline Rule rule_of(const std::string& name) {
   if (name == "adam_cautious_update") return Rule::adam_cautious_update;
   if (name == "adabound") return Rule::adabound;
   if (name == "amsbound") return Rule::amsbound;
+  if (name == "adam_no_first_moment") return Rule::adam_no_first_moment;
   throw pybind11::value_error("there is no rule '" + name + "'");
 }
 

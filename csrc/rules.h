@@ -28,8 +28,9 @@ enum class Rule : uint8_t {
   adam_cautious_update,
   adabound,
   amsbound,
+  adam_no_first_moment,
 };
-constexpr int kRules = 8;
+constexpr int kRules = 9;
 
 // Whether a rule has Adam's moments.
 constexpr bool is_adam(Rule rule) { return rule != Rule::sgd && rule != Rule::sgd_momentum; }
@@ -111,6 +112,20 @@ template <Rule kRule> struct Adam {
     if constexpr (kRule == Rule::adam_cautious_decay) p = opposed(m, p0) ? p0 : p;
     if constexpr (kRule == Rule::adam_cautious_update) moved *= agree(m, x.g) ? T(1) : T(0);  // keeps a NaN
     return fma(-s.step_size, moved / denom, p);
+  }
+};
+
+// Adam whose beta1 is 0. The weight of the first moment that was is 0, so none is kept.
+template <> struct Adam<Rule::adam_no_first_moment> {
+  static constexpr int kStates = 1;
+  static constexpr int kSecondMoment = 0;
+
+  template <typename T> using Scalars = Adam<Rule::adam>::Scalars<T>;
+
+  template <typename T> FUSED_HD static T update(Scalars<T> s, T p0, T g0, T& v, T&, T&) {
+    T m = 0, vmax = 0;
+    s.w1 = 1;
+    return Adam<Rule::adam>::update(s, p0, g0, m, v, vmax);
   }
 };
 

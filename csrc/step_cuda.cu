@@ -234,8 +234,8 @@ __device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S
   }
 }
 
-template <class R, class P, class S, Master kMaster> constexpr unsigned kRandomStreams =
-    random_streams(kFormat<P>, kMaster, R::kStates > 0, R::kSecondMoment >= 0, kFormat<S>);
+template <class R, class P, class S, Master kMaster> constexpr unsigned kRandomStreams = random_streams(
+    kFormat<P>, kMaster, R::kStates > 0 && R::kSecondMoment != 0, R::kSecondMoment >= 0, kFormat<S>);
 
 template <class R, bool kStochastic, bool kWhole, int kWidth, class P, class G, class S, Master kMaster>
 __device__ __forceinline__ void step_span(const typename R::template Scalars<float>& s,
@@ -243,13 +243,16 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
                                           int begin, int end) {
   constexpr unsigned kRandom = kStochastic ? kRandomStreams<R, P, S, kMaster> : 0;
   using ThreadTile = Tile<kWhole, kWidth>;
+  constexpr bool kNoFirst = R::kSecondMoment == 0;
+  using Moment0 = std::conditional_t<kNoFirst, SecondMoment, FirstMoment>;
+  constexpr bool kRandom0 = kRandom & (kNoFirst ? RANDOM_SECOND_MOMENT : RANDOM_FIRST_MOMENT);
   for (ThreadTile tile{begin + ThreadTile::first(), end}; tile.any(); tile.i += kThreads * kWidth) {
     Vector<P, kWidth> p = tile.load(to.p);
     const Vector<G, kWidth> g = tile.load(to.g);
     Vector<typename ExtraOf<kMaster, P>::type, kWidth> extra;
     if constexpr (kMaster != Master::none) extra = tile.load(to.extra);
     Vector<float, kWidth> x0{}, x1{}, x2{};
-    if constexpr (R::kStates > 0) x0 = read_moment<FirstMoment>(tile, to.s0, to.scales0);
+    if constexpr (R::kStates > 0) x0 = read_moment<Moment0>(tile, to.s0, to.scales0);
     if constexpr (R::kStates > 1) x1 = read_moment<SecondMoment>(tile, to.s1, to.scales1);
     if constexpr (R::kStates > 2) x2 = read_moment<SecondMoment>(tile, to.s2, to.scales1);
     Vector<uint32_t, kWidth> words;
@@ -271,8 +274,7 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
     }
     tile.store(to.p, p);
     if constexpr (kMaster != Master::none) tile.store(to.extra, extra);
-    if constexpr (R::kStates > 0)
-      write_moment<FirstMoment, (kRandom & RANDOM_FIRST_MOMENT) != 0>(tile, to.s0, to.scales0, x0, words);
+    if constexpr (R::kStates > 0) write_moment<Moment0, kRandom0>(tile, to.s0, to.scales0, x0, words);
     if constexpr (R::kStates > 1)
       write_moment<SecondMoment, (kRandom & RANDOM_SECOND_MOMENT) != 0>(tile, to.s1, to.scales1, x1, words);
     if constexpr (R::kStates > 2) write_moment<SecondMoment, false>(tile, to.s2, to.scales1, x2, words);
@@ -449,6 +451,7 @@ template <> constexpr bool kFew<Adam<Rule::adam_cautious_decay>> = true;
 template <> constexpr bool kFew<Adam<Rule::adam_cautious_update>> = true;
 template <> constexpr bool kFew<Adam<Rule::adabound>> = true;
 template <> constexpr bool kFew<Adam<Rule::amsbound>> = true;
+template <> constexpr bool kFew<Adam<Rule::adam_no_first_moment>> = true;
 
 template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
   const bool plain = v.master == Master::none && !v.stochastic && v.state != Format::i8;
@@ -503,7 +506,8 @@ StepKernel kernel_of(const Variant& v) {
   case Rule::adam_cautious_decay: return kernel_of<Adam<Rule::adam_cautious_decay>>(v);
   case Rule::adam_cautious_update: return kernel_of<Adam<Rule::adam_cautious_update>>(v);
   case Rule::adabound: return kernel_of<Adam<Rule::adabound>>(v);
-  default: return kernel_of<Adam<Rule::amsbound>>(v);
+  case Rule::amsbound: return kernel_of<Adam<Rule::amsbound>>(v);
+  default: return kernel_of<Adam<Rule::adam_no_first_moment>>(v);
   }
 }
 

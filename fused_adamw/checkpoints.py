@@ -45,6 +45,9 @@ def export(exported: dict[str, Any], family: str) -> dict[str, Any]:
     """Turn a state_dict of ours into one of torch.optim's class: torch's keys, floating moments, no masters."""
     exported["state"] = {key: state.plain(own) for key, own in exported["state"].items()}
     for group in exported["param_groups"]:
+        if not group.get("first_moment", True):  # torch's class needs one, and with betas[0] = 0 any will do
+            for own in filter(None, map(exported["state"].get, group["params"])):
+                own.setdefault("exp_avg", torch.zeros_like(own["exp_avg_sq"]))
         for key in (*options.ours(family), "base_lr"):
             group.pop(key, None)
     return exported
@@ -253,7 +256,8 @@ def _check_state(
 ) -> Storage:
     shaped = tensor_checks.check_state(p, names, saved)
     found = {key.removesuffix("_codes"): value for key, value in saved.items() if not state.is_missing(value)}
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in found]
+    needed = ("step", *(name for name in ("exp_avg", "exp_avg_sq") if name in names))
+    missing = [key for key in needed if key not in found]
     if found and missing and optimizer.family != "sgd":
         raise ValueError(f"its state {_lacks(missing, found)}")
     storage = tensor_checks.check_storage(p, group, names, saved)

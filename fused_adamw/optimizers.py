@@ -41,6 +41,7 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         decouple_lr: bool = False,
         cautious: Cautious | None = None,
+        first_moment: bool = True,
         state_dtype: StateDtype | None = None,
         rounding: Rounding = "nearest",
         master: Master | None = None,
@@ -62,6 +63,7 @@ class Adam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "decouple_lr": decouple_lr,
             "cautious": cautious,
+            "first_moment": first_moment,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "master": master,
@@ -83,6 +85,8 @@ class Adam(FusedOptimizer):
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         if group["amsgrad"]:
             return "adam_amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        if not group.get("first_moment", True):
+            return "adam_no_first_moment", ("exp_avg_sq",)
         return _adam_rule(group), ("exp_avg", "exp_avg_sq")
 
 
@@ -134,6 +138,7 @@ class AdamW(Adam):
         fused: bool | None = None,
         decouple_lr: bool = False,
         cautious: Cautious | None = None,
+        first_moment: bool = True,
         state_dtype: StateDtype | None = None,
         rounding: Rounding = "nearest",
         master: Master | None = None,
@@ -159,6 +164,7 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             decouple_lr=decouple_lr,
             cautious=cautious,
+            first_moment=first_moment,
             state_dtype=state_dtype,
             rounding=rounding,
             master=master,

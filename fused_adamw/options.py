@@ -44,6 +44,7 @@ OPTIONS = {
     "decoupled_weight_decay": Option(False, ours=("sgd",)),
     "decouple_lr": Option(False, ours=_ALL),
     "cautious": Option(None, ours=("adam", "radam")),
+    "first_moment": Option(True, ours=("adam",)),
     "lr_in_momentum": Option(False, ours=("sgd",)),
     "degenerated_to_sgd": Option(True, ours=("radam",)),
     "capturable": Option(False, ours=("sgd",), kept=True, replans=True),
@@ -119,6 +120,9 @@ with. torch's decay is lr times λ.""",
 ``"decay"`` decays only elements in which m_t and θ do not have opposite signs (arXiv 2510.12402), and needs decoupled
 weight decay; ``"update"`` updates only elements in which m_t and the gradient have the same sign (arXiv 2411.16085,
 without its rescaling by the share of such elements). Not with ``amsgrad``.""",
+    "first_moment": """\
+False keeps no ``exp_avg``, and moves 20 bytes an element where float32 takes 28. It needs ``betas[0] = 0``, with which
+the first moment is the gradient: the step is the same. Not with ``amsgrad`` or ``cautious``.""",
     "lr_in_momentum": "use the paper's momentum, in which a change of the learning rate acts on new gradients only.",
     "state_dtype": """\
 how moments are stored, a dtype or its name; by default float32, or float64 for float64 parameters. ``"int8"`` stores
@@ -246,6 +250,7 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
     if at != "step" and group.get("nesterov") and (numbers["momentum"] <= 0 or numbers["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     _check_cautious(group)
+    _check_first_moment(group)
     if "amsbound" in group:
         _check_bounds(group)
     if not needs_base_lr(group):
@@ -270,6 +275,22 @@ def _check_cautious(group: Mapping[str, Any]) -> None:
         raise ValueError(f"cautious={cautious!r} with amsgrad=True is not supported: drop one of them")
     if cautious == "decay" and not group.get("decoupled_weight_decay"):
         raise ValueError("cautious='decay' needs decoupled weight decay: use AdamW, or drop it")
+
+
+def _check_first_moment(group: Mapping[str, Any]) -> None:
+    kept = group.get("first_moment", True)
+    if not isinstance(kept, bool):
+        raise ValueError(f"first_moment={kept!r}: must be True or False")
+    if kept:
+        return
+    for name in ("amsgrad", "cautious"):
+        if group.get(name):
+            raise ValueError(f"first_moment=False with {name}={group[name]!r} is not supported: drop one of them")
+    if (beta := as_float("beta", group["betas"][0])) != 0:
+        raise ValueError(
+            f"first_moment=False needs betas[0] = 0, and it is {beta}: give betas=(0.0, {group['betas'][1]}), and "
+            "cycle_momentum=False to a scheduler that would change it, or leave out first_moment=False"
+        )
 
 
 def _check_bounds(group: Mapping[str, Any]) -> None:

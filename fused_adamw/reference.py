@@ -185,7 +185,7 @@ class Launch:
         if row.family == "sgd":
             sgd(p, g, states[0] if states else None, **values)
         else:
-            m, v, *rest = states
+            m, v, *rest = states if len(states) > 1 else (torch.zeros_like(g), *states)  # with beta1 = 0 any m would do
             vmax = rest[0] if rest else None
             if row.family == "adabound":
                 adabound(p, g, m, v, vmax, **values, hi=numbers.hi)

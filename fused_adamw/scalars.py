@@ -158,7 +158,8 @@ def adam_hyper(group: Mapping[str, Any], rectify: float = 0.0) -> tuple[float, .
     """
     beta1, beta2 = (options.as_float("beta", beta) for beta in group["betas"])
     numbers = (*_decay_hyper(group, group["decoupled_weight_decay"]), beta1, beta2, options.number(group, "eps"))
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and math.isfinite(sum(numbers))):
+    good = 0 <= beta1 < 1 and 0 <= beta2 < 1 and math.isfinite(sum(numbers))
+    if not good or (beta1 != 0 and not group.get("first_moment", True)):
         options.check_hyperparameters(group, at="step")
     return (*numbers, rectify, 0.0, 0.0)
 

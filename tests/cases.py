@@ -196,6 +196,8 @@ OURS: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {"cautious": "update", "weight_decay": 0.1, "maximize": True}),
     ("RAdam", {"cautious": "decay", "lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True}),
     ("RAdam", {"degenerated_to_sgd": False, "decoupled_weight_decay": True, "weight_decay": 0.1, "decouple_lr": True}),
+    ("AdamW", {"first_moment": False, "betas": (0.0, 0.9), "lr": 1e-2, "weight_decay": 0.3}),
+    ("Adam", {"first_moment": False, "betas": (0.0, 0.999), "weight_decay": 0.1, "maximize": True}),
     ("AdaBound", {"weight_decay": 0.1, "maximize": True}),
     ("AdaBound", {"betas": (0.8, 0.95), "final_lr": 0.02, "gamma": 0.3, "weight_decay": 0.1, "amsbound": True}),
     ("AdaBoundW", {"lr": 1e-2, "gamma": 0.1, "eps": 1e-4, "weight_decay": 1e-3}),

@@ -67,6 +67,13 @@ def adam(
     return (p, m, v) if vmax is None else (p, m, v, vmax)
 
 
+def adam_no_first_moment(s: dict[str, Fraction], p: Fraction, g: Fraction, v: Fraction):
+    """(p, v) after one step: that of adam, whatever its first moment was."""
+    (stepped, _, v), (other, *_) = (adam(s, p, g, m, v) for m in (Fraction(0), Fraction(3)))
+    assert stepped == other
+    return stepped, v
+
+
 def adabound(s: dict[str, Fraction], p: Fraction, g: Fraction, m: Fraction, v: Fraction, vmax: Fraction | None = None):
     """(p, m, v, vmax) after one step."""
     p, g = decayed(s, p, g)

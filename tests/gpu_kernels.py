@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from fused_adamw import contract
-from fused_adamw.contract import FAMILIES, STATES
+from fused_adamw.contract import FAMILIES, STATES, second_moment_of
 from fused_adamw.layout import SCALARS
 from fused_adamw.tensors import NOT_SHARDED
 from tests import cases
@@ -82,6 +82,7 @@ CAUTIOUS_DECAY = Variant("adam_cautious_decay", BF16, BF16, F32)
 CAUTIOUS_UPDATE = Variant("adam_cautious_update", F32, F32, F32)
 ADABOUND = Variant("adabound", F32, F32, F32)
 AMSBOUND = Variant("amsbound", F16, F16, F32)
+NO_FIRST = Variant("adam_no_first_moment", F32, F32, F32)
 VARIANTS = [
     ADAM,
     ADAM_BF16,
@@ -99,6 +100,8 @@ VARIANTS = [
     CAUTIOUS_UPDATE,
     ADABOUND,
     AMSBOUND,
+    NO_FIRST,
+    Variant("adam_no_first_moment", F16, F16, F32),
 ]
 SPLIT16 = Variant("adam", BF16, BF16, F32, "split16")
 STOCHASTIC = Variant("adam", BF16, BF16, BF16, "none", True)
@@ -128,6 +131,9 @@ FORMED = [
     Variant("adam_cautious_update", BF16, BF16, I8, "split16", True),
     Variant("adabound", BF16, BF16, I8, "none", True),
     Variant("amsbound", BF16, BF16, BF16, "kahan", True),
+    Variant("adam_no_first_moment", BF16, BF16, BF16, "none", True),
+    Variant("adam_no_first_moment", BF16, BF16, I8, "none", True),
+    Variant("adam_no_first_moment", F32, F32, I8),
 ]
 # The layouts that differ, each rule at least once: what is compiled for every architecture.
 LAYOUTS = [*(VARIANTS[i] for i in (0, 1, 2, 6, 8, 9)), *(FORMED[i] for i in (1, 3, 4, 7, 9))]
@@ -436,7 +442,7 @@ def tensors(variant, sizes, rows, seed=0, unaligned=False, places=(NOT_SHARDED,)
         if not dtype.is_floating_point:  # codes, remainders: any bits
             info = torch.iinfo(dtype)
             return torch.randint(info.min, info.max + 1, (n,), generator=generator).to(dtype)
-        return (x.abs() if k >= 3 else x).to(dtype)
+        return (x.abs() if k >= 2 + abs(second_moment_of(variant.rule)) else x).to(dtype)
 
     def extra(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Digits below those of p, of which some do not belong to it."""
@@ -485,6 +491,8 @@ def _scalar_rows(rule: str) -> list[tuple[float, ...]]:
 
 
 def _unbound_rows(rule: str) -> list[tuple[float, ...]]:
+    if rule == "adam_no_first_moment":
+        return [(*row[:3], 1.0, *row[4:]) for row in _unbound_rows("adam")]
     if rule.startswith("adam"):
         return [
             (2e-2, 0.0, 1.0, 0.1, 0.001, 1e-2, 31.6, 1e-8),  # AdamW

@@ -616,6 +616,49 @@ def test_a_checkpoint_of_torch_brings_its_learning_rate_as_the_base_of_the_decay
     assert p.item() == pytest.approx(0.99 * before)
 
 
+@pytest.mark.parametrize("form", [{}, {"state_dtype": "int8"}], ids=cases.name_of)
+def test_a_first_moment_that_is_not_kept_is_dropped_from_a_checkpoint_and_exported_as_zeros(form, target):
+    """torch's class loads what is exported, and goes on as this one does; torch's checkpoint loads back."""
+    p, q, r = (cases.parameters([(70, 65)], device=target.device)[0] for _ in range(3))
+    options = {"lr": 1e-2, "betas": (0.0, 0.9)}
+    theirs = torch.optim.AdamW([p], **options)
+    steps(theirs, range(2))
+    ours = cases.make("AdamW", [q], options | {"first_moment": False} | form, backend=target.backend)
+    q.data.copy_(p)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    assert not {"exp_avg", "exp_avg_codes", "exp_avg_scales"} & ours.state[q].keys()
+    assert ours.param_groups[0]["first_moment"] is False
+    steps(ours, range(2, 4))
+    exported = ours.export()
+    assert "first_moment" not in exported["param_groups"][0]
+    assert exported["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    torchs = torch.optim.AdamW([r], **options)
+    torchs.load_state_dict(through_a_file(exported))
+    r.data.copy_(q)
+    steps(torchs, range(4, 6))
+    if form:
+        return
+    steps(ours, range(4, 6))
+    torch.testing.assert_close(q, r)
+
+
+def test_a_checkpoint_without_a_first_moment_brings_the_option_and_one_with_another_beta_is_refused(target):
+    p, q = (cases.parameters([(9,)], device=target.device)[0] for _ in range(2))
+    saved = cases.make("AdamW", [p], {"betas": (0.0, 0.9), "first_moment": False}, backend=target.backend)
+    steps(saved, range(2))
+    other = cases.make("AdamW", [q], {}, backend=target.backend)
+    steps(other, range(1))
+    theirs = copy.deepcopy(other.state_dict())
+    other.load_state_dict(saved.state_dict())
+    assert other.param_groups[0]["first_moment"] is False
+    q.data.copy_(p)
+    for optimizer in (saved, other):
+        steps(optimizer, range(2, 4))
+    cases.assert_same_bits(cases.tensors_of(other), cases.tensors_of(saved))
+    with pytest.raises(ValueError, match=r"AdamW: loading: first_moment=False needs betas\[0\] = 0, and it is 0.9"):
+        other.load_state_dict(theirs)
+
+
 @pytest.mark.float64
 @pytest.mark.parametrize("amsbound", [False, True])
 def test_adabounds_rate_of_the_group_is_kept_by_a_run_that_resumes_with_another(amsbound, target):

@@ -135,6 +135,7 @@ def step_span(
 ):  # fmt: skip
     """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole tiles and needs no mask."""
     CODES: tl.constexpr = STATE_DTYPE.is_int8()
+    NO_FIRST: tl.constexpr = RULE == "adam_no_first_moment"
     param, grad, state0, state1, state2, extra, first_scales, second_scales = addresses
     p_at = stream(param, base, P_DTYPE, ALIGNED)
     g_at = stream(grad, base, G_DTYPE, ALIGNED)
@@ -162,7 +163,7 @@ def step_span(
             scales1 = scales1_at + block
         m, v, vmax = g, g, g  # what the rule does not have
         if STATES > 0:
-            m = load_moment(state0_at + i, scales0, mask, some, SECOND=False)
+            m = load_moment(state0_at + i, scales0, mask, some, SECOND=NO_FIRST)
         if STATES > 1:
             v = load_moment(state1_at + i, scales1, mask, some, SECOND=True)
         if STATES > 2:
@@ -170,15 +171,17 @@ def step_span(
         if RANDOM_P or RANDOM_M or RANDOM_V:
             word = words(row, at, s[SCALAR_STEP].to(tl.uint32), start + first, end - start, ALIGNED)
             random_p = for_parameter(word) if RANDOM_P else None
-            word_m = word if RANDOM_M else None
+            word_m = word if RANDOM_M or (NO_FIRST and RANDOM_V) else None
             word_v = word if RANDOM_V else None
-        if STATES < 2:
+        if NO_FIRST:  # its second moment is m
+            p, _, m, _ = adam(s, p, g, tl.zeros_like(g), m, vmax, RULE)
+        elif STATES < 2:
             p, m = sgd(s, p, g, m, MOMENTUM=STATES == 1)
         else:
             p, m, v, vmax = adam(s, p, g, m, v, vmax, RULE)
         write(p_at + i, extra_at + i, p, random_p, mask, MASTER)
         if STATES > 0:
-            store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=False)
+            store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=NO_FIRST)
         if STATES > 1:
             store_moment(state1_at + i, scales1, v, word_v, mask, some, SECOND=True)
         if STATES > 2:
@@ -213,7 +216,8 @@ def step_kernel(
     k = tl.load(row + COL_SCALARS)
     at = scalars + k * SCALARS
     MAXIMUM: tl.constexpr = RULE == "adam_amsgrad" or RULE == "amsbound"
-    STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if RULE == "sgd_momentum" else 3 if MAXIMUM else 2
+    ONE: tl.constexpr = RULE == "sgd_momentum" or RULE == "adam_no_first_moment"
+    STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if ONE else 3 if MAXIMUM else 2
     addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8())
     s = (
         scalar(at, given, k, a0, b0), scalar(at + 1, given, k, a1, b1), f * scalar(at + 2, given, k, a2, b2),
