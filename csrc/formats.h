@@ -104,14 +104,16 @@ struct Words {
   uint32_t x[4];
 };
 
-// Philox 4x32-10 (Salmon et al., SC 2011). Element i of a parameter, counted over all its shards, has word
-// i % 4 of the counter (i / 4, step, index of the parameter); the key is the seed.
+// Philox 4x32-7 (Salmon et al., SC 2011): the fewest rounds that pass BigCrush, as 10 do. Element i of a
+// parameter, counted over all its shards, has word i % 4 of the counter (i / 4, step, index of the
+// parameter); the key is the seed.
+constexpr int kRounds = 7;
 constexpr uint32_t kPhilox0 = 0xd2511f53u, kPhilox1 = 0xcd9e8d57u;
 constexpr uint32_t kWeyl0 = 0x9e3779b9u, kWeyl1 = 0xbb67ae85u;
 FUSED_HD Words philox(uint64_t seed, uint64_t group, uint32_t step, uint32_t index) {
   uint32_t c0 = uint32_t(group), c1 = uint32_t(group >> 32), c2 = step, c3 = index;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     const uint64_t a = uint64_t(kPhilox0) * c0, b = uint64_t(kPhilox1) * c2;
     c0 = uint32_t(b >> 32) ^ c1 ^ k0, c1 = uint32_t(b);
     c2 = uint32_t(a >> 32) ^ c3 ^ k1, c3 = uint32_t(a);
@@ -192,23 +194,50 @@ template <> struct Mastered<Master::fp32> {
   }
 };
 
-// ---- int8: every block of consecutive elements shares a float32 scale, the largest finite magnitude in the
-// block. A subnormal scale, whose reciprocal would overflow, is stored as 0.
+// ---- int8: every block of consecutive elements shares a float32 scale, the largest magnitude in the block,
+// rounded up to 8 digits. Of a block with a NaN, an infinity or 2^126 it is NaN, and so is all that is read
+// of the block.
 
 constexpr int kQuantBlock = 128;
 
 FUSED_HD uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
-constexpr uint32_t kLeastNormal = 0x00800000u, kInfinite = 0x7f800000u;
-// The bits of a magnitude that can be the scale of its block. Infinities, NaN and subnormals cannot, and
-// count as 0. Magnitudes are compared as integers.
-FUSED_HD uint32_t scale_bits(float x) {
-  const uint32_t bits = magnitude_bits(x);
-  return bits < kLeastNormal || bits >= kInfinite ? 0u : bits;
-}
-// The factor that brings the magnitudes of a block to [0, 1].
-FUSED_HD float inverse(float scale) { return scale == 0 ? 0.0f : 1.0f / scale; }
 
-// The larger and the smaller of two floats; of NaN and a number, the number.
+// The scale of a block whose largest magnitude has these bits. Magnitudes are compared as integers: a NaN is
+// more than any number.
+FUSED_HD float scale_of(uint32_t largest) {
+  return bit_cast<float>(largest < 0x7e800000u ? (largest + 0xffffu) & 0xffff0000u : 0x7fc00000u);
+}
+
+// A GPU's reciprocal root errs by an ulp or two, and has no slow path as a division and an IEEE root do. One
+// step of Newton's mends it for the 8 digits of a scale, and for each square far enough to give the code of
+// the IEEE root (tests/test_codes.py).
+#if defined(__CUDA_ARCH__)
+FUSED_HD float reciprocal_root(float x) {
+  float to;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(to) : "f"(x));
+  return to;
+}
+#endif
+// The factor that brings the magnitudes of a block to [0, 1]. Where its scale is subnormal or NaN all codes
+// are 0: the factor is 0 here, and NaN on a GPU.
+FUSED_HD float inverse(float scale) {
+#if defined(__CUDA_ARCH__)
+  const float root = reciprocal_root(scale), near = root * root;
+  return fma(fma(-scale, near, 1.0f), near, near);
+#else
+  return scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
+#endif
+}
+FUSED_HD float root_of(float square) {
+#if defined(__CUDA_ARCH__)
+  const float near = reciprocal_root(square), root = square * near;
+  return fma(fma(-root, root, square), 0.5f * near, root);
+#else
+  return std::sqrt(square);
+#endif
+}
+
+// The larger of a float and a limit; of NaN, the limit.
 FUSED_HD float larger(float x, float least) {
 #if defined(__CUDA_ARCH__)
   return fmaxf(x, least);
@@ -216,86 +245,56 @@ FUSED_HD float larger(float x, float least) {
   return x > least ? x : least;
 #endif
 }
-FUSED_HD float smaller(float x, float most) {
-#if defined(__CUDA_ARCH__)
-  return fminf(x, most);
-#else
-  return x < most ? x : most;
-#endif
-}
-// x, or NaN where `of` is not finite.
-FUSED_HD float nan_unless_finite(float of, float x) {
-#if defined(__CUDA_ARCH__)
-  return fma(of, 0.0f, x);
-#else
-  return magnitude_bits(of) < kInfinite ? x : bit_cast<float>(0x7fc00000u);
-#endif
-}
-// The whole part of x >= 0.
-FUSED_HD float whole_part(float x) {
-#if defined(__CUDA_ARCH__)
-  return truncf(x);
-#else
-  return x < 0x1p31f ? float(int32_t(x)) : x;
-#endif
-}
 
-// A first moment is signed: code c means sign(c) * (c / 127)^2 times the scale, and -128 means NaN.
+// A first moment is signed: code c means sign(c) * c^2 / 16128 of the scale.
 struct FirstMoment {
   using Code = int8_t;
-  static constexpr Code kNaN = -128;
 
-  FUSED_HD static float unit(float scale) { return scale * (1 / 16129.0f); }  // decode() multiplies by it
-  FUSED_HD static float decode_number(int32_t code, float unit) {
+  FUSED_HD static float decoding(float scale) { return scale * (1 / 16128.0f); }
+  FUSED_HD static float encoding(float scale) { return inverse(scale) * 16128.0f; }
+  FUSED_HD static float decode(int32_t code, float unit) {
     const float c = float(code);
     return c * std::fabs(c) * unit;
   }
-  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float inverse, uint32_t word) {
-    const float ratio = std::fabs(x) * inverse;
-    // A ratio below 1e-6 has the code 0 like 1e-6, whose root takes a GPU no longer than others.
-    float root = std::sqrt(larger(ratio, 1e-6f)) * 127.0f;
+  // A square below 2^-18 has the code 0, as 2^-18 has. At most 16128 of them keep below 127.5^2.
+  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float factor, uint32_t word) {
+    const float square = larger(std::fabs(x) * factor, 0x1p-18f), root = root_of(square);
+    float code = root;
     if constexpr (kRandom) {
       // Rounds up by where the value, not its root, lies between the values of two codes: only then is the
       // mean right.
-      const float below = whole_part(root), drawn = (float(for_first_moment(word)) + 0.5f) * 0x1p-16f;
-      root = below + (ratio * 16129.0f - below * below > drawn * (below + below + 1.0f) ? 1.0f : 0.0f);
-      root = smaller(root, 127.0f);
+      const float below = whole_part(root), drawn = float(for_first_moment(word)) + 0.5f;
+      const float rest = fma(-below, below, square), width = fma(below, 0x1p-15f, 0x1p-16f);
+      code = below + (fma(-drawn, width, rest) > 0 ? 1.0f : 0.0f);
     }
-    const float code = larger(nan_unless_finite(x, std::copysign(root, x)), -128.0f);
     // The last bits of a sum with 1.5 * 2^23 are the nearest whole number, to even.
-    return uint8_t(bit_cast<uint32_t>(code + 12582912.0f));
+    return uint8_t(bit_cast<uint32_t>(std::copysign(code, x) + 12582912.0f));
   }
+
+  // The whole part of a root; of a whole root perhaps 1 less, which the rounding up makes good.
+  FUSED_HD static float whole_part(float root) { return root - 0.5f + 12582912.0f - 12582912.0f; }
 };
 
-// A second moment is logarithmic: code c > 0 means the float32 with the bits (c + 762) << 20, which has 3
-// digits, times the scale. That is 8 steps an octave from 2^-31.7 to 1. Code 0 means 0 and stands for 0
-// alone, so that no denominator vanishes; 255 means NaN.
+// A second moment is logarithmic: code c means the float32 with the bits (c + 761) << 20, which has 3 digits,
+// times the scale. That is 8 steps an octave from 2^-31.8 to 1. What is less has the code 0, so that no
+// denominator vanishes beside a larger one.
 struct SecondMoment {
   using Code = uint8_t;
-  static constexpr Code kNaN = 255;
+  static constexpr uint32_t kFirst = 761u << 20;
 
-  FUSED_HD static float unit(float scale) { return scale; }
-  FUSED_HD static float decode_number(int32_t code, float unit) {
-    const float x = bit_cast<float>((uint32_t(code) + 762u) << 20) * unit;
-    return code == 0 ? 0.0f : x;
+  FUSED_HD static float decoding(float scale) { return scale; }
+  FUSED_HD static float encoding(float scale) { return inverse(scale); }
+  FUSED_HD static float decode(int32_t code, float unit) {
+    return bit_cast<float>((uint32_t(code) << 20) + kFirst) * unit;
   }
   // encode() cuts 20 bits off. This is what it adds before: half a step, or 20 random bits.
   FUSED_HD static uint32_t added(bool random, uint32_t word) {
     return random ? for_second_moment(word) << 4 | 8u : 0x80000u;
   }
-  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float inverse, uint32_t word) {
-    // At most 1; but 1.125, whose code is 255, for infinities and NaN.
-    const float ratio = smaller(std::fabs(x) * inverse, 1.125f);
-    const int32_t code = int32_t(bit_cast<uint32_t>(ratio) + added(kRandom, word) - (762u << 20)) >> 20;
-    // 1, but 0 for 0, which has no sign here: a second moment is a sum of squares.
-    const uint32_t bits = bit_cast<uint32_t>(x), one = inverse == 0 ? 0 : 1, least = bits < one ? bits : one;
-    return uint8_t(code > int32_t(least) ? code : int32_t(least));
+  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float factor, uint32_t word) {
+    const float ratio = larger(std::fabs(x) * factor, 0x1.2p-32f);
+    return uint8_t((bit_cast<uint32_t>(ratio) + (added(kRandom, word) - kFirst)) >> 20);
   }
 };
-
-template <class Q> FUSED_HD float decode(int32_t code, float unit) {
-  const float x = Q::decode_number(code, unit);
-  return code == Q::kNaN ? bit_cast<float>(0x7fc00000u) : x;
-}
 
 }  // namespace fused_adamw

@@ -38,7 +38,7 @@ FUSED_F16C inline void store_f16c(const float* from, void* to, int64_t n) {
 // times as long.
 FUSED_AVX2 inline void philox_avx2(uint64_t seed, uint64_t group, uint32_t step, uint32_t index, uint32_t* to,
                                    int64_t groups) {
-  constexpr int kChains = 4, kRounds = 10;
+  constexpr int kChains = 4;
   const __m256i m0 = _mm256_set1_epi64x(kPhilox0), m1 = _mm256_set1_epi64x(kPhilox1);
   __m256i keys[kRounds][2];
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -53,7 +53,7 @@ FUSED_AVX2 inline void philox_avx2(uint64_t seed, uint64_t group, uint32_t step,
       x[1] = _mm256_srli_epi64(x[0], 32), x[2] = _mm256_set1_epi64x(step), x[3] = _mm256_set1_epi64x(index);
       group += 4;
     }
-#pragma GCC unroll 10
+#pragma GCC unroll 7
     for (const auto& key : keys) {
       for (auto& x : c) {
         const __m256i a = _mm256_mul_epu32(x[0], m0), b = _mm256_mul_epu32(x[2], m1);
@@ -74,8 +74,8 @@ FUSED_AVX2 inline void philox_avx2(uint64_t seed, uint64_t group, uint32_t step,
   philox_loop(seed, group, step, index, to, groups);
 }
 
-// int8 codes, 8 at a time, of full blocks without a NaN. Other blocks go to the generic loops, which take 1.6
-// times as long because they widen and narrow by halves.
+// int8 codes, 8 at a time, of full blocks. The generic loops take 1.6 times as long because they widen and
+// narrow by halves.
 FUSED_AVX2 inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 
 FUSED_AVX2 inline __m256 decode8(FirstMoment, const uint8_t* from, __m256 unit) {
@@ -85,71 +85,54 @@ FUSED_AVX2 inline __m256 decode8(FirstMoment, const uint8_t* from, __m256 unit) 
 }
 FUSED_AVX2 inline __m256 decode8(SecondMoment, const uint8_t* from, __m256 unit) {
   const __m256i c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(c, _mm256_set1_epi32(762)), 20);
-  const __m256 zero = _mm256_castsi256_ps(_mm256_cmpeq_epi32(c, _mm256_setzero_si256()));
-  return _mm256_andnot_ps(zero, _mm256_mul_ps(_mm256_castsi256_ps(bits), unit));
+  const __m256i bits = _mm256_add_epi32(_mm256_slli_epi32(c, 20), _mm256_set1_epi32(SecondMoment::kFirst));
+  return _mm256_mul_ps(_mm256_castsi256_ps(bits), unit);
 }
 
 template <class Q> FUSED_AVX2 void decode_avx2(const void* codes, const float* scales, float* to, int64_t n) {
   const uint8_t* from = static_cast<const uint8_t*>(codes);
-  for (; n > 0; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock, ++scales) {
-    __m256i nan = _mm256_setzero_si256();
-    for (int i = 0; i < kQuantBlock && n >= kQuantBlock; i += 32) {
-      const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-      nan = _mm256_or_si256(nan, _mm256_cmpeq_epi8(c, _mm256_set1_epi8(char(Q::kNaN))));
-    }
-    if (n < kQuantBlock || !_mm256_testz_si256(nan, nan)) {
-      decode_loop<Q>(from, scales, to, std::min<int64_t>(n, kQuantBlock));
-      continue;
-    }
-    const __m256 unit = _mm256_set1_ps(Q::unit(*scales));
+  for (; n >= kQuantBlock; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock) {
+    const __m256 unit = _mm256_set1_ps(Q::decoding(*scales++));
     for (int i = 0; i < kQuantBlock; i += 8) _mm256_storeu_ps(to + i, decode8(Q(), from + i, unit));
   }
+  decode_loop<Q>(from, scales, to, n);
 }
 
 template <bool kRandom>
-FUSED_AVX2 inline __m256i encode8(FirstMoment, __m256 x, __m256 by, const uint32_t* words) {
-  const __m256 ratio = _mm256_mul_ps(magnitude(x), by);
-  const __m256 root = _mm256_mul_ps(_mm256_sqrt_ps(ratio), _mm256_set1_ps(127.0f));
+FUSED_AVX2 inline __m256i encode8(FirstMoment, __m256 x, __m256 factor, const uint32_t* words) {
+  // Of NaN, the instruction takes the second operand.
+  const __m256 square = _mm256_max_ps(_mm256_mul_ps(magnitude(x), factor), _mm256_set1_ps(0x1p-18f));
+  const __m256 root = _mm256_sqrt_ps(square);
   __m256i c = _mm256_cvtps_epi32(root);
   if constexpr (kRandom) {
     const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
     const __m256i bits = _mm256_srli_epi32(_mm256_mullo_epi32(word, _mm256_set1_epi32(int(0x9e3779b9u))), 16);
-    const __m256 drawn = _mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(bits), _mm256_set1_ps(0.5f)),
-                                       _mm256_set1_ps(0x1p-16f));
+    const __m256 drawn = _mm256_add_ps(_mm256_cvtepi32_ps(bits), _mm256_set1_ps(0.5f));
     c = _mm256_cvttps_epi32(root);
-    const __m256 below = _mm256_cvtepi32_ps(c);
-    const __m256 rest =
-        _mm256_sub_ps(_mm256_mul_ps(ratio, _mm256_set1_ps(16129.0f)), _mm256_mul_ps(below, below));
-    const __m256 width = _mm256_add_ps(_mm256_add_ps(below, below), _mm256_set1_ps(1.0f));
-    const __m256 up = _mm256_cmp_ps(rest, _mm256_mul_ps(drawn, width), _CMP_GT_OQ);
-    c = _mm256_min_epi32(_mm256_sub_epi32(c, _mm256_castps_si256(up)), _mm256_set1_epi32(127));
+    const __m256 below = _mm256_cvtepi32_ps(c), rest = _mm256_fnmadd_ps(below, below, square);
+    const __m256 width = _mm256_fmadd_ps(below, _mm256_set1_ps(0x1p-15f), _mm256_set1_ps(0x1p-16f));
+    const __m256 up = _mm256_cmp_ps(_mm256_fnmadd_ps(drawn, width, rest), _mm256_setzero_ps(), _CMP_GT_OQ);
+    c = _mm256_sub_epi32(c, _mm256_castps_si256(up));
   }
   return _mm256_sign_epi32(c, _mm256_castps_si256(x));
 }
-// Leaves out the sign, because encode_avx2() sends no block with a negative second moment here, and the upper
-// bound, because a ratio of at most 1 keeps to it.
 template <bool kRandom>
-FUSED_AVX2 inline __m256i encode8(SecondMoment, __m256 x, __m256 by, const uint32_t* words) {
-  const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(x, by));
-  __m256i add = _mm256_set1_epi32(int(SecondMoment::added(false, 0)) - (762 << 20));
+FUSED_AVX2 inline __m256i encode8(SecondMoment, __m256 x, __m256 factor, const uint32_t* words) {
+  const __m256 ratio = _mm256_max_ps(_mm256_mul_ps(magnitude(x), factor), _mm256_set1_ps(0x1.2p-32f));
+  __m256i add = _mm256_set1_epi32(int(SecondMoment::added(false, 0) - SecondMoment::kFirst));
   if constexpr (kRandom) {
     const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
     const __m256i random = _mm256_slli_epi32(_mm256_and_si256(word, _mm256_set1_epi32(0xffff)), 4);
-    add = _mm256_add_epi32(random, _mm256_set1_epi32(8 - (762 << 20)));
+    add = _mm256_add_epi32(random, _mm256_set1_epi32(int(8 - SecondMoment::kFirst)));
   }
-  const __m256i c = _mm256_srai_epi32(_mm256_add_epi32(bits, add), 20);
-  return _mm256_max_epi32(c, _mm256_min_epu32(_mm256_castps_si256(x), _mm256_set1_epi32(1)));
+  return _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(ratio), add), 20);
 }
 
-FUSED_AVX2 inline __m256 unsigned_of(FirstMoment, __m256 x) { return magnitude(x); }
-FUSED_AVX2 inline __m256 unsigned_of(SecondMoment, __m256 x) { return x; }
-// Returns the largest magnitude of a full block, as an integer. A negative second moment makes it larger than
-// any number's.
-template <class Q> FUSED_AVX2 inline uint32_t largest_of(Q q, const float* from) {
+// Returns the bits of the largest magnitude of a full block.
+FUSED_AVX2 inline uint32_t largest_of(const float* from) {
   __m256i most = _mm256_setzero_si256();
   for (int i = 0; i < kQuantBlock; i += 8)
-    most = _mm256_max_epu32(most, _mm256_castps_si256(unsigned_of(q, _mm256_loadu_ps(from + i))));
+    most = _mm256_max_epu32(most, _mm256_castps_si256(magnitude(_mm256_loadu_ps(from + i))));
   __m128i last = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
   last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0x4e));
   last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0xb1));
@@ -162,33 +145,28 @@ FUSED_AVX2 void encode_avx2(const float* from, void* codes, float* scales, const
   uint8_t* to = static_cast<uint8_t*>(codes);
   // Computes all scales first, so that their chains of 40 cycles each overlap.
   const int64_t full = n / kQuantBlock;
-  uint32_t largest[kTile / kQuantBlock];
-  float inverses[kTile / kQuantBlock];
+  float factors[kTile / kQuantBlock];
   for (int64_t b = 0; b < full; ++b) {
-    largest[b] = largest_of(Q(), from + b * kQuantBlock);
-    inverses[b] = inverse(bit_cast<float>(largest[b]));
+    scales[b] = scale_of(largest_of(from + b * kQuantBlock));
+    factors[b] = Q::encoding(scales[b]);
   }
-  for (int64_t b = 0; n > 0; ++b, n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock, ++scales) {
-    if (b >= full || largest[b] < kLeastNormal || largest[b] >= kInfinite) {
-      encode_loop<Q, kRandom>(from, to, scales, words, std::min<int64_t>(n, kQuantBlock));
-    } else {
-      *scales = bit_cast<float>(largest[b]);
-      const __m256 by = _mm256_set1_ps(inverses[b]);
-      for (int i = 0; i < kQuantBlock; i += 32) {
-        __m256i c[4];
-        for (int k = 0; k < 4; ++k)
-          c[k] = encode8<kRandom>(Q(), _mm256_loadu_ps(from + i + 8 * k), by, words + i + 8 * k);
-        // Packing saturates, so signed codes take the signed instruction. It works on halves of the vector,
-        // so a permutation follows.
-        const __m256i low = _mm256_packs_epi32(c[0], c[1]), high = _mm256_packs_epi32(c[2], c[3]);
-        __m256i bytes =
-            Q::kNaN == FirstMoment::kNaN ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
-        bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), bytes);
-      }
+  for (int64_t b = 0; b < full; ++b, from += kQuantBlock, to += kQuantBlock) {
+    const __m256 factor = _mm256_set1_ps(factors[b]);
+    for (int i = 0; i < kQuantBlock; i += 32) {
+      __m256i c[4];
+      for (int k = 0; k < 4; ++k)
+        c[k] = encode8<kRandom>(Q(), _mm256_loadu_ps(from + i + 8 * k), factor, words + i + 8 * k);
+      // Packing saturates, so signed codes take the signed instruction. It works on halves of the vector, so
+      // a permutation follows.
+      const __m256i low = _mm256_packs_epi32(c[0], c[1]), high = _mm256_packs_epi32(c[2], c[3]);
+      __m256i bytes = std::is_signed<typename Q::Code>::value ? _mm256_packs_epi16(low, high)
+                                                              : _mm256_packus_epi16(low, high);
+      bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), bytes);
     }
     if constexpr (kRandom) words += kQuantBlock;
   }
+  encode_loop<Q, kRandom>(from, to, scales + full, words, n % kQuantBlock);
 }
 
 }  // namespace fused_adamw

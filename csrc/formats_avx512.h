@@ -19,7 +19,7 @@ namespace fused_adamw {
 // As philox_avx2(), with eight groups in a vector, and one instruction for two exclusive ors.
 FUSED_AVX512 inline void philox_avx512(uint64_t seed, uint64_t group, uint32_t step, uint32_t index,
                                        uint32_t* to, int64_t groups) {
-  constexpr int kChains = 4, kRounds = 10;
+  constexpr int kChains = 4;
   const __m512i m0 = _mm512_set1_epi64(kPhilox0), m1 = _mm512_set1_epi64(kPhilox1);
   __m512i keys[kRounds][2];
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -35,7 +35,7 @@ FUSED_AVX512 inline void philox_avx512(uint64_t seed, uint64_t group, uint32_t s
       x[1] = _mm512_srli_epi64(x[0], 32), x[2] = _mm512_set1_epi64(step), x[3] = _mm512_set1_epi64(index);
       group += 8;
     }
-#pragma GCC unroll 10
+#pragma GCC unroll 7
     for (const auto& key : keys) {
       for (auto& x : c) {
         const __m512i a = _mm512_mul_epu32(x[0], m0), b = _mm512_mul_epu32(x[2], m1);

@@ -161,26 +161,19 @@ template <bool kSecond> FUSED_HD void store_random_loop(const float* FUSED_RESTR
     store_stochastic(from[i], target[i], kSecond ? for_second_moment(words[i]) : for_parameter(words[i]));
 }
 
-// Decodes a block. A full one has a number of elements that the compiler knows, and a faster loop where none
-// is NaN.
+// A full block has a number of elements that the compiler knows.
 template <class Q, bool kFull> FUSED_HD void decode_block(const typename Q::Code* FUSED_RESTRICT from,
                                                           float unit, float* FUSED_RESTRICT to, int64_t n) {
   if (kFull) n = kQuantBlock;
-  uint8_t nan = 0;
-  for (int64_t i = 0; i < n; ++i) nan |= from[i] == Q::kNaN;
-  if (nan || !kFull) {
-    for (int64_t i = 0; i < n; ++i) to[i] = decode<Q>(from[i], unit);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = Q::decode_number(from[i], unit);
-  }
+  for (int64_t i = 0; i < n; ++i) to[i] = Q::decode(from[i], unit);
 }
 
 template <class Q>
 FUSED_HD void decode_loop(const void* codes, const float* scales, float* FUSED_RESTRICT to, int64_t n) {
   const auto* from = static_cast<const typename Q::Code*>(codes);
   for (; n >= kQuantBlock; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock)
-    decode_block<Q, true>(from, Q::unit(*scales++), to, kQuantBlock);
-  if (n) decode_block<Q, false>(from, Q::unit(*scales), to, n);
+    decode_block<Q, true>(from, Q::decoding(*scales++), to, kQuantBlock);
+  if (n) decode_block<Q, false>(from, Q::decoding(*scales), to, n);
 }
 
 template <class Q, bool kFull, bool kRandom>
@@ -188,10 +181,11 @@ FUSED_HD void encode_block(const float* FUSED_RESTRICT from, uint8_t* FUSED_REST
                            const uint32_t* FUSED_RESTRICT words, int64_t n) {
   if (kFull) n = kQuantBlock;
   int32_t most = 0;  // signed, because AVX2 compares no unsigned integers
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, int32_t(scale_bits(from[i])));
-  *scale = bit_cast<float>(most);
-  const float by = inverse(*scale);
-  for (int64_t i = 0; i < n; ++i) to[i] = Q::template encode<kRandom>(from[i], by, kRandom ? words[i] : 0);
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, int32_t(magnitude_bits(from[i])));
+  *scale = scale_of(uint32_t(most));
+  const float factor = Q::encoding(*scale);
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = Q::template encode<kRandom>(from[i], factor, kRandom ? words[i] : 0);
 }
 
 template <class Q, bool kRandom>

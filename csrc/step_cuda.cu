@@ -179,10 +179,10 @@ template <class C, class S, bool kWhole, int kWidth> __device__ __forceinline__ 
 read_moment(const Tile<kWhole, kWidth>& tile, S* from, const float* scales) {
   Vector<float, kWidth> x;
   if constexpr (sizeof(S) == sizeof(Code)) {
-    const float unit = C::unit(scales[unsigned(tile.i) / kQuantBlock]);
+    const float unit = C::decoding(scales[unsigned(tile.i) / kQuantBlock]);
     const Codes<kWidth> stored(tile, from);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) x.x[k] = decode<C>(stored.template get<typename C::Code>(k), unit);
+    for (int k = 0; k < kWidth; ++k) x.x[k] = C::decode(stored.template get<typename C::Code>(k), unit);
   } else {
     const Vector<S, kWidth> stored = tile.load(from);
 #pragma unroll
@@ -207,15 +207,14 @@ __device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S
                                              const Vector<float, kWidth>& x,
                                              const Vector<uint32_t, kWidth>& words) {
   if constexpr (sizeof(S) == sizeof(Code)) {
-    float most = 0;
+    uint32_t most = 0;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k)
-      if (tile.has(k)) most = fmaxf(most, fabsf(nan_unless_finite(x.x[k], x.x[k])));
+      if (tile.has(k)) most = max(most, magnitude_bits(x.x[k]));
     constexpr int kLanes = kQuantBlock / kWidth;
-    const uint32_t bits = largest<kLanes>(bit_cast<uint32_t>(most));
-    const float scale = bits < kLeastNormal ? 0 : bit_cast<float>(bits);
+    const float scale = scale_of(largest<kLanes>(most));
     if (threadIdx.x % kLanes == 0) scales[unsigned(tile.i) / kQuantBlock] = scale;
-    const float factor = inverse(scale);
+    const float factor = C::encoding(scale);
     Codes<kWidth> stored;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k)

@@ -4,7 +4,7 @@ A format says how a parameter or a moment is read into float32, and how it is wr
 in ``reference.py`` never see it. ``csrc/formats.h`` and ``triton_kernels/formats.py`` are the same, to the bit.
 
 *Stochastic rounding* of float32 to bfloat16 adds 16 random bits to the 16 that are cut off: up with the probability of
-what is cut off, so that the mean of what is stored is what was computed. The bits are those of Philox 4x32-10 (Salmon
+what is cut off, so that the mean of what is stored is what was computed. The bits are those of Philox 4x32-7 (Salmon
 et al., SC 2011), keyed on (seed; step, index of the parameter, number of the element in the whole parameter): every
 element has a word of 32, of which the parameter takes the upper half, the second moment the lower, and the int8 code of
 a first moment 16 bits that mix both. They do not depend on the backend, on chunks, threads or shards. First moments
@@ -23,11 +23,13 @@ value has one lower half. Where something else overwrites a parameter, elements 
 are ignored: a float32 that does not round to it, a compensation beyond an ulp of it. An old lower half (under half an
 ulp) or compensation (under one) can still match by chance: ``refresh_masters()`` clears them.
 
-*int8* moments share a float32 scale in blocks of 128 neighbours, the largest finite magnitude among them. A first
-moment has the sign and (c / 127)^2 of the scale; a second one is on a logarithmic scale of 8 steps an octave, 254 in
-all, and 0 only if it was 0, so that no denominator vanishes. Each has a code for NaN, which infinities become. Rounded
-to nearest, a small first moment beside a large one never comes to 0, and a second one decays only with its block;
-rounded stochastically both do, on average.
+*int8* moments share a float32 scale in blocks of 128 neighbours: the largest magnitude among them, rounded up to 8
+binary digits, whose reciprocals all processors agree on after one step of Newton's. A first moment has the sign and
+c^2 / 16128 of the scale for c up to 127; a second one is on a logarithmic scale of 8 steps an octave, 256 in all, of
+which the least stands for whatever is smaller, so that no denominator vanishes. A block of nothing but subnormals is
+0. One with a NaN, an infinity or a magnitude of 2^126 or more is all NaN: its scale is. Rounded to nearest, a small
+first moment beside a large one never comes to 0, and a second one decays only with its block; rounded stochastically
+both do, on average.
 """
 
 import math
@@ -52,7 +54,7 @@ def words(seed: int, step: int, index: int, numbering: Numbering, n: int, device
     group = i >> 2
     c = [group & _MASK, group >> 32, torch.full_like(i, step), torch.full_like(i, index)]
     k0, k1 = seed & _MASK, seed >> 32
-    for _ in range(10):
+    for _ in range(7):  # the fewest that pass BigCrush
         (high0, low0), (high1, low1) = _product(c[0], 0xD2511F53), _product(c[2], 0xCD9E8D57)
         c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
@@ -134,37 +136,35 @@ def encode(x: Tensor, second: bool, word: Tensor | None = None) -> tuple[Tensor,
     stochastically, without to nearest.
     """
     x = flat(x)
-    bits = _bits(x) & 0x7FFFFFFF
-    finite = bits < 0x7F800000
-    counted = torch.where(finite & (bits >= 0x00800000), bits, 0)
     n, blocks = len(x), -(-len(x) // BLOCK)
-    scales = torch.nn.functional.pad(counted, (0, blocks * BLOCK - n)).view(blocks, BLOCK).amax(1)
-    scales = _from_bits(scales)
-    inverse = torch.where(scales == 0, 0, 1 / scales).repeat_interleave(BLOCK)[:n]
-    ratio = torch.where(finite, x.abs(), 0) * inverse
-    if not second:
-        root = ratio.sqrt() * 127
-        code = root.round()
-        if word is not None:  # up by the place of the value between those of two codes, not of the root
-            code, drawn = root.floor(), (for_first_moment(word).float() + 0.5) / 65536
-            code = (code + (ratio * 16129 - code * code > drawn * (2 * code + 1))).clamp(max=127)
-        return torch.where(finite, torch.copysign(code, x), -128).to(torch.int8), scales
-    code = ((_bits(ratio) + (0x80000 if word is None else for_second_moment(word) << 4 | 8)) >> 20) - 762
-    code = torch.where((bits == 0) | (inverse == 0), 0, code.clamp(1, 254))
-    return torch.where(finite, code, 255).to(torch.uint8), scales
+    most = torch.nn.functional.pad(_bits(x) & 0x7FFFFFFF, (0, blocks * BLOCK - n)).view(blocks, BLOCK).amax(1)
+    scales = _from_bits(torch.where(most < 0x7E800000, (most + 0xFFFF) & 0xFFFF0000, 0x7FC00000))
+    inverse = torch.where(scales >= 2.0**-126, 1 / scales, 0).repeat_interleave(BLOCK)[:n]
+    if second:
+        ratio = _at_least(2.0**-32 * 1.125, x.abs() * inverse)
+        random = 0x80000 if word is None else for_second_moment(word) << 4 | 8
+        return (((_bits(ratio) + random) >> 20) - 761).to(torch.uint8), scales
+    square = _at_least(2.0**-18, x.abs() * (inverse * 16128))
+    code = square.sqrt().round()
+    if word is not None:  # up by the place of the value between those of two codes, not of the root
+        code, drawn = square.sqrt().floor(), (for_first_moment(word).float() + 0.5) / 65536
+        # In double no operation rounds, so the sign is that of an fma.
+        code += square.double() - code.double().square() > drawn.double() * (2 * code + 1).double()
+    return torch.copysign(code, x).to(torch.int8), scales
+
+
+def _at_least(least: float, x: Tensor) -> Tensor:
+    """Return the larger; ``least`` for NaN."""
+    return torch.where(x > least, x, least)
 
 
 def decode(codes: Tensor, scales: Tensor, second: bool) -> Tensor:
     """Return the float32 moment, in the shape and layout of the codes."""
     c = flat(codes).long()
     scales = scales.flatten().repeat_interleave(BLOCK)[: len(c)]
-    if second:
-        x = torch.where(c == 0, 0, _from_bits((c + 762) << 20) * scales)
-        x = torch.where(c == 255, torch.nan, x)
-    else:
-        x = torch.where(c == -128, torch.nan, (c * c.abs()).float() * (scales * (1 / 16129)))
+    numbers, unit = (_from_bits((c + 761) << 20), 1.0) if second else ((c * c.abs()).float(), 1 / 16128)
     shaped = torch.empty_like(codes, dtype=torch.float32)
-    flat(shaped).copy_(x)
+    flat(shaped).copy_(numbers * (scales * unit))
     return shaped
 
 

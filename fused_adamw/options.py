@@ -130,7 +130,7 @@ codes of one byte, with a scale for every 128 of them; moments of fewer than 409
 than 2**20, stay float32.""",
     "rounding": """\
 ``"nearest"``, or ``"stochastic"``: bfloat16 parameters without a master, second moments in bfloat16 and all moments in
-int8 are rounded up or down at random, so that the mean is exact. The random bits (Philox 4x32-10) are a function of
+int8 are rounded up or down at random, so that the mean is exact. The random bits (Philox 4x32-7) are a function of
 seed, step, parameter and element, so they are the same on every replica, backend and shard, and after a resume.""",
     "master": """\
 for bfloat16 parameters, more digits than they hold: ``"kahan"`` keeps a compensation in bfloat16, ``"split16"`` the

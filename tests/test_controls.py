@@ -161,7 +161,7 @@ FORMATS = {
     "a NaN in the scale": (
         "encode",
         lambda true: lambda x, *a: true(x.nan_to_num(1e30), *a),
-        test_formats.test_a_nan_stays_where_it_is,
+        test_formats.test_a_nan_stays_in_its_block,
         REFERENCE,
     ),
 }

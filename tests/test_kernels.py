@@ -114,7 +114,7 @@ def most_registers(name, variant):
     if not codes and not variant.stochastic:
         return 64
     if name == "triton":
-        return 80 if codes and (variant.stochastic or variant.master != "none") else 64
+        return (64, 80, 88)[variant.stochastic + (variant.master != "none") if codes else 0]
     if codes and variant.stochastic and variant.master != "none":
         return 120
     return 80 if codes + variant.stochastic + (STATES[variant.rule] == 3) == 1 else 96
@@ -183,10 +183,11 @@ PLACES = [
 @needs_ptxsim
 @pytest.mark.parametrize(("sm", "variant"), [(EXECUTED[i % 3], v) for i, v in enumerate(FORMED)], ids=str)
 def test_bits_of_formats(compiler, sm, variant, cpu_step):
+    """Whatever the errors of approximate instructions, within the bounds that NVIDIA documents."""
     rows = scalar_rows(variant.rule)
     given = tensors(variant, [*SIZES[1:6], 127, 128, 129, *EDGES, 2 * CHUNK + 77], rows, places=PLACES)
     given += tensors(variant, [1, 7, 600, 300, CHUNK + 1], rows, seed=1, unaligned=True, places=PLACES[1:])
-    got, _ = simulate(compiler.step(sm, variant), variant, given, rows, CHUNK)
+    got, _ = simulate(compiler.step(sm, variant), variant, given, rows, CHUNK, ulp_noise=1)
     assert same_bits(got, cpu_step(variant, given, rows))
 
 
@@ -258,8 +259,9 @@ def test_beyond_32_bits(compiler, sm, variant, cpu_step):
         (MOMENTUM, 20, 14),
         (ADAM_ALL_BF16, 14, 34),
         (SPLIT16, 26, 43),
-        (STOCHASTIC, 14, 77),
-        (INT8, 10.125, 78),
+        (STOCHASTIC, 14, 70),
+        (INT8, 10.125, 70),
+        (INT8_STOCHASTIC, 10.125, 118),
     ],
     ids=str,
 )
@@ -609,9 +611,9 @@ WRONG_FORMATS = [
     ("cuda", "step_cuda.cu", "to.x[j] = w.x[j % kEach]", "to.x[j] = w.x[0]", STOCHASTIC),
     ("cuda", "formats.h", "return word & 0xffffu;", "return word >> 16;", STOCHASTIC),
     ("cuda", "step_cuda.cu", "uint64_t(i) >> 2", "uint32_t(i) >> 2", STOCHASTIC),
-    # The scale before the step, twice the scale, that of a part of the block; a code of NaN that is taken for a number.
-    ("triton", "formats.py", "scale = scale_of(tl.fma(x, 0.0, x), mask)", "scale = tl.load(scales, mask=some)", INT8),
-    ("triton", "formats.py", "tl.where(code == 255,", "tl.where(code == 256,", INT8),
+    # The scale before the step, one with all its digits, twice the scale, that of a part of the block.
+    ("triton", "formats.py", "scale = scale_of(x, mask)", "scale = tl.load(scales, mask=some)", INT8),
+    ("triton", "formats.py", "(largest + 0xFFFF) & -0x10000", "largest", INT8),
     (
         "cuda",
         "step_cuda.cu",
@@ -620,13 +622,12 @@ WRONG_FORMATS = [
         INT8,
     ),
     ("cuda", "step_cuda.cu", "lanes = kLanes / 2", "lanes = kLanes / 4", INT8),
-    # The code of an infinity or NaN, of 0, of a block that is too small for a scale; an infinite scale.
-    ("triton", "formats.py", "tl.fma(x, 0.0, root), -128.0", "root, -128.0", INT8),
-    ("triton", "formats.py", "tl.minimum(part, 1.125)", "tl.minimum(part, 1.0)", INT8),
-    ("triton", "formats.py", "tl.where(factor == 0, 0, 1)", "tl.where(factor == 0, 1, 1)", INT8),
-    ("triton", "formats.py", "scale_of(tl.fma(x, 0.0, x), mask)", "scale_of(x, mask)", INT8),
-    ("cuda", "step_cuda.cu", "nan_unless_finite(x.x[k], x.x[k])", "x.x[k]", INT8),
-    ("cuda", "formats.h", "return code == Q::kNaN ?", "return code == 1 ?", INT8),
+    # The scale of a block with a NaN, the code of 0, another root, the number of a code.
+    ("triton", "formats.py", "propagate_nan=tl.PropagateNan.ALL", "propagate_nan=tl.PropagateNan.NONE", INT8),
+    ("triton", "formats.py", "inverse(scale), x), 2.0**-32 * 1.125)", "inverse(scale), x), 0.0)", INT8),
+    ("triton", "formats.py", "tl.rsqrt(square)", "1.2 * tl.rsqrt(square)", INT8),
+    ("cuda", "formats.h", "largest < 0x7e800000u ?", "largest < 0xffffffffu ?", INT8),
+    ("cuda", "formats.h", "uint32_t(code) << 20", "uint32_t(code + 1) << 20", INT8),
     # What the master held of a parameter that something else overwrote.
     ("triton", "formats.py", "tl.where(bits(bf16(x, 0x8000)) == bits(stored), x, p)", "x", SPLIT16),
     ("cuda", "formats.h", "rounded_away(x) == p.bits ? x : load(p)", "x", SPLIT16),

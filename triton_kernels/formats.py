@@ -7,12 +7,16 @@ import triton
 import triton.language as tl
 
 from .layout import COL_INDEX, COL_OFFSET, COL_RUN, COL_SEED, COL_SKIP
+from .rules import minus
 
 QUANT_BLOCK = tl.constexpr(128)  # elements that share a scale
 NAN_BF16 = tl.constexpr(0x7FC0)
-LEAST_NORMAL = tl.constexpr(2.0**-126)
+NO_SCALE = tl.constexpr(0x7E800000)
 SIGN = tl.constexpr(-0x80000000)
 NEAREST = tl.constexpr(0x80000)  # as if these bits had been drawn
+ROUNDS = tl.constexpr(7)
+FIRST = tl.constexpr(761 << 20)
+MAGIC = tl.constexpr(12582912.0)  # the last bits of a sum with 1.5 * 2^23 are the nearest whole number, to even
 
 
 @triton.jit
@@ -70,7 +74,8 @@ def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr):
     index = tl.load(row + COL_INDEX).to(tl.uint32)
     if NEIGHBOURS:
         group = number(at, i) >> 2
-        w0, w1, w2, w3 = tl.philox_impl(group.to(tl.uint32), (group >> 32).to(tl.uint32), step, index, k0, k1)
+        low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox_impl(low, high, step, index, k0, k1, ROUNDS)
     else:
         w0 = tl.zeros_like(i).to(tl.uint32)
         w1 = w0
@@ -80,7 +85,8 @@ def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr):
         for k in range(tl.minimum(tl.cdiv(end, 32), 4)):
             n = number(at, i + 32 * k)
             group = n >> 2
-            x0, x1, x2, x3 = tl.philox_impl(group.to(tl.uint32), (group >> 32).to(tl.uint32), step, index, k0, k1)
+            low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+            x0, x1, x2, x3 = tl.philox_impl(low, high, step, index, k0, k1, ROUNDS)
             x = tl.where(n & 2 == 0, tl.where(n & 1 == 0, x0, x1), tl.where(n & 1 == 0, x2, x3))
             w0 = tl.where(k == 0, x, w0)
             w1 = tl.where(k == 1, x, w1)
@@ -170,14 +176,10 @@ def load_moment(pointers, scales, mask, some, SECOND: tl.constexpr):
         code = x.to(tl.int32)
         scale = tl.load(scales, mask=some)
         if SECOND:
-            code = code & 0xFF
-            x = ((code + 762) << 20).to(tl.float32, bitcast=True) * spread(scale, code)
-            x = tl.where(code == 0, 0.0, x)
-            x = tl.where(code == 255, float("nan"), x)
+            x = (((code & 0xFF) << 20) + FIRST).to(tl.float32, bitcast=True) * spread(scale, code)
         else:
             c = code.to(tl.float32)
-            x = c * tl.abs(c) * spread(scale * (1 / 16129), code)
-            x = tl.where(code == -128, float("nan"), x)
+            x = c * tl.abs(c) * spread(scale * (1 / 16128), code)
     return x
 
 
@@ -185,29 +187,23 @@ def load_moment(pointers, scales, mask, some, SECOND: tl.constexpr):
 def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
     """Store a moment, rounded to nearest if ``word`` is None, else stochastically."""
     if scales is not None:
-        # The sums with x * 0 are NaN where x is not finite.
-        scale = scale_of(tl.fma(x, 0.0, x), mask)
+        scale = scale_of(x, mask)
         first = tl.arange(0, scale.shape[0]) % 32 == 0
         tl.store(scales, scale, mask=first if some is None else first & some)
-        factor = tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale))
-        part = tl.abs(x) * spread(factor, x)
         if SECOND:
+            ratio = tl.maximum(tl.abs(x) * spread(inverse(scale), x), 2.0**-32 * 1.125)
             add = NEAREST if word is None else for_second_moment(word) << 4 | 8
-            code = (bits(tl.minimum(part, 1.125)) + (add - (762 << 20))) >> 20  # 255 where part is NaN, or infinite
-            # At least 1, but 0 for 0, which has no sign here: a second moment is a sum of squares.
-            one = spread(tl.where(factor == 0, 0, 1).to(tl.uint32), x)
-            code = tl.maximum(code, tl.minimum(x.to(tl.uint32, bitcast=True), one).to(tl.int32, bitcast=True))
+            code = (bits(ratio) + (add - FIRST)) >> 20
         else:
-            # A part below 1e-6 has the code 0 like 1e-6, whose root takes no longer than others.
-            root = tl.sqrt_rn(tl.maximum(part, 1e-6)) * 127.0
+            square = tl.maximum(tl.abs(x) * spread(inverse(scale) * 16128.0, x), 2.0**-18)
+            root = root_of(square)
             if word is not None:
-                below = root.to(tl.int32).to(tl.float32)
-                drawn_part = (for_first_moment(word).to(tl.float32) + 0.5) * (1 / 65536)
-                up = part * 16129.0 - below * below > drawn_part * (below + below + 1.0)
-                root = tl.minimum(below + tl.where(up, 1.0, 0.0), 127.0)
-            root = (bits(root) | bits(x) & SIGN).to(tl.float32, bitcast=True)
-            # The last bits of a sum with 1.5 * 2^23 are the nearest whole number, to even.
-            code = bits(tl.maximum(tl.fma(x, 0.0, root), -128.0) + 12582912.0)
+                below = root - 0.5 + MAGIC - MAGIC
+                rest = tl.fma(minus(below), below, square)
+                drawn = for_first_moment(word).to(tl.float32) + 0.5
+                width = tl.fma(below, 2.0**-15, 2.0**-16)
+                root = below + tl.where(tl.fma(minus(drawn), width, rest) > 0, 1.0, 0.0)
+            code = bits((bits(root) | bits(x) & SIGN).to(tl.float32, bitcast=True) + MAGIC)
         tl.store(pointers, code.to(tl.int8), mask=mask)
     elif word is None:
         store(pointers, x, mask)
@@ -216,12 +212,37 @@ def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
 
 
 @triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def scale_of(x, mask):
     """Return the scale of each thread's block. 32 threads share a block, so one warp finds its maximum."""
     if mask is not None:
         x = tl.where(mask, x, 0.0)
-    own = tl.max(tl.abs(x), axis=1)  # of numbers; NaN where there are none
-    own = bits(tl.where(own >= LEAST_NORMAL, own, 0.0))
+    own = bits(tl.reduce(tl.abs(x), 1, larger))
     BLOCKS: tl.constexpr = own.shape[0] // 32
     largest = tl.max(own.reshape(BLOCKS, 32), axis=1)
-    return tl.broadcast_to(largest[:, None], (BLOCKS, 32)).reshape(own.shape[0]).to(tl.float32, bitcast=True)
+    scale = tl.where(largest < NO_SCALE, (largest + 0xFFFF) & -0x10000, 0x7FC00000)
+    return tl.broadcast_to(scale[:, None], (BLOCKS, 32)).reshape(own.shape[0]).to(tl.float32, bitcast=True)
+
+
+# A reciprocal root errs by an ulp or two, and has no slow path as a division and an IEEE root do. One step of Newton's
+# mends it for the 8 digits of a scale, and for each square far enough to give the code of the IEEE root
+# (tests/test_codes.py).
+
+
+@triton.jit
+def inverse(scale):
+    """Return the factor that brings the magnitudes of a block to [0, 1]; NaN where its scale is no normal number."""
+    near = tl.rsqrt(scale)
+    near = near * near
+    return tl.fma(tl.fma(minus(scale), near, 1.0), near, near)
+
+
+@triton.jit
+def root_of(square):
+    near = tl.rsqrt(square)
+    root = square * near
+    return tl.fma(tl.fma(minus(root), root, square), 0.5 * near, root)

@@ -180,10 +180,10 @@ def step_span(
         else:
             p, m, v, vmax = adam(s, p, g, m, v, vmax, RULE)
         write(p_at + i, extra_at + i, p, random_p, mask, MASTER)
-        if STATES > 0:
-            store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=NO_FIRST)
         if STATES > 1:
             store_moment(state1_at + i, scales1, v, word_v, mask, some, SECOND=True)
+        if STATES > 0:
+            store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=NO_FIRST)
         if STATES > 2:
             store(state2_at + i, vmax, mask)
 
