@@ -15,6 +15,7 @@ import fused_adamw
 from fused_adamw import backends, gpu
 
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+NO_BETA1 = ADAM | {"betas": (0.0, 0.999)}
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-2}
 
 
@@ -44,6 +45,10 @@ ALGORITHMS = {
     "adam": Algorithm("Adam", ADAM, "Adam"),
     "adamw-clip": Algorithm("AdamW", ADAM, "AdamW", max_grad_norm=1.0),
     "radam": Algorithm("RAdam", {**ADAM, "decoupled_weight_decay": True}, "RAdam"),
+    "adamw-beta1-0": Algorithm("AdamW", NO_BETA1, "AdamW"),
+    "adamw-no-first-moment": Algorithm("AdamW", NO_BETA1, "AdamW", lacking={"first_moment": False}),
+    "adabound": Algorithm("AdaBound", ADAM, "Adam"),  # torch has no AdaBound
+    "amsbound": Algorithm("AdaBound", ADAM, "Adam", lacking={"amsbound": True}),
     "adamw-cautious-decay": Algorithm("AdamW", ADAM, "AdamW", lacking={"cautious": "decay"}),
     "adamw-cautious-update": Algorithm("AdamW", ADAM, "AdamW", lacking={"cautious": "update"}),
     # Others average after the step: torch's arms an AveragedModel, one more of ours by torch._foreach_lerp_.

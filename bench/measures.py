@@ -56,7 +56,7 @@ def sample(t: Tensor) -> Tensor:
 class Oracle:
     """Step up to 32 of the tensors a few times: in float64, and in a dtype as well as torch's for-loop can.
 
-    torch has no SGDW and nothing cautious: the reference in the dtype of the state takes the place of its for-loop.
+    The reference in the dtype of the state takes the place of torch's for-loop for what torch lacks.
     """
 
     def __init__(self, start: list[Tensor], groups: cases.Groups, algorithm: Algorithm) -> None:

@@ -24,9 +24,9 @@ public:
     TORCH_CHECK_NOT_IMPLEMENTED(
         has_cuda(variant_),
         "backend='cuda' steps parameters with a master, stochastic rounding or int8 moments ",
-        "where gradients are float32 or of the parameter's dtype (with cautious=, of that alone) ",
-        "and moments are not float16; here they are ", at::toString(g), " and ", at::toString(state),
-        ": convert them, or use backend='triton', which takes any mix");
+        "where gradients are float32 or of the parameter's dtype (with cautious=, first_moment=False and in ",
+        "AdaBound, of that alone) ", "and moments are not float16; here they are ", at::toString(g), " and ",
+        at::toString(state), ": convert them, or use backend='triton', which takes any mix");
     const c10::DeviceGuard guard(device);
     check(check_cuda(variant_));
   }

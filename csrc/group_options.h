@@ -78,7 +78,7 @@ public:
   template <bool kAdam> std::array<double, SCALARS> scalar_row(double count) const {
     if (!(count >= 1 && count < HUGE_VAL))
       throw py::value_error("a parameter's 'step' is negative or no finite number");
-    std::array<double, SCALARS> values;
+    std::array<double, SCALARS> values{};
     const auto power = [](double x, double n) { return std::pow(x, n); };
     scalars_of<kAdam>(hyper_.data(), hyper_[HYPER_LR], count, power, values.data());
     return values;

@@ -89,7 +89,10 @@ FUSED_HD bool update_words(const typename R::template Scalars<T>& s, int64_t n, 
       if constexpr (R::kStates > 1) pack(x1, s1[i]);
     }
     if constexpr (lanes > 1) nan |= (p[i].bits() & 0x7fff7fffu) + 0x007f007fu;
-    if constexpr (R::kStates > 0) pack(x0, s0[i]);
+    if constexpr (kRandom && R::kSecondMoment == 0)
+      pack(x0, s0[i], for_second_moment(random[2 * i]), for_second_moment(random[2 * i + 1]));
+    else if constexpr (R::kStates > 0)
+      pack(x0, s0[i]);
     if constexpr (R::kStates > 2) pack(x2, s2[i]);
   }
   return nan & 0x80008000u;
@@ -100,9 +103,10 @@ FUSED_HD void update_loop(const double* scalars, int64_t n, Word* FUSED_RESTRICT
                           const Word* FUSED_RESTRICT g, Word* FUSED_RESTRICT s0, Word* FUSED_RESTRICT s1,
                           Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random) {
   using S = typename R::template Scalars<T>;
-  static_assert(sizeof(S) == kRuleScalars * sizeof(T), "a rule has kRuleScalars scalars");
-  T row[kRuleScalars];
-  for (int i = 0; i < kRuleScalars; ++i)
+  constexpr int count = sizeof(S) / sizeof(T);
+  static_assert(count <= SCALARS, "a rule has no more scalars than a row");
+  T row[count];
+  for (int i = 0; i < count; ++i)
     row[i] = scalars[i] != scalars[i] ? std::numeric_limits<T>::quiet_NaN() : T(scalars[i]);
   S s;
   std::memcpy(&s, row, sizeof(s));

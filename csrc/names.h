@@ -28,6 +28,9 @@ inline Rule rule_of(const std::string& name) {
   if (name == "sgd_momentum") return Rule::sgd_momentum;
   if (name == "adam_cautious_decay") return Rule::adam_cautious_decay;
   if (name == "adam_cautious_update") return Rule::adam_cautious_update;
+  if (name == "adabound") return Rule::adabound;
+  if (name == "amsbound") return Rule::amsbound;
+  if (name == "adam_no_first_moment") return Rule::adam_no_first_moment;
   throw pybind11::value_error("there is no rule '" + name + "'");
 }
 

@@ -26,10 +26,16 @@ enum class Rule : uint8_t {
   sgd_momentum,
   adam_cautious_decay,
   adam_cautious_update,
+  adabound,
+  amsbound,
+  adam_no_first_moment,
 };
-constexpr int kRules = 6;
+constexpr int kRules = 9;
 
+// Whether a rule has Adam's moments.
 constexpr bool is_adam(Rule rule) { return rule != Rule::sgd && rule != Rule::sgd_momentum; }
+constexpr bool has_maximum(Rule rule) { return rule == Rule::adam_amsgrad || rule == Rule::amsbound; }
+constexpr bool is_bound(Rule rule) { return rule == Rule::adabound || rule == Rule::amsbound; }
 
 // The columns of a row of scalars, in the order of the fields of Adam::Scalars and Sgd::Scalars; after them
 // the number of the step, which stochastic rounding draws its random bits by, and the weight of a new
@@ -45,15 +51,16 @@ enum Scalar {
   SCALAR_EPS,
   SCALAR_STEP,
   SCALAR_EMA,
-  SCALARS,  // how many there are
+  SCALAR_HI,  // AdaBound's
+  SCALARS,    // how many there are
+  SCALAR_LO = SCALAR_INV_SQRT_BC2,
   SCALAR_MOMENTUM = SCALAR_W1,
   SCALAR_C1,
   SCALAR_C2,
   SCALAR_TAKE_G,
   SCALAR_TAKE_B,
 };
-constexpr int kRuleScalars = SCALAR_STEP;  // every rule has as many
-constexpr int kMaxStates = 3;              // exp_avg, exp_avg_sq, max_exp_avg_sq
+constexpr int kMaxStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
 FUSED_HD float fma(float a, float b, float c) { return std::fma(a, b, c); }
 FUSED_HD double fma(double a, double b, double c) { return std::fma(a, b, c); }
@@ -75,13 +82,14 @@ template <typename T> struct Decayed {
 template <typename T> FUSED_HD bool agree(T a, T b) { return (a > 0 && b > 0) || (a < 0 && b < 0); }
 template <typename T> FUSED_HD bool opposed(T a, T b) { return ((a > 0) & (b < 0)) | ((a < 0) & (b > 0)); }
 
-// Adam and AdamW: Algorithm 2 of arXiv 1711.05101.
+// Adam and AdamW: Algorithm 2 of arXiv 1711.05101; AdaBound and AMSBound: arXiv 1902.09843.
 template <Rule kRule> struct Adam {
-  static constexpr int kStates = kRule == Rule::adam_amsgrad ? 3 : 2;
+  static constexpr int kStates = has_maximum(kRule) ? 3 : 2;
   static constexpr int kSecondMoment = 1;  // the index of its state
 
   template <typename T> struct Scalars {
     T decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps;
+    T step, ema, hi;  // hi and, in place of inv_sqrt_bc2, lo are AdaBound's
   };
 
   template <typename T> FUSED_HD static T update(const Scalars<T>& s, T p0, T g0, T& m, T& v, T& vmax) {
@@ -89,15 +97,36 @@ template <Rule kRule> struct Adam {
     m = lerp(m, x.g, s.w1);
     v = fma(s.w2, x.g * x.g, fma(-s.w2, v, v));
     T second = v;
-    if constexpr (kRule == Rule::adam_amsgrad) {
+    if constexpr (has_maximum(kRule)) {
       vmax = (v > vmax || v != v) ? v : vmax;  // as torch.maximum: a NaN on either side stays
       second = vmax;
+    }
+    if constexpr (is_bound(kRule)) {
+      const T lo = s.inv_sqrt_bc2;
+      T rate = s.step_size / (std::sqrt(second) + s.eps);
+      rate = rate < lo ? lo : rate;  // keeps a NaN
+      rate = rate > s.hi ? s.hi : rate;
+      return fma(-rate, m, x.p);
     }
     const T denom = fma(std::sqrt(second), s.inv_sqrt_bc2, s.eps);
     T p = x.p, moved = m;
     if constexpr (kRule == Rule::adam_cautious_decay) p = opposed(m, p0) ? p0 : p;
     if constexpr (kRule == Rule::adam_cautious_update) moved *= agree(m, x.g) ? T(1) : T(0);  // keeps a NaN
     return fma(-s.step_size, moved / denom, p);
+  }
+};
+
+// Adam whose beta1 is 0. The weight of the first moment that was is 0, so none is kept.
+template <> struct Adam<Rule::adam_no_first_moment> {
+  static constexpr int kStates = 1;
+  static constexpr int kSecondMoment = 0;
+
+  template <typename T> using Scalars = Adam<Rule::adam>::Scalars<T>;
+
+  template <typename T> FUSED_HD static T update(Scalars<T> s, T p0, T g0, T& v, T&, T&) {
+    T m = 0, vmax = 0;
+    s.w1 = 1;
+    return Adam<Rule::adam>::update(s, p0, g0, m, v, vmax);
   }
 };
 

@@ -22,6 +22,8 @@ enum Hyper {
   HYPER_RECTIFY,     // 0, or what RAdam does
   HYPER_EMA_DECAY,   // of the average of the parameter
   HYPER_EMA_WARMUP,  // 1 where that decay grows to its value, else 0
+  HYPER_FINAL,       // of AdaBound: final_lr / base_lr
+  HYPER_GAMMA,       // of AdaBound; 0 of the others
   HYPERS,            // how many there are
   HYPER_MOMENTUM = HYPER_BETA1,
   HYPER_DAMPENING,
@@ -59,6 +61,13 @@ FUSED_HD void scalars_of(const double* hyper, double lr, double count, const Pow
         row[SCALAR_EPS] = 1;
         if (hyper[HYPER_RECTIFY] != RECTIFY) row[SCALAR_STEP_SIZE] = row[SCALAR_DECAY] = 0;
       }
+    }
+    if (hyper[HYPER_GAMMA] != 0) {
+      const double final = lr * hyper[HYPER_FINAL], reach = hyper[HYPER_GAMMA] * count;
+      const double near = final * reach / (reach + 1), far = final * (reach + 1) / reach;
+      row[SCALAR_STEP_SIZE] = T(step_size * std::sqrt(bc2));
+      row[SCALAR_LO] = T(final < 0 ? far : near);
+      row[SCALAR_HI] = T(final < 0 ? near : far);
     }
   } else {
     const double momentum = hyper[HYPER_MOMENTUM], dampening = hyper[HYPER_DAMPENING];

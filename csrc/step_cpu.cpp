@@ -95,7 +95,10 @@ struct NarrowKernels {
    Isa::template update<Sgd<false>, __VA_ARGS__>,                                                            \
    Isa::template update<Sgd<true>, __VA_ARGS__>,                                                             \
    Isa::template update<Adam<Rule::adam_cautious_decay>, __VA_ARGS__>,                                       \
-   Isa::template update<Adam<Rule::adam_cautious_update>, __VA_ARGS__>}
+   Isa::template update<Adam<Rule::adam_cautious_update>, __VA_ARGS__>,                                      \
+   Isa::template update<Adam<Rule::adabound>, __VA_ARGS__>,                                                  \
+   Isa::template update<Adam<Rule::amsbound>, __VA_ARGS__>,                                                  \
+   Isa::template update<Adam<Rule::adam_no_first_moment>, __VA_ARGS__>}
 #define FUSED_MASTERS(function)                                                                              \
   {                                                                                                          \
     {}, {function<Master::kahan, BFloat16>}, {function<Master::split16, BFloat16>}, {                        \
@@ -233,10 +236,12 @@ void fill_random(const NarrowKernels& k, const Row& row, uint32_t step, int64_t 
 }
 
 int states_of(Rule rule) {
-  if (is_adam(rule)) return rule == Rule::adam_amsgrad ? kMaxStates : Adam<Rule::adam>::kStates;
+  if (rule == Rule::adam_no_first_moment) return Adam<Rule::adam_no_first_moment>::kStates;
+  if (is_adam(rule)) return has_maximum(rule) ? kMaxStates : Adam<Rule::adam>::kStates;
   return rule == Rule::sgd ? Sgd<false>::kStates : Sgd<true>::kStates;
 }
 int second_moment_of(Rule rule) {
+  if (rule == Rule::adam_no_first_moment) return Adam<Rule::adam_no_first_moment>::kSecondMoment;
   return is_adam(rule) ? Adam<Rule::adam>::kSecondMoment : Sgd<false>::kSecondMoment;
 }
 
@@ -262,8 +267,9 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
   const Stream<T> g{&isa, static_cast<char*>(const_cast<void*>(row.g)), row.g_format, tiles[1]};
   Stream<T> x[kMaxStates];
   p.master = row.master, p.extra = static_cast<char*>(row.extra);
-  const unsigned random =
-      row.stochastic ? random_streams(p.format, p.master, states > 0, second >= 0, row.state_format) : 0;
+  const unsigned random = row.stochastic ? random_streams(p.format, p.master, states > 0 && second != 0,
+                                                          second >= 0, row.state_format)
+                                         : 0;
   p.random = random & RANDOM_PARAM;
   // An average takes parameters before they are rounded, and finds them in the L1 cache, a tile at a time.
   T* const ema = static_cast<T*>(row.ema);

@@ -246,8 +246,8 @@ average(const Tile<kWhole, kWidth>& tile, float* ema, const Vector<float, kWidth
   tile.store(ema, x);
 }
 
-template <class R, class P, class S, Master kMaster> constexpr unsigned kRandomStreams =
-    random_streams(kFormat<P>, kMaster, R::kStates > 0, R::kSecondMoment >= 0, kFormat<S>);
+template <class R, class P, class S, Master kMaster> constexpr unsigned kRandomStreams = random_streams(
+    kFormat<P>, kMaster, R::kStates > 0 && R::kSecondMoment != 0, R::kSecondMoment >= 0, kFormat<S>);
 
 template <class R, bool kStochastic, bool kWhole, int kWidth, class P, class G, class S, Master kMaster>
 __device__ __forceinline__ void step_span(const typename R::template Scalars<float>& s,
@@ -256,13 +256,16 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
   constexpr unsigned kRandom = kStochastic ? kRandomStreams<R, P, S, kMaster> : 0;
   constexpr bool kAverages = kWidth <= 4;
   using ThreadTile = Tile<kWhole, kWidth>;
+  constexpr bool kNoFirst = R::kSecondMoment == 0;
+  using Moment0 = std::conditional_t<kNoFirst, SecondMoment, FirstMoment>;
+  constexpr bool kRandom0 = kRandom & (kNoFirst ? RANDOM_SECOND_MOMENT : RANDOM_FIRST_MOMENT);
   for (ThreadTile tile{begin + ThreadTile::first(), end}; tile.any(); tile.i += kThreads * kWidth) {
     Vector<P, kWidth> p = tile.load(to.p);
     const Vector<G, kWidth> g = tile.load(to.g);
     Vector<typename ExtraOf<kMaster, P>::type, kWidth> extra;
     if constexpr (kMaster != Master::none) extra = tile.load(to.extra);
     Vector<float, kWidth> x0{}, x1{}, x2{};
-    if constexpr (R::kStates > 0) x0 = read_moment<FirstMoment>(tile, to.s0, to.scales0);
+    if constexpr (R::kStates > 0) x0 = read_moment<Moment0>(tile, to.s0, to.scales0);
     if constexpr (R::kStates > 1) x1 = read_moment<SecondMoment>(tile, to.s1, to.scales1);
     if constexpr (R::kStates > 2) x2 = read_moment<SecondMoment>(tile, to.s2, to.scales1);
     Vector<float, kWidth> stepped;  // before it is rounded
@@ -286,8 +289,7 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
     }
     tile.store(to.p, p);
     if constexpr (kMaster != Master::none) tile.store(to.extra, extra);
-    if constexpr (R::kStates > 0)
-      write_moment<FirstMoment, (kRandom & RANDOM_FIRST_MOMENT) != 0>(tile, to.s0, to.scales0, x0, words);
+    if constexpr (R::kStates > 0) write_moment<Moment0, kRandom0>(tile, to.s0, to.scales0, x0, words);
     if constexpr (R::kStates > 1)
       write_moment<SecondMoment, (kRandom & RANDOM_SECOND_MOMENT) != 0>(tile, to.s1, to.scales1, x1, words);
     if constexpr (R::kStates > 2) write_moment<SecondMoment, false>(tile, to.s2, to.scales1, x2, words);
@@ -468,13 +470,17 @@ template <class R, class P, class G, Master kMaster> StepKernel kernel_of(Format
   }
 }
 
-template <class R> constexpr bool kCautious = false;
-template <> constexpr bool kCautious<Adam<Rule::adam_cautious_decay>> = true;
-template <> constexpr bool kCautious<Adam<Rule::adam_cautious_update>> = true;
+// Rules that few use are compiled for fewer formats.
+template <class R> constexpr bool kFew = false;
+template <> constexpr bool kFew<Adam<Rule::adam_cautious_decay>> = true;
+template <> constexpr bool kFew<Adam<Rule::adam_cautious_update>> = true;
+template <> constexpr bool kFew<Adam<Rule::adabound>> = true;
+template <> constexpr bool kFew<Adam<Rule::amsbound>> = true;
+template <> constexpr bool kFew<Adam<Rule::adam_no_first_moment>> = true;
 
 template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
   const bool plain = v.master == Master::none && !v.stochastic && v.state != Format::i8;
-  if constexpr (!kCautious<R>) {
+  if constexpr (!kFew<R>) {
     if (plain) {
       if constexpr (R::kStates == 0) return step_kernel<R, P, G, P, Master::none, false>;
       switch (v.state) {
@@ -486,8 +492,8 @@ template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
   }
   // The other formats are compiled for gradients of float32 or of the parameter's type, and for moments of
   // float32, bfloat16 or int8. That is half as many kernels again; every mix would be four times as many.
-  // Cautious rules are compiled for gradients of the parameter's type, and these moments.
-  if constexpr (std::is_same<G, P>::value || (std::is_same<G, float>::value && !kCautious<R>)) {
+  // Few are compiled for gradients of the parameter's type alone, and these moments.
+  if constexpr (std::is_same<G, P>::value || (std::is_same<G, float>::value && !kFew<R>)) {
     if (v.master == Master::none) return kernel_of<R, P, G, Master::none>(v.state, v.stochastic);
     if constexpr (sizeof(P) == 2)
       if (v.master == Master::fp32) return kernel_of<R, P, G, Master::fp32>(v.state, v.stochastic);
@@ -523,7 +529,10 @@ StepKernel kernel_of(const Variant& v) {
   case Rule::sgd: return kernel_of<Sgd<false>>(v);
   case Rule::sgd_momentum: return kernel_of<Sgd<true>>(v);
   case Rule::adam_cautious_decay: return kernel_of<Adam<Rule::adam_cautious_decay>>(v);
-  default: return kernel_of<Adam<Rule::adam_cautious_update>>(v);
+  case Rule::adam_cautious_update: return kernel_of<Adam<Rule::adam_cautious_update>>(v);
+  case Rule::adabound: return kernel_of<Adam<Rule::adabound>>(v);
+  case Rule::amsbound: return kernel_of<Adam<Rule::amsbound>>(v);
+  default: return kernel_of<Adam<Rule::adam_no_first_moment>>(v);
   }
 }
 

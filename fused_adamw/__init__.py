@@ -1,8 +1,9 @@
-"""Fused AdamW, Adam, RAdam, SGDW and SGD: one launch for each device, format and rule steps all parameters."""
+"""Fused AdamW, Adam, RAdam, AdaBound, SGDW and SGD: a launch for each device, format and rule steps all parameters."""
 
 from pathlib import Path as _Path
 
 from fused_adamw._version import __version__
+from fused_adamw.adabound import AdaBound, AdaBoundW
 from fused_adamw.backends import capabilities
 from fused_adamw.optimizers import SGD, SGDW, Adam, AdamW, RAdam
 from fused_adamw.release import release_gradients
@@ -11,6 +12,8 @@ from fused_adamw.schedules import CosineWarmRestarts, normalized_weight_decay, p
 __all__ = [
     "SGD",
     "SGDW",
+    "AdaBound",
+    "AdaBoundW",
     "Adam",
     "AdamW",
     "CosineWarmRestarts",

@@ -104,7 +104,7 @@ class FusedOptimizer(Averages, Optimizer):
             full = {**self.defaults, **param_group}
             if not param_group.keys() <= {"params", "param_names"}:  # the defaults are checked already
                 options.check(full, index)
-            if full.get("decouple_lr"):
+            if options.needs_base_lr(full):
                 param_group.setdefault("base_lr", options.as_float("lr", full["lr"]))
             if full.get("rounding") == "stochastic":
                 param_group.setdefault("seed", full.get("seed", 0))  # a checkpoint has to have it

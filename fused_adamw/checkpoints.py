@@ -17,6 +17,7 @@ from fused_adamw.contract import Owner, Storage, counts_on_device
 _GROUP_KEYS = {
     "adam": ("lr", "betas", "eps", "weight_decay"),
     "radam": ("lr", "betas", "eps", "weight_decay"),
+    "adabound": ("lr", "betas", "final_lr", "gamma", "eps", "weight_decay"),
     "sgd": ("lr", "momentum", "dampening", "weight_decay"),
 }
 _OURS = {family: options.ours(family) for family in _GROUP_KEYS}
@@ -44,6 +45,9 @@ def export(exported: dict[str, Any], family: str) -> dict[str, Any]:
     """Turn a state_dict of ours into one of torch.optim's class: torch's keys, floating moments, no masters."""
     exported["state"] = {key: state.plain(own) for key, own in exported["state"].items()}
     for group in exported["param_groups"]:
+        if not group.get("first_moment", True):  # torch's class needs one, and with betas[0] = 0 any will do
+            for own in filter(None, map(exported["state"].get, group["params"])):
+                own.setdefault("exp_avg", torch.zeros_like(own["exp_avg_sq"]))
         for key in (*options.ours(family), "base_lr"):
             group.pop(key, None)
     return exported
@@ -252,7 +256,8 @@ def _check_state(
 ) -> Storage:
     shaped = tensor_checks.check_state(p, group, names, saved)
     found = {key.removesuffix("_codes"): value for key, value in saved.items() if not state.is_missing(value)}
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in found]
+    needed = ("step", *(name for name in ("exp_avg", "exp_avg_sq") if name in names))
+    missing = [key for key in needed if key not in found]
     if found and missing and optimizer.family != "sgd":
         raise ValueError(f"its state {_lacks(missing, found)}")
     storage = tensor_checks.check_storage(p, group, names, saved)
@@ -275,8 +280,10 @@ def complete_groups(optimizer: Any, before: list[dict[str, Any]], decoupled: boo
     for i, group in enumerate(optimizer.param_groups):
         full = before[i] if i < len(before) else optimizer.defaults
         group.update((key, full[key]) for key in full if key not in group and key != "base_lr")
-        if group.get("decouple_lr"):
-            group.setdefault("base_lr", options.as_float("lr", group.get("initial_lr", group["lr"])))
+        if options.needs_base_lr(group):
+            # AdaBound's authors take the base from the constructor: that of this group, where a checkpoint is theirs.
+            made_with = full.get("base_lr", group["lr"]) if "amsbound" in group else group["lr"]
+            group.setdefault("base_lr", options.as_float("lr", group.get("initial_lr", made_with)))
         if decoupled is not None:
             put(group, "decoupled_weight_decay", decoupled)
         if i < len(before):

@@ -207,9 +207,8 @@ def write(row: Row, t: Tensors, p: Tensor, states: list[Tensor], step: int) -> N
         write_master(row.master, p, t.p, t.master_data)
     else:
         _store(p, t.p, word >> 16 if word is not None and random.param else None)
-    of_moments = random.first_moment, random.second_moment, False  # the third is max_exp_avg_sq
-    for j, x in enumerate(states):
-        drawn = word if of_moments[j] else None
+    for j, x in enumerate(states):  # the third is max_exp_avg_sq
+        drawn = word if (random.second_moment if j == row.second_moment else random.first_moment and j == 0) else None
         if t.scales:
             codes, scales = encode(x, j == row.second_moment, drawn)
             flat(t.states[j]).copy_(codes)

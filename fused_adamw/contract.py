@@ -19,6 +19,9 @@ FAMILIES = {
     "sgd_momentum": "sgd",
     "adam_cautious_decay": "adam",
     "adam_cautious_update": "adam",
+    "adabound": "adabound",
+    "amsbound": "adabound",
+    "adam_no_first_moment": "adam",
 }
 #: How many states each rule moves.
 STATES = {
@@ -28,13 +31,21 @@ STATES = {
     "sgd_momentum": 1,
     "adam_cautious_decay": 2,
     "adam_cautious_update": 2,
+    "adabound": 2,
+    "amsbound": 3,
+    "adam_no_first_moment": 1,
 }
 #: The key of the average of the parameter in the state.
 EMA = "ema"
 #: The key of each master's data in the state.
 MASTER_KEYS = {"kahan": "compensation", "split16": "lower_half", "fp32": "master"}
 
-Scalars = list[tuple[float, ...]]  # rows of layout.SCALARS numbers, the fields of scalars.Adam or scalars.Sgd
+Scalars = list[tuple[float, ...]]  # rows of layout.SCALARS numbers, the fields of a class in scalars.py
+
+
+def second_moment_of(rule: str) -> int:
+    """Return the index of the second moment among the states of a rule; -1 if there is none."""
+    return -1 if FAMILIES[rule] == "sgd" else 0 if rule == "adam_no_first_moment" else 1
 
 
 class RandomStreams(NamedTuple):
@@ -45,13 +56,15 @@ class RandomStreams(NamedTuple):
     second_moment: bool = False
 
 
-def random_streams(p: torch.dtype, master: str, states: int, state: torch.dtype | None) -> RandomStreams:
-    """Return the streams that rounding="stochastic" is for, of a rule with so many states; Python decides it here."""
+def random_streams(
+    p: torch.dtype, master: str, first_moment: bool, second_moment: bool, state: torch.dtype | None
+) -> RandomStreams:
+    """Return the streams that rounding="stochastic" is for, of a rule with these moments; Python decides it here."""
     codes = state is torch.int8
     return RandomStreams(
         param=p is torch.bfloat16 and master == "none",
-        first_moment=codes and states > 0,
-        second_moment=states > 1 and (codes or state is torch.bfloat16),
+        first_moment=first_moment and codes,
+        second_moment=second_moment and (codes or state is torch.bfloat16),
     )
 
 
@@ -95,15 +108,16 @@ class Variant(NamedTuple):
 
     @property
     def is_adam(self) -> bool:
-        """Whether the rule is Adam's, with a second moment."""
-        return FAMILIES[self.rule] == "adam"
+        """Whether the rule is Adam's or AdaBound's, with a second moment."""
+        return FAMILIES[self.rule] != "sgd"
 
     @property
     def random_streams(self) -> RandomStreams:
         """Which streams are rounded stochastically."""
         if not self.stochastic:
             return RandomStreams()
-        return random_streams(self.p, self.master, STATES[self.rule], self.state)
+        second = second_moment_of(self.rule)
+        return random_streams(self.p, self.master, STATES[self.rule] > 0 and second != 0, second >= 0, self.state)
 
 
 class Clipping(NamedTuple):
@@ -198,7 +212,7 @@ class Row:
     @property
     def second_moment(self) -> int:
         """The index of the second moment among the states; -1 if there is none."""
-        return 1 if self.family == "adam" else -1
+        return second_moment_of(self.rule)
 
     @property
     def variant(self) -> Variant:

@@ -38,7 +38,8 @@ def storage_of(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...]) -> S
         raise TypeError(f"{p.dtype} with int8 moments is not supported: give this group another state_dtype")
     declared = group.get("state_dtype")
     state = torch.int8 if int8 else None if declared in INT8 else declared
-    stochastic = stochastic and any(random_streams(p.dtype, master, len(names), state))
+    moments = names[:1] not in ((), (SECOND,)), SECOND in names
+    stochastic = stochastic and any(random_streams(p.dtype, master, *moments, state))
     return Storage(master, stochastic, int8, ema=group.get("ema_decay") is not None)
 
 

@@ -33,13 +33,14 @@ ADDRESSES = (COL_PARAM, COL_GRAD, *range(COL_STATE, COL_NUMEL), COL_EXTRA, *rang
 SHARD_ALIGNED = 2  # offset, run and skip are multiples of 8, or nothing is drawn by them
 ALIGNED = 1  # SHARD_ALIGNED, and every address is a multiple of 16
 
-# Columns of scalars, by family; the fields of scalars.Adam and scalars.Sgd.
+# Columns of scalars, by family; the fields of scalars.Adam, scalars.Bound and scalars.Sgd.
 SCALAR_DECAY, SCALAR_L2, SCALAR_GRAD_FACTOR = 0, 1, 2
 SCALAR_W1, SCALAR_W2, SCALAR_STEP_SIZE, SCALAR_INV_SQRT_BC2, SCALAR_EPS = 3, 4, 5, 6, 7
 SCALAR_MOMENTUM, SCALAR_C1, SCALAR_C2, SCALAR_TAKE_G, SCALAR_TAKE_B = 3, 4, 5, 6, 7
 SCALAR_STEP = 8
 SCALAR_EMA = 9  # how much of the new parameter its average takes
-SCALARS = 10
+SCALAR_LO, SCALAR_HI = SCALAR_INV_SQRT_BC2, 10  # AdaBound's
+SCALARS = 11
 SCALARS_BYTES = 4 * SCALARS
 
 # Columns of hyper, by family. The decay is lr / base_lr * HYPER_DECAY, so a base_lr of 1 makes it torch's.
@@ -53,7 +54,9 @@ HYPER_MOMENTUM, HYPER_DAMPENING, HYPER_FLAGS = 5, 6, 7
 HYPER_RECTIFY = 8  # 0, or what RAdam does
 HYPER_EMA_DECAY = 9  # of the average of the parameter
 HYPER_EMA_WARMUP = 10  # 1 where that decay grows to its value, else 0
-HYPERS = 11
+HYPER_FINAL = 11  # of AdaBound: final_lr / base_lr
+HYPER_GAMMA = 12  # of AdaBound; 0 of the others
+HYPERS = 13
 
 # Bits of HYPER_FLAGS.
 NESTEROV, LR_IN_MOMENTUM = 1, 2

@@ -1,6 +1,5 @@
 """Defines the classes: torch.optim's arguments, the formula, and which rule steps a group."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +41,7 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         decouple_lr: bool = False,
         cautious: Cautious | None = None,
+        first_moment: bool = True,
         state_dtype: StateDtype | None = None,
         rounding: Rounding = "nearest",
         master: Master | None = None,
@@ -56,7 +56,7 @@ class Adam(FusedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": _floats(betas),
+            "betas": options.floats(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -65,6 +65,7 @@ class Adam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "decouple_lr": decouple_lr,
             "cautious": cautious,
+            "first_moment": first_moment,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "master": master,
@@ -88,22 +89,14 @@ class Adam(FusedOptimizer):
     def rule_of(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         if group["amsgrad"]:
             return "adam_amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        if not group.get("first_moment", True):
+            return "adam_no_first_moment", ("exp_avg_sq",)
         return _adam_rule(group), ("exp_avg", "exp_avg_sq")
 
 
 def _adam_rule(group: dict[str, Any]) -> str:
     cautious = group.get("cautious")
     return f"adam_cautious_{cautious}" if cautious else "adam"
-
-
-def _floats(betas: Sequence[float | Tensor]) -> tuple[float, ...]:
-    if not hasattr(betas, "__len__"):
-        raise TypeError(f"betas must be two numbers, and is {betas!r}")
-    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
-        raise ValueError("betas must be either both floats or both Tensors")
-    return tuple(
-        options.as_float(f"betas[{i}]" if isinstance(beta, Tensor) else "beta", beta) for i, beta in enumerate(betas)
-    )
 
 
 @documented
@@ -149,6 +142,7 @@ class AdamW(Adam):
         fused: bool | None = None,
         decouple_lr: bool = False,
         cautious: Cautious | None = None,
+        first_moment: bool = True,
         state_dtype: StateDtype | None = None,
         rounding: Rounding = "nearest",
         master: Master | None = None,
@@ -176,6 +170,7 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             decouple_lr=decouple_lr,
             cautious=cautious,
+            first_moment=first_moment,
             state_dtype=state_dtype,
             rounding=rounding,
             master=master,
@@ -239,7 +234,7 @@ class RAdam(FusedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": _floats(betas),
+            "betas": options.floats(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,

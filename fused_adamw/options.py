@@ -39,21 +39,23 @@ class Option(NamedTuple):
     replans: bool = False  # a change makes the plans stale
 
 
+_ALL = ("adam", "radam", "adabound", "sgd")
 OPTIONS = {
     "decoupled_weight_decay": Option(False, ours=("sgd",)),
-    "decouple_lr": Option(False, ours=("adam", "radam", "sgd")),
+    "decouple_lr": Option(False, ours=_ALL),
     "cautious": Option(None, ours=("adam", "radam")),
+    "first_moment": Option(True, ours=("adam",)),
     "lr_in_momentum": Option(False, ours=("sgd",)),
     "degenerated_to_sgd": Option(True, ours=("radam",)),
     "capturable": Option(False, ours=("sgd",), kept=True, replans=True),
-    "state_dtype": Option(None, ours=("adam", "radam", "sgd"), kept=True, replans=True),
-    "rounding": Option("nearest", ours=("adam", "radam", "sgd"), kept=True, replans=True),
-    "master": Option(None, ours=("adam", "radam", "sgd"), kept=True, replans=True),
-    "lr_mult": Option(1.0, ours=("adam", "radam", "sgd")),
-    "wd_mult": Option(1.0, ours=("adam", "radam", "sgd")),
-    "seed": Option(0, ours=("adam", "radam", "sgd"), replans=True),
-    "ema_decay": Option(None, ours=("adam", "radam", "sgd"), kept=True),
-    "ema_warmup": Option(False, ours=("adam", "radam", "sgd"), kept=True),
+    "state_dtype": Option(None, ours=_ALL, kept=True, replans=True),
+    "rounding": Option("nearest", ours=_ALL, kept=True, replans=True),
+    "master": Option(None, ours=_ALL, kept=True, replans=True),
+    "lr_mult": Option(1.0, ours=_ALL),
+    "wd_mult": Option(1.0, ours=_ALL),
+    "seed": Option(0, ours=_ALL, replans=True),
+    "ema_decay": Option(None, ours=_ALL, kept=True),
+    "ema_warmup": Option(False, ours=_ALL, kept=True),
 }
 KEPT = tuple(name for name, option in OPTIONS.items() if option.kept)
 REPLANS = tuple(name for name, option in OPTIONS.items() if option.replans)
@@ -62,6 +64,10 @@ REPLAN_DEFAULTS = tuple(OPTIONS[name].default for name in REPLANS)
 NEEDED = {
     "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
     "radam": ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay"),
+    "adabound": (
+        *("lr", "betas", "final_lr", "gamma", "eps", "weight_decay", "amsbound"),
+        *("maximize", "decoupled_weight_decay", "base_lr"),
+    ),
     "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
 }
 #: Arguments of the constructor that hold for all groups.
@@ -93,6 +99,11 @@ its steps ascend, as in torch, with a warning. Schedules may end a little below 
     "weight_decay": "weight decay λ.",
     "nesterov": "use Nesterov's momentum: :math:`g_t + \\mu b_t` in place of :math:`b_t`.",
     "amsgrad": "divide by the maximum of all v_t so far (arXiv 1904.09237).",
+    "final_lr": """\
+learning rate α that the bounds come together at, as in SGD; it is scaled by lr / base_lr, so that a schedule moves it
+too. base_lr is the learning rate that the group was made with, and is saved with the group.""",
+    "gamma": "speed γ at which the bounds come together, above 0 and below 1.",
+    "amsbound": "divide by the maximum of all v_t so far: AMSBound.",
     "foreach": "torch's choice of an implementation. The step is always fused: True is refused.",
     "differentiable": "True is refused: a fused step has no derivative.",
     "fused": "torch's choice of an implementation. The step is always fused: any value is accepted.",
@@ -111,6 +122,9 @@ with. torch's decay is lr times λ.""",
 ``"decay"`` decays only elements in which m_t and θ do not have opposite signs (arXiv 2510.12402), and needs decoupled
 weight decay; ``"update"`` updates only elements in which m_t and the gradient have the same sign (arXiv 2411.16085,
 without its rescaling by the share of such elements). Not with ``amsgrad``.""",
+    "first_moment": """\
+False keeps no ``exp_avg``, and moves 20 bytes an element where float32 takes 28. It needs ``betas[0] = 0``, with which
+the first moment is the gradient: the step is the same. Not with ``amsgrad`` or ``cautious``.""",
     "lr_in_momentum": "use the paper's momentum, in which a change of the learning rate acts on new gradients only.",
     "state_dtype": """\
 how moments are stored, a dtype or its name; by default float32, or float64 for float64 parameters. ``"int8"`` stores
@@ -222,7 +236,7 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
     A step takes what torch's takes: a negative number, and Nesterov's momentum without one. Loading takes a negative
     number of rounding size, with which a run may have ended.
     """
-    read = (*_NOT_NEGATIVE, "dampening", *(("base_lr",) if group.get("decouple_lr") else ()))
+    read = (*_NOT_NEGATIVE, "dampening", *(("base_lr",) if needs_base_lr(group) else ()))
     numbers = {name: as_float(name, group[name]) for name in read if name in group}
     for name, text in _NOT_NEGATIVE.items():
         value = numbers.get(name, 0.0)
@@ -245,15 +259,19 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     _check_cautious(group)
     _check_ema(group)
-    if not group.get("decouple_lr"):
+    _check_first_moment(group)
+    if "amsbound" in group:
+        _check_bounds(group)
+    if not needs_base_lr(group):
         return
-    if not group.get("decoupled_weight_decay"):
+    if group.get("decouple_lr") and not group.get("decoupled_weight_decay"):
         raise ValueError("decouple_lr=True needs decoupled weight decay: use AdamW or SGDW, or drop it")
     if at == "step" and "base_lr" not in group:
         raise ValueError("decouple_lr=True, set by hand, needs the group's 'base_lr' too: a positive float")
     if not numbers.get("base_lr", numbers["lr"]) > 0:
+        scaled = "AdaBound scales final_lr" if "amsbound" in group else "decouple_lr=True scales the decay"
         raise ValueError(
-            "decouple_lr=True scales the decay by lr / base_lr, and base_lr, the lr the group was made with, is "
+            f"{scaled} by lr / base_lr, and base_lr, the lr the group was made with, is "
             f"{group.get('base_lr', group['lr'])}: make the group with a positive lr, or give it a positive 'base_lr'"
         )
 
@@ -274,6 +292,34 @@ def _check_ema(group: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid ema_decay: {decay}, it must be None, or at least 0 and below 1")
 
 
+def _check_first_moment(group: Mapping[str, Any]) -> None:
+    kept = group.get("first_moment", True)
+    if not isinstance(kept, bool):
+        raise ValueError(f"first_moment={kept!r}: must be True or False")
+    if kept:
+        return
+    for name in ("amsgrad", "cautious"):
+        if group.get(name):
+            raise ValueError(f"first_moment=False with {name}={group[name]!r} is not supported: drop one of them")
+    if (beta := as_float("beta", group["betas"][0])) != 0:
+        raise ValueError(
+            f"first_moment=False needs betas[0] = 0, and it is {beta}: give betas=(0.0, {group['betas'][1]}), and "
+            "cycle_momentum=False to a scheduler that would change it, or leave out first_moment=False"
+        )
+
+
+def _check_bounds(group: Mapping[str, Any]) -> None:
+    if not 0 <= as_float("final_lr", group["final_lr"]) < math.inf:
+        raise ValueError(f"Invalid final learning rate: {group['final_lr']}")
+    if not 0 < as_float("gamma", group["gamma"]) < 1:
+        raise ValueError(f"Invalid gamma parameter: {group['gamma']}, it must be above 0 and below 1")
+
+
+def needs_base_lr(group: Mapping[str, Any]) -> bool:
+    """Return whether steps of a group depend on the learning rate that it was made with."""
+    return bool(group.get("decouple_lr")) or "amsbound" in group
+
+
 def number(group: Mapping[str, Any], name: str) -> float:
     """Return a hyperparameter as a float: 0.0 for a negative one of rounding size, with which a schedule may end.
 
@@ -290,6 +336,15 @@ def number(group: Mapping[str, Any], name: str) -> float:
 def ascends(group: Mapping[str, Any]) -> bool:
     """Return whether the learning rate is negative by more than rounding; never of one that only a device can read."""
     return getattr(group["lr"], "is_cpu", True) and number(group, "lr") < 0
+
+
+def floats(betas: Sequence[float | Tensor]) -> tuple[float, ...]:
+    """Return betas as floats; raise TypeError or ValueError, in torch's words, for a mix of numbers and tensors."""
+    if not hasattr(betas, "__len__"):
+        raise TypeError(f"betas must be two numbers, and is {betas!r}")
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError("betas must be either both floats or both Tensors")
+    return tuple(as_float(f"betas[{i}]" if isinstance(beta, Tensor) else "beta", beta) for i, beta in enumerate(betas))
 
 
 def as_float(name: str, value: Any) -> float:
@@ -337,9 +392,10 @@ def _check_storage(group: Mapping[str, Any]) -> None:
     seed = group.get("seed", 0)
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 1 << 63:
         raise ValueError(f"seed={seed!r}: must be a whole number from 0 to 2**63 - 1")
-    if group.get("state_dtype") in INT8 and group.get("amsgrad"):
+    if group.get("state_dtype") in INT8 and (group.get("amsgrad") or group.get("amsbound")):
+        name = "amsbound" if group.get("amsbound") else "amsgrad"
         raise ValueError(
-            "state_dtype='int8' with amsgrad=True is not supported, because a running maximum keeps int8's errors: "
+            f"state_dtype='int8' with {name}=True is not supported, because a running maximum keeps int8's errors: "
             "use state_dtype=torch.bfloat16"
         )
     declared = group.get("state_dtype")

@@ -269,7 +269,7 @@ def _row_of(
         rule=item.rule,
         p=p.dtype.to_real(),
         g=kind.dtype,
-        state=owner.state[item.param][moments[0]].dtype.to_real() if moments else p.dtype.to_real(),
+        state=torch.int8 if storage.int8 else (owner.state[item.param][moments[0]] if moments else p).dtype.to_real(),
         numel=p.numel() * (2 if p.is_complex() else 1),
         names=item.names,
         storage=storage,

@@ -16,6 +16,8 @@ rounds once, to nearest even)::
            p = fma(-step_size, m / fma(sqrt(v), inv_sqrt_bc2, eps), p)
            with cautious decay p is as before the decay where m and p had opposite signs; a cautious update has
            m * (m * g > 0) in place of m in the last line, the product taken as exact
+    adabound: m and v, or vmax with amsbound, as adam has them; then
+           p = fma(-min(max(step_size / (sqrt(v) + eps), lo), hi), m, p)
     sgd:   b = fma(c1, g, momentum * b)                      momentum only
            p = fma(-c2, fma(take_b, b, take_g * g), p)
     both:  ema = lerp(ema, p, 1 - ema_decay)                 where one is kept, by p before its rounding to storage
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from fused_adamw import codecs, scalars
 from fused_adamw.contract import Owner, Row, Scalars, Watch
+from fused_adamw.layout import SCALAR_STEP
 
 
 def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
@@ -53,6 +56,13 @@ def decayed(p: Tensor, g: Tensor, decay: float, l2: float, grad_factor: float) -
     p = fma(-decay, p, p)
     g = fma(l2, p, grad_factor * g)
     return p, g
+
+
+def moments(m: Tensor, v: Tensor, vmax: Tensor | None, g: Tensor, w1: float, w2: float) -> Tensor:
+    """Move Adam's moments, in place; return the second one that the step divides by."""
+    m.lerp_(g, w1)  # line 7: m = β1·m + (1-β1)·g
+    v.copy_(fma(w2, g * g, fma(-w2, v, v)))  # line 8: v = β2·v + (1-β2)·g²
+    return v if vmax is None else vmax.copy_(vmax.maximum(v))
 
 
 def adam(
@@ -78,11 +88,7 @@ def adam(
     (update) without the division by the mean of the mask, which takes a pass of its own.
     """
     x, g = decayed(p, g, decay, l2, grad_factor)
-    m.lerp_(g, w1)  # line 7: m = β1·m + (1-β1)·g
-    v.copy_(fma(w2, g * g, fma(-w2, v, v)))  # line 8: v = β2·v + (1-β2)·g²
-    if vmax is not None:
-        vmax.copy_(vmax.maximum(v))
-        v = vmax
+    v = moments(m, v, vmax, g, w1, w2)
     moved = m
     if rule == "adam_cautious_decay":
         x = torch.where(m.sign() * p.sign() < 0, p, x)
@@ -90,6 +96,30 @@ def adam(
         moved = m * (m.sign() * g.sign() > 0)  # keeps a NaN
     # lines 9, 10 and 12: step_size·m = η_t·α·m̂, sqrt(v)·inv_sqrt_bc2 = √v̂
     p.copy_(fma(-step_size, moved / (v.sqrt() * inv_sqrt_bc2 + eps), x))
+
+
+def adabound(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    vmax: Tensor | None,
+    *,
+    decay: float,
+    l2: float,
+    grad_factor: float,
+    w1: float,
+    w2: float,
+    step_size: float,
+    lo: float,
+    eps: float,
+    hi: float,
+) -> None:
+    """Step AdaBound or AdaBoundW once, in place (arXiv 1902.09843, with the corrections of its authors' code)."""
+    x, g = decayed(p, g, decay, l2, grad_factor)
+    v = moments(m, v, vmax, g, w1, w2)
+    rate = (step_size / (v.sqrt() + eps)).clamp(lo, hi)  # keeps a NaN
+    p.copy_(fma(-rate, m, x))
 
 
 def sgd(
@@ -147,22 +177,26 @@ class Launch:
         tensors = row.tensors(owner)
         if row.counts_on_device:
             tensors.step.add_(1)
-        values = self._scalars_of(owner, row, tensors.step)._asdict()
+        numbers = self._scalars_of(owner, row, tensors.step)
+        values = dict(zip(numbers._fields[:SCALAR_STEP], numbers, strict=False))
         values["grad_factor"] *= factor
-        step, weight = int(values.pop("step")), values.pop("ema")
+        step = int(numbers.step)
         p, *states = codecs.read(row, tensors, torch.float64 if row.p is torch.float64 else torch.float32)
         g = tensors.g.to(p.dtype)
-        if row.family == "adam":
-            m, v, *vmax = states
-            adam(p, g, m, v, vmax[0] if vmax else None, rule=row.rule, **values)
-        else:
+        if row.family == "sgd":
             sgd(p, g, states[0] if states else None, **values)
+        else:
+            m, v, *rest = states if len(states) > 1 else (torch.zeros_like(g), *states)  # with beta1 = 0 any m would do
+            vmax = rest[0] if rest else None
+            if row.family == "adabound":
+                adabound(p, g, m, v, vmax, **values, hi=numbers.hi)
+            else:
+                adam(p, g, m, v, vmax, rule=row.rule, **values)
         if tensors.ema is not None:
-            tensors.ema.lerp_(p, weight)
+            tensors.ema.lerp_(p, numbers.ema)
         codecs.write(row, tensors, p, states, step)
 
-    def _scalars_of(self, owner: Owner, row: Row, step: Tensor) -> scalars.Adam | scalars.Sgd:
+    def _scalars_of(self, owner: Owner, row: Row, step: Tensor) -> scalars.Adam | scalars.Bound | scalars.Sgd:
         if row.counts_on_device:
             return scalars.ROWS[owner.family](owner.param_groups[row.group], step.item())
-        kind = scalars.Adam if row.family == "adam" else scalars.Sgd
-        return kind(*self.scalars[self.watch.scalars_of(row.slot)])
+        return scalars.KINDS[row.family](*self.scalars[self.watch.scalars_of(row.slot)])

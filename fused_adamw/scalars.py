@@ -2,9 +2,9 @@
 
 Only this code tells AdamW from Adam, SGDW from SGD, and torch's conventions from the paper's. The fields of a row are
 the arguments of the rules in ``reference.py``, and the step, which stochastic rounding draws by; their order is that of
-the structs in ``csrc/rules.h``. Steps that are counted on the host take their rows from ``csrc/scalars.h``, which
-computes the same from ``HYPER``. ``adam``, ``radam`` and ``sgd`` here are for the reference backend and for when that
-is not built, and are its oracle in the tests.
+``layout.py``. Steps that are counted on the host take their rows from ``csrc/scalars.h``, which computes the same from
+``HYPER``. ``adam``, ``radam``, ``adabound`` and ``sgd`` here are for the reference backend and for when that is not
+built, and are its oracle in the tests.
 """
 
 import math
@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fused_adamw import options
-from fused_adamw.layout import LR_IN_MOMENTUM, NESTEROV, RECTIFY, RECTIFY_OR_WAIT
+from fused_adamw.layout import (
+    HYPER_BETA2,
+    HYPER_FINAL,
+    HYPER_GAMMA,
+    HYPER_LR,
+    LR_IN_MOMENTUM,
+    NESTEROV,
+    RECTIFY,
+    RECTIFY_OR_WAIT,
+)
 
 
 class Adam(NamedTuple):
@@ -30,6 +39,23 @@ class Adam(NamedTuple):
     eps: float
     step: float
     ema: float
+    hi: float = 0.0  # of Bound alone
+
+
+class Bound(NamedTuple):
+    """Holds a row of scalars for the rule ``reference.adabound``."""
+
+    decay: float
+    l2: float
+    grad_factor: float
+    w1: float
+    w2: float
+    step_size: float
+    lo: float
+    eps: float
+    step: float
+    ema: float
+    hi: float
 
 
 class Sgd(NamedTuple):
@@ -45,6 +71,7 @@ class Sgd(NamedTuple):
     take_b: float
     step: float
     ema: float
+    hi: float = 0.0  # of Bound alone
 
 
 def adam(group: Mapping[str, Any], step: float) -> Adam:
@@ -84,6 +111,19 @@ def radam(group: Mapping[str, Any], step: float) -> Adam:
     return row if group.get("degenerated_to_sgd", True) else row._replace(step_size=0.0, decay=0.0)
 
 
+def adabound(group: Mapping[str, Any], step: float) -> Bound:
+    """Return the row of AdaBound and AMSBound at their ``step``-th step (1 at the first), as their authors' code.
+
+    The bounds of the rates come together at final_lr * lr / base_lr; where that is negative, they change places.
+    """
+    row = adam(group, step)
+    hyper = adabound_hyper(_on_host(group))
+    final, reach = hyper[HYPER_LR] * hyper[HYPER_FINAL], hyper[HYPER_GAMMA] * step
+    lo, hi = sorted((final * reach / (reach + 1), final * (reach + 1) / reach))
+    step_size = row.step_size * math.sqrt(1 - hyper[HYPER_BETA2] ** step)
+    return Bound(*row[:-1], hi=hi)._replace(step_size=step_size, lo=lo)
+
+
 def sgd(group: Mapping[str, Any], step: float) -> Sgd:
     """Return the row of SGD and SGDW at their ``step``-th step (1 at the first, which is not dampened, as in torch).
 
@@ -120,9 +160,10 @@ def adam_hyper(group: Mapping[str, Any], rectify: float = 0.0) -> tuple[float, .
     """
     beta1, beta2 = (options.as_float("beta", beta) for beta in group["betas"])
     numbers = (*_decay_hyper(group, group["decoupled_weight_decay"]), beta1, beta2, options.number(group, "eps"))
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and math.isfinite(sum(numbers))):
+    good = 0 <= beta1 < 1 and 0 <= beta2 < 1 and math.isfinite(sum(numbers))
+    if not good or (beta1 != 0 and not group.get("first_moment", True)):
         options.check_hyperparameters(group, at="step")
-    return (*numbers, rectify, *_ema_hyper(group))
+    return (*numbers, rectify, *_ema_hyper(group), 0.0, 0.0)
 
 
 def radam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
@@ -130,15 +171,23 @@ def radam_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     return adam_hyper(group, RECTIFY if group.get("degenerated_to_sgd", True) else RECTIFY_OR_WAIT)
 
 
+def adabound_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return what ``adabound`` depends on, as ``adam_hyper`` does."""
+    final_lr, gamma, base_lr = (options.as_float(name, group[name]) for name in ("final_lr", "gamma", "base_lr"))
+    if not (0 <= final_lr < math.inf and 0 < gamma < 1 and 0 < base_lr < math.inf):
+        options.check_hyperparameters(group, at="step")
+    return (*adam_hyper(group)[:HYPER_FINAL], final_lr / base_lr, gamma)
+
+
 def sgd_hyper(group: Mapping[str, Any]) -> tuple[float, ...]:
     """Return what ``sgd`` depends on, in the order of ``layout.HYPER_LR`` and on; raise as ``adam_hyper`` does."""
     flags = NESTEROV * bool(group["nesterov"]) + LR_IN_MOMENTUM * bool(group.get("lr_in_momentum"))
     dampening = options.as_float("dampening", group["dampening"])
     decoupled = group.get("decoupled_weight_decay", False)
-    numbers = (*_decay_hyper(group, decoupled), options.number(group, "momentum"), dampening, flags, 0.0)
+    numbers = (*_decay_hyper(group, decoupled), options.number(group, "momentum"), dampening, flags)
     if not math.isfinite(sum(numbers)):
         options.check_hyperparameters(group, at="step")
-    return (*numbers, *_ema_hyper(group))
+    return (*numbers, 0.0, *_ema_hyper(group), 0.0, 0.0)
 
 
 def is_on_device(lr: float | Tensor | None) -> bool:
@@ -191,6 +240,14 @@ def _check_count(step: float) -> None:
 HYPER: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
     "adam": adam_hyper,
     "radam": radam_hyper,
+    "adabound": adabound_hyper,
     "sgd": sgd_hyper,
 }
-ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Sgd]] = {"adam": adam, "radam": radam, "sgd": sgd}
+ROWS: dict[str, Callable[[Mapping[str, Any], float], Adam | Bound | Sgd]] = {
+    "adam": adam,
+    "radam": radam,
+    "adabound": adabound,
+    "sgd": sgd,
+}
+# By family of a rule.
+KINDS: dict[str, Callable[..., Adam | Bound | Sgd]] = {"adam": Adam, "adabound": Bound, "sgd": Sgd}

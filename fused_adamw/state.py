@@ -43,6 +43,8 @@ def init(
         param_state["step"] = torch.full((), float(step), dtype=torch.float32, device=step_device)
     elif step.dim():
         param_state["step"] = step.view(())  # of the same memory, which processes may share
+    for key in _dropped(names):
+        param_state.pop(key, None)
     for name in names:
         _init_moment(param_state, name, p, storage, declared)
     _init_master(param_state, p, storage)
@@ -68,13 +70,18 @@ def is_ready(
         needed[storage.master_key] = _master_dtype(p, storage)
     if storage.ema:
         needed[EMA] = formats.state_dtype_of(p, None)
-    wrong = {*MASTERS, *names, *(name + part for name in names for part in CODED)}
+    wrong = {*MASTERS, *_dropped(names), *names, *(name + part for name in names for part in CODED)}
     wrong -= {*needed, *storage.scales(names)}
     if not wrong.isdisjoint(param_state) or any(key not in param_state for key in storage.scales(names)):
         return False
     return all(
         isinstance(t := param_state.get(key), Tensor) and _fits(t, p, dtype, storage) for key, dtype in needed.items()
     )
+
+
+def _dropped(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the keys of the first moment if the rule moves the second alone: a checkpoint of torch's has it."""
+    return tuple("exp_avg" + part for part in ("", *CODED)) if names == (formats.SECOND,) else ()
 
 
 def _code_dtype(name: str) -> torch.dtype:

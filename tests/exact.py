@@ -40,6 +40,17 @@ def decayed(s: dict[str, Fraction], p: Fraction, g: Fraction) -> tuple[Fraction,
     return p, fma(s["l2"], p, rounded(s["grad_factor"] * g))
 
 
+def moments(s: dict[str, Fraction], g: Fraction, m: Fraction, v: Fraction, vmax: Fraction | None):
+    """(m, v, vmax, the second moment that the step divides by)."""
+    near_m = s["w1"] < Fraction(1, 2)
+    m = fma(s["w1"] if near_m else s["w1"] - 1, rounded(g - m), m if near_m else g)
+    v = fma(s["w2"], rounded(g * g), fma(-s["w2"], v, v))
+    if vmax is None:
+        return m, v, None, v
+    vmax = max(vmax, v)
+    return m, v, vmax, vmax
+
+
 def adam(
     s: dict[str, Fraction],
     p: Fraction,
@@ -52,16 +63,28 @@ def adam(
     """(p, m, v, vmax) after one step of the sequence in ``reference.py``'s docstring."""
     before = p
     p, g = decayed(s, p, g)
-    m = lerp(m, g, s["w1"])
-    v = fma(s["w2"], rounded(g * g), fma(-s["w2"], v, v))
-    second = v
-    if vmax is not None:
-        second = vmax = max(vmax, v)
+    m, v, vmax, second = moments(s, g, m, v, vmax)
     denom = fma(sqrt(second), s["inv_sqrt_bc2"], s["eps"])
     if rule == "adam_cautious_decay" and m * before < 0:
         p = before
     moved = Fraction(0) if rule == "adam_cautious_update" and m * g <= 0 else m
     p = fma(-s["step_size"], rounded(moved / denom), p)
+    return (p, m, v) if vmax is None else (p, m, v, vmax)
+
+
+def adam_no_first_moment(s: dict[str, Fraction], p: Fraction, g: Fraction, v: Fraction):
+    """(p, v) after one step: that of adam, whatever its first moment was."""
+    (stepped, _, v), (other, *_) = (adam(s, p, g, m, v) for m in (Fraction(0), Fraction(3)))
+    assert stepped == other
+    return stepped, v
+
+
+def adabound(s: dict[str, Fraction], p: Fraction, g: Fraction, m: Fraction, v: Fraction, vmax: Fraction | None = None):
+    """(p, m, v, vmax) after one step."""
+    p, g = decayed(s, p, g)
+    m, v, vmax, second = moments(s, g, m, v, vmax)
+    rate = rounded(s["step_size"] / rounded(sqrt(second) + s["eps"]))
+    p = fma(-min(max(rate, s["lo"]), s["hi"]), m, p)
     return (p, m, v) if vmax is None else (p, m, v, vmax)
 
 

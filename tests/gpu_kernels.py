@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from fused_adamw import contract
-from fused_adamw.contract import STATES
+from fused_adamw.contract import FAMILIES, STATES, second_moment_of
 from fused_adamw.layout import COLUMNS, SCALARS
 from fused_adamw.tensors import NOT_SHARDED
 from tests import cases
@@ -84,6 +84,9 @@ AMSGRAD = Variant("adam_amsgrad", F32, F32, F32)
 MOMENTUM = Variant("sgd_momentum", F32, F32, F32)
 CAUTIOUS_DECAY = Variant("adam_cautious_decay", BF16, BF16, F32)
 CAUTIOUS_UPDATE = Variant("adam_cautious_update", F32, F32, F32)
+ADABOUND = Variant("adabound", F32, F32, F32)
+AMSBOUND = Variant("amsbound", F16, F16, F32)
+NO_FIRST = Variant("adam_no_first_moment", F32, F32, F32)
 VARIANTS = [
     ADAM,
     ADAM_BF16,
@@ -99,6 +102,10 @@ VARIANTS = [
     Variant("sgd_momentum", F16, F32, F16),
     CAUTIOUS_DECAY,
     CAUTIOUS_UPDATE,
+    ADABOUND,
+    AMSBOUND,
+    NO_FIRST,
+    Variant("adam_no_first_moment", F16, F16, F32),
 ]
 SPLIT16 = Variant("adam", BF16, BF16, F32, "split16")
 STOCHASTIC = Variant("adam", BF16, BF16, BF16, "none", True)
@@ -126,6 +133,11 @@ FORMED = [
     Variant("sgd_momentum", F16, F16, I8),
     Variant("adam_cautious_decay", BF16, BF16, BF16, "none", True),
     Variant("adam_cautious_update", BF16, BF16, I8, "split16", True),
+    Variant("adabound", BF16, BF16, I8, "none", True),
+    Variant("amsbound", BF16, BF16, BF16, "kahan", True),
+    Variant("adam_no_first_moment", BF16, BF16, BF16, "none", True),
+    Variant("adam_no_first_moment", BF16, BF16, I8, "none", True),
+    Variant("adam_no_first_moment", F32, F32, I8),
 ]
 # An average beside each kind of rule, of parameter, of master, and of a moment.
 AVERAGED = [
@@ -358,7 +370,7 @@ class Cuda:
                 ptx=one_entry(ptx, entry),
                 entry=entry,
                 threads=512 if name in ("factor_kernel", "totals_kernel") else 128,
-                width=4 if re.search(r"float|Rule\)1|Master\)[123]", name.split("<", 1)[-1]) else 8,
+                width=4 if re.search(r"float|Rule\)[17]|Master\)[123]", name.split("<", 1)[-1]) else 8,
                 registers=number(r"Used (\d+) registers"),
                 frame=number(r"(\d+) bytes stack frame") + number(r"(\d+) bytes lmem"),
                 shared=number(r"(\d+) bytes smem"),
@@ -458,7 +470,7 @@ def tensors(variant, sizes, rows, seed=0, unaligned=False, places=(NOT_SHARDED,)
         if not dtype.is_floating_point:  # codes, remainders: any bits
             info = torch.iinfo(dtype)
             return torch.randint(info.min, info.max + 1, (n,), generator=generator).to(dtype)
-        return (x.abs() if k >= 3 else x).to(dtype)
+        return (x.abs() if k >= 2 + abs(second_moment_of(variant.rule)) else x).to(dtype)
 
     def extra(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Digits below those of p, of which some do not belong to it."""
@@ -491,12 +503,26 @@ def columns(variant, addresses: list[int]) -> tuple[list[int], int, list[int], i
 
 
 def scalar_rows(rule: str) -> list[tuple[float, ...]]:
-    """The numbers of a rule, the step, and the weight of the average."""
-    steps, weights = (1.0, 2.0, 1000.0, 1e7), (1e-3, 0.7, 0.5, 1.0)
-    return [(*row, *more) for row, *more in zip(_scalar_rows(rule), steps, weights, strict=True)]
+    """The numbers of a rule, with the step and the weight of the average after the first eight."""
+    more = zip((1.0, 2.0, 1000.0, 1e7), (1e-3, 0.7, 0.5, 1.0), strict=True)
+    return [(*row[:8], *own, *row[8:]) for row, own in zip(_scalar_rows(rule), more, strict=True)]
 
 
 def _scalar_rows(rule: str) -> list[tuple[float, ...]]:
+    """The numbers before the step, and hi."""
+    if FAMILIES[rule] == "adabound":
+        return [
+            (2e-2, 0.0, 1.0, 0.1, 0.001, 1e-2, 1e-4, 1e-8, 1.0),  # AdaBoundW
+            (0.0, 1e-2, 1.0, 1e-1, 1e-3, 3e-3, 1e-2, 1e-8, 2e-2),  # AdaBound, L2, nearly SGD
+            (3e-7, 0.0, -0.125, 0.7, 0.5, -1e-4, -1e2, 1e-15, -1e-4),  # ascends, scaled gradients, small betas
+            (0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0),  # betas = lr = eps = 0
+        ]
+    return [(*row, 0.0) for row in _unbound_rows(rule)]
+
+
+def _unbound_rows(rule: str) -> list[tuple[float, ...]]:
+    if rule == "adam_no_first_moment":
+        return [(*row[:3], 1.0, *row[4:]) for row in _unbound_rows("adam")]
     if rule.startswith("adam"):
         return [
             (2e-2, 0.0, 1.0, 0.1, 0.001, 1e-2, 31.6, 1e-8),  # AdamW

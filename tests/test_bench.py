@@ -121,8 +121,16 @@ def test_step(tmp_path: Path, here: Callable[..., str]) -> None:
 
 
 def test_step_of_what_torch_does_not_fuse(tmp_path: Path, here: Callable[..., str]) -> None:
-    """RAdam beside torch's foreach, cautious steps beside torch's plain one, averages: all are judged by the oracle."""
-    algorithms = ["radam", "adamw-cautious-decay", "adamw-cautious-update", "adamw-ema"]
+    """RAdam beside torch's foreach, the others beside torch's Adam: all are judged by the oracle."""
+    algorithms = [
+        "radam",
+        "adabound",
+        "amsbound",
+        "adamw-no-first-moment",
+        "adamw-cautious-decay",
+        "adamw-cautious-update",
+        "adamw-ema",
+    ]
     args = ["--workload", "1x131k", "--algorithm", *algorithms, "--against", "fused", "foreach"]
     out = here("step", *args, *options(tmp_path))
     assert "torch.optim.RAdam has no fused step: compare with --against foreach" in out
@@ -659,21 +667,22 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "SGDW: the best decay does not depend",
         "AdamW, plain head, not decayed",
         "AdamWR ends within",
+        "AdaBoundW errs less",
         "95 % interval",
         "5 seeds, 10 of figure 5",
         "paper.json",
     ):
         assert text in out
-    for name in ("1_coupling", "2_networks", "3_schedules", "4_curves", "5_restarts", "6_length"):
+    for name in ("1_coupling", "2_networks", "3_schedules", "4_curves", "5_restarts", "6_length", "7_others"):
         assert (tmp_path / f"paper_{name}.png").read_bytes().startswith(b"\x89PNG")
 
     report = json.loads((tmp_path / "paper.json").read_text("utf-8"))
-    assert len((tmp_path / "paper.md").read_text("utf-8").splitlines()) == 2 + len(report["claims"]) == 2 + 26
-    assert len(trained) == len(set(trained)) == len(report["points"]) == 17 * 2 + 2 * 2 + 4 * 2 + 4
+    assert len((tmp_path / "paper.md").read_text("utf-8").splitlines()) == 2 + len(report["claims"]) == 2 + 28
+    assert len(trained) == len(set(trained)) == len(report["points"]) == 19 * 2 + 2 * 2 + 4 * 2 + 4
     assert report["versions"]["torch"] == torch.__version__
     assert report["plan"]["seeds"] == 5
     assert {claim["verdict"] for claim in report["claims"]} <= {"yes", "no", "unclear"}
-    assert {claim["figure"] for claim in report["claims"]} == set("123456")
+    assert {claim["figure"] for claim in report["claims"]} == set("1234567")
     for point in report["points"]:
         cells, found = point["batch"]["cells"], point["result"]
         assert len(cells) == len(found["errors"]) == len(found["losses"])

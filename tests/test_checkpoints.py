@@ -616,6 +616,92 @@ def test_a_checkpoint_of_torch_brings_its_learning_rate_as_the_base_of_the_decay
     assert p.item() == pytest.approx(0.99 * before)
 
 
+@pytest.mark.parametrize("form", [{}, {"state_dtype": "int8"}], ids=cases.name_of)
+def test_a_first_moment_that_is_not_kept_is_dropped_from_a_checkpoint_and_exported_as_zeros(form, target):
+    """torch's class loads what is exported, and goes on as this one does; torch's checkpoint loads back."""
+    p, q, r = (cases.parameters([(70, 65)], device=target.device)[0] for _ in range(3))
+    options = {"lr": 1e-2, "betas": (0.0, 0.9)}
+    theirs = torch.optim.AdamW([p], **options)
+    steps(theirs, range(2))
+    ours = cases.make("AdamW", [q], options | {"first_moment": False} | form, backend=target.backend)
+    q.data.copy_(p)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    assert not {"exp_avg", "exp_avg_codes", "exp_avg_scales"} & ours.state[q].keys()
+    assert ours.param_groups[0]["first_moment"] is False
+    steps(ours, range(2, 4))
+    exported = ours.export()
+    assert "first_moment" not in exported["param_groups"][0]
+    assert exported["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    torchs = torch.optim.AdamW([r], **options)
+    torchs.load_state_dict(through_a_file(exported))
+    r.data.copy_(q)
+    steps(torchs, range(4, 6))
+    if form:
+        return
+    steps(ours, range(4, 6))
+    torch.testing.assert_close(q, r)
+
+
+def test_a_checkpoint_without_a_first_moment_brings_the_option_and_one_with_another_beta_is_refused(target):
+    p, q = (cases.parameters([(9,)], device=target.device)[0] for _ in range(2))
+    saved = cases.make("AdamW", [p], {"betas": (0.0, 0.9), "first_moment": False}, backend=target.backend)
+    steps(saved, range(2))
+    other = cases.make("AdamW", [q], {}, backend=target.backend)
+    steps(other, range(1))
+    theirs = copy.deepcopy(other.state_dict())
+    other.load_state_dict(saved.state_dict())
+    assert other.param_groups[0]["first_moment"] is False
+    q.data.copy_(p)
+    for optimizer in (saved, other):
+        steps(optimizer, range(2, 4))
+    cases.assert_same_bits(cases.tensors_of(other), cases.tensors_of(saved))
+    with pytest.raises(ValueError, match=r"AdamW: loading: first_moment=False needs betas\[0\] = 0, and it is 0.9"):
+        other.load_state_dict(theirs)
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("amsbound", [False, True])
+def test_adabounds_rate_of_the_group_is_kept_by_a_run_that_resumes_with_another(amsbound, target):
+    """A schedule had come to a tenth of it; the authors' class would take that for the whole: larger bounds."""
+    options = {"lr": 1e-2, "gamma": 0.1, "amsbound": amsbound}
+    whole, half, again = (cases.parameters([(9,)], torch.float64, target.device) for _ in range(3))
+    a, b = (cases.make("AdaBound", ps, options, backend=target.backend) for ps in (whole, half))
+    steps(a, range(3))
+    steps(b, range(3))
+    for optimizer in (a, b):
+        optimizer.param_groups[0]["lr"] = 1e-3
+    resumed = cases.make("AdaBound", again, options | {"lr": 1e-3}, backend=target.backend)
+    again[0].data.copy_(half[0])
+    resumed.load_state_dict(through_a_file(b.state_dict()))
+    assert resumed.param_groups[0]["base_lr"] == 1e-2
+    for optimizer in (a, resumed):
+        steps(optimizer, range(3, 6))
+    cases.assert_same_bits(cases.tensors_of(a), cases.tensors_of(resumed))
+    b.param_groups[0]["base_lr"] = 1e-3
+    steps(b, range(3, 6))
+    assert (half[0] - whole[0]).abs().max() > 1e-4
+
+
+def test_a_checkpoint_of_adabounds_authors_loads_and_ours_has_their_keys(target):
+    p = cases.parameters([(9,)], device=target.device)[0]
+    keys = {"lr": 1e-3, "betas": (0.9, 0.99), "final_lr": 0.2, "gamma": 0.1, "eps": 1e-8, "weight_decay": 0.0}
+    moments = {"exp_avg": torch.full((9,), 0.5), "exp_avg_sq": torch.ones(9)}
+    theirs = {"state": {0: {"step": 3, **moments}}, "param_groups": [{**keys, "amsbound": False, "params": [0]}]}
+    optimizer = cases.make("AdaBound", [p], {"lr": 1e-2, "amsbound": True}, backend=target.backend)
+    optimizer.load_state_dict(theirs)
+    (group,) = optimizer.param_groups
+    assert {key: group[key] for key in (*keys, "amsbound", "base_lr")} == {**keys, "amsbound": False, "base_lr": 1e-2}
+    steps(optimizer, [0])
+    assert optimizer.state[p]["step"] == 4
+    exported = optimizer.export()
+    assert exported["param_groups"][0].keys() >= theirs["param_groups"][0].keys()
+    assert "base_lr" not in exported["param_groups"][0]
+    assert exported["state"][0].keys() == theirs["state"][0].keys()
+    del theirs["param_groups"][0]["gamma"]
+    with pytest.raises(ValueError, match="AdaBound: group 0 of the checkpoint lacks 'gamma'"):
+        optimizer.load_state_dict(theirs)
+
+
 def test_cautious_goes_with_a_checkpoint_and_torch_loads_it(target):
     p, q, r = (cases.parameters([(9,)], device=target.device)[0] for _ in range(3))
     optimizer = cases.make("AdamW", [p], {"cautious": "update"}, backend=target.backend)

@@ -39,6 +39,8 @@ ROOT = Path(__file__).parents[1]
 RULES = [
     ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}),
     ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "decouple_lr": True, "cautious": "decay"}),
+    ("AdaBoundW", {"lr": 1e-2, "gamma": 0.1, "weight_decay": 0.1}),
+    ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.0, 0.99), "first_moment": False}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
 ]
 

@@ -240,17 +240,16 @@ def test_same_bits_as_the_cpu(name, options, dtype, backend):
 
 
 @gpu
-def test_cautious_steps_with_gradients_of_another_dtype(backend):
+@pytest.mark.parametrize(("name", "options"), [("AdamW", {"cautious": "decay"}), ("AdaBound", {})], ids=cases.name_of)
+def test_steps_of_few_kernels_with_gradients_of_another_dtype(name, options, backend):
     """Triton compiles for any mix; CUDA's kernels were compiled before, and refuse it before anything is written."""
     ours, theirs = twins([(1000,)], dtype=torch.bfloat16)
-    a, b = (
-        cases.make("AdamW", ps, {"cautious": "decay"}, **own)
-        for ps, own in ((ours, {"backend": backend}), (theirs, {}))
-    )
+    a, b = (cases.make(name, ps, options, **own) for ps, own in ((ours, {"backend": backend}), (theirs, {})))
     for ps in (ours, theirs):
         cases.set_gradients(ps, 0, torch.float32)
     if backend == "cuda":
-        with pytest.raises(NotImplementedError, match=r"with cautious=, of that alone.* here they are Float and Float"):
+        refused = r"with cautious=, first_moment=False and in AdaBound, of that alone.* here they are Float and Float"
+        with pytest.raises(NotImplementedError, match=refused):
             a.step()
         assert torch.equal(ours[0].cpu(), theirs[0])
     else:
@@ -365,7 +364,7 @@ def test_tables_outlive_a_step_on_another_stream(capturable, captured, backend):
 
 
 @gpu
-@pytest.mark.parametrize("name", ["AdamW", "SGDW"])
+@pytest.mark.parametrize("name", ["AdamW", "AdaBoundW", "SGDW"])
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_captured_graph_replays_with_new_hyperparameters(name, tensor_lr, backend):
     """Capture once, replay 20 steps under OneCycleLR (lr, and betas or momentum) and a changing weight decay."""

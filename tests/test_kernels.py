@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from fused_adamw import gpu, layout, scalars
+from fused_adamw.contract import STATES
 from tests import gpu_kernels
 from tests.gpu_kernels import (
+    ADABOUND,
     ADAM,
     ADAM_ALL_BF16,
     ADAM_BF16,
+    AMSBOUND,
     AMSGRAD,
     AVERAGED,
     BF16,
@@ -36,6 +39,7 @@ from tests.gpu_kernels import (
     INT8_STOCHASTIC,
     LAYOUTS,
     MOMENTUM,
+    NO_FIRST,
     NOT_SHARDED,
     SPLIT16,
     STOCHASTIC,
@@ -119,7 +123,7 @@ def most_registers(name, variant):
         return (72 if more else 64, 80, 88)[beside] + (8 if codes else 16) * variant.ema
     if codes and variant.stochastic and variant.master != "none":
         return 120
-    return 80 if codes + variant.stochastic + (variant.rule == "adam_amsgrad") == 1 else 96
+    return 80 if codes + variant.stochastic + (STATES[variant.rule] == 3) == 1 else 96
 
 
 def check_resources(compiled, registers=64, spilled=0):
@@ -129,13 +133,16 @@ def check_resources(compiled, registers=64, spilled=0):
     assert not forbidden(compiled.ptx)
 
 
-@pytest.mark.parametrize("rule", ["adam_cautious_decay", "adam_cautious_update"])
+@pytest.mark.parametrize(
+    "rule", [rule for rule in STATES if rule not in ("adam", "adam_amsgrad", "sgd", "sgd_momentum")]
+)
 @pytest.mark.parametrize("sm", Triton.architectures)
-def test_cautious_rules_do_not_spill(sm, rule):
+def test_rules_beside_the_plain_ones_do_not_spill(sm, rule):
     """With random words, and with codes, which leave the least room."""
     triton = compiler_of("triton")
     check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, BF16, "none", True)), 72)
-    check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, I8)), 72)
+    if STATES[rule] < 3:
+        check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, I8)), 72)
 
 
 @pytest.mark.parametrize("variant", AVERAGED, ids=str)
@@ -153,7 +160,7 @@ def test_every_cuda_kernel():
     compiled = every.module(90)
     steps = [kernel for name, kernel in compiled.items() if name.startswith("step_kernel")]
     assert len([kernel for kernel in steps if kernel.registers <= 64]) >= 3 * 27 + 9
-    assert len(steps) == 252 + 72  # of the cautious rules
+    assert len(steps) == 252 + 72 + 58 + 36  # of the cautious rules, of AdaBound, without a first moment
     for kernel in steps:
         check_resources(kernel, 120)
 
@@ -339,6 +346,8 @@ def test_scalars_on_the_device(compiler, sm, family):
                 "decoupled_weight_decay": decoupled,
                 "decouple_lr": decouple_lr,
                 "degenerated_to_sgd": not decouple_lr,
+                "final_lr": 0.05,
+                "gamma": 0.3 if decouple_lr else 1e-3,
             }
             groups.append(base | own)
     else:
@@ -369,7 +378,7 @@ def test_scalars_on_the_device(compiler, sm, family):
             numbers[i::3, layout.HYPER_LR] = [group.get("lr_mult", 1.0) for group, _ in cases_of[i::3]]
             cases_of[i::3] = [(group | {"lr": float(lr)}, step) for group, step in cases_of[i::3]]
     counters = mem.upload(np.array([step - 1 for _, step in cases_of], np.float32), "counters")
-    out = mem.alloc(len(cases_of) * layout.SCALARS_BYTES, "out", np.float32)
+    out = mem.upload(np.zeros((len(cases_of), layout.SCALARS), np.float32), "out")
     tables = [
         mem.upload(numbers, readonly=True),
         mem.upload(rates, readonly=True),
@@ -656,13 +665,23 @@ WRONG_FORMATS = [
     ("cuda", "formats.h", "rounded_away(x) == p.bits ? x : load(p)", "x", SPLIT16),
 ]
 # A moment, gradient or parameter of 0; another tensor's sign; an infinite moment.
-WRONG_CAUTIOUS = [
+WRONG_RULES = [
     ("triton", "rules.py", "opposed(m, p0), p0, p)", "agree(m, p0), p, p0)", CAUTIOUS_DECAY),
     ("triton", "rules.py", "tl.where(agree(m, g), 1.0, 0.0)", "tl.where(opposed(m, g), 0.0, 1.0)", CAUTIOUS_UPDATE),
     ("cuda", "rules.h", "opposed(m, p0) ? p0 : p", "agree(m, p0) ? p : p0", CAUTIOUS_DECAY),
     ("cuda", "rules.h", "opposed(m, p0) ?", "opposed(x.g, p0) ?", CAUTIOUS_DECAY),
     ("cuda", "rules.h", "moved *= agree(m, x.g) ? T(1) : T(0);", "moved *= T(!opposed(m, x.g));", CAUTIOUS_UPDATE),
     ("cuda", "rules.h", "moved *= agree(m, x.g) ? T(1) : T(0);", "moved = agree(m, x.g) ? m : T(0);", CAUTIOUS_UPDATE),
+    # A bound, a NaN, the moment that is divided by.
+    ("triton", "rules.py", "rate > s[10], s[10], rate", "rate > s[9], s[10], rate", ADABOUND),
+    ("triton", "rules.py", "tl.where(rate < s[6], s[6], rate)", "tl.where(rate > s[6], rate, s[6])", ADABOUND),
+    ("triton", "rules.py", "tl.sqrt_rn(second) + s[7]", "tl.sqrt_rn(v) + s[7]", AMSBOUND),
+    ("cuda", "rules.h", "rate > s.hi ? s.hi : rate", "rate", ADABOUND),
+    ("cuda", "rules.h", "rate < lo ? lo : rate", "rate > lo ? rate : lo", ADABOUND),
+    ("cuda", "rules.h", "std::sqrt(second) + s.eps", "std::sqrt(v) + s.eps", AMSBOUND),
+    # A first moment that is something else than the gradient.
+    ("triton", "multi_tensor.py", "adam(s, p, g, tl.zeros_like(g), m,", "adam(s, p, g, m, m,", NO_FIRST),
+    ("cuda", "rules.h", "T m = 0, vmax = 0;\n    s.w1 = 1;", "T m = g0, vmax = 0;\n    s.w1 = 1 / T(2);", NO_FIRST),
 ]
 
 
@@ -678,7 +697,7 @@ WRONG_AVERAGES = [
 
 
 @needs_ptxsim
-@pytest.mark.parametrize(("name", "file", "right", "wrong", "variant"), WRONG_FORMATS + WRONG_CAUTIOUS + WRONG_AVERAGES)
+@pytest.mark.parametrize(("name", "file", "right", "wrong", "variant"), WRONG_FORMATS + WRONG_RULES + WRONG_AVERAGES)
 def test_wrong_format_or_rule_is_seen(name, file, right, wrong, variant, tmp_path, cpu_step):
     own = changed(compiler_of(name), file, right, wrong, tmp_path)
     own.variants = [variant]

@@ -204,6 +204,76 @@ def test_a_cautious_step_that_masks_nothing_is_the_plain_one(target):
         cases.assert_same_bits(*runs)
 
 
+FORMS = [
+    {},
+    {"state_dtype": torch.bfloat16, "rounding": "stochastic"},
+    {"state_dtype": "int8", "rounding": "stochastic"},
+    {"state_dtype": "int8", "master": "split16"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=cases.name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name_of)
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_without_a_first_moment_a_step_has_the_bits_that_it_has_with_one(name, dtype, form, target):
+    """Parameters and second moments, under a scheduler of the rate, and where the option changes between steps."""
+    runs = []
+    for kept in ([True] * 6, [False] * 6, [True, False, False, True, True, False]):
+        params = cases.parameters([(65, 70), (5,), (0,), (4099,)], dtype, target.device)
+        options = {"lr": 1e-2, "betas": (0.0, 0.95), "weight_decay": 0.1, "first_moment": kept[0], **form}
+        optimizer = cases.make(name, params, options, backend=target.backend)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=9, cycle_momentum=False)
+        for t, first_moment in enumerate(kept):
+            optimizer.param_groups[0]["first_moment"] = first_moment
+            cases.set_gradients(params, t)
+            optimizer.step()
+            scheduler.step()
+            found = cases.tensors_of(optimizer)
+            assert any(".exp_avg" in key and "_sq" not in key for key in found) == first_moment
+        runs.append({key: x for key, x in found.items() if ".exp_avg" not in key or "_sq" in key})
+    for run in runs[1:]:
+        cases.assert_same_bits(run, runs[0])
+
+
+def test_a_scheduler_that_needs_the_first_moment_is_refused_before_anything_is_written(target):
+    """OneCycleLR sets the first beta when it is made, and at each of its steps."""
+    p = cases.parameters([(9,)], device=target.device)[0]
+    own = {"first_moment": False, "betas": (0.0, 0.9)}
+    optimizer = cases.make("AdamW", [p], own, backend=target.backend)
+    cases.set_gradients([p], 0)
+    optimizer.step()
+    before = {key: x.clone() for key, x in cases.tensors_of(optimizer).items()}
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=9)
+    for step in (optimizer.step, lambda: optimizer.step_parameter(p), optimizer.step):
+        with pytest.raises(ValueError, match=r"needs betas\[0\] = 0, and it is 0.95: .*cycle_momentum=False.*group 0"):
+            step()
+    cases.assert_same_bits(cases.tensors_of(optimizer), before)
+    optimizer.param_groups[0]["betas"] = (0.0, 0.9)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+    with pytest.raises(ValueError, match=r"first_moment=False needs betas\[0\] = 0, and it is 0.5: .*\(group 1\)"):
+        optimizer.add_param_group({"params": cases.parameters([(3,)], device=target.device), "betas": (0.5, 0.9)})
+
+
+@pytest.mark.float64
+@pytest.mark.filterwarnings("ignore:.*the learning rate of group 0 is negative:RuntimeWarning")
+@pytest.mark.parametrize("name", ["AdaBound", "AdaBoundW"])
+def test_a_negative_rate_mirrors_the_bounds_of_adabound(name, target):
+    """Its steps ascend as far as those of the positive rate descend."""
+    moved = []
+    for sign in (1, -1):
+        params = cases.parameters(cases.SHAPES, torch.float64, target.device)
+        start = [p.detach().clone() for p in params]
+        optimizer = cases.make(name, params, {"gamma": 0.1}, backend=target.backend)
+        optimizer.param_groups[0]["lr"] *= sign
+        cases.set_gradients(params, 0)
+        optimizer.step()
+        moved.append([sign * (p.detach() - x) for p, x in zip(params, start, strict=True)])
+    for up, down in zip(*moved, strict=True):
+        torch.testing.assert_close(up, down, rtol=1e-9, atol=1e-15)
+        assert not up.numel() or up.count_nonzero()
+
+
 def test_lr_of_zero_changes_no_weight(target):
     p = cases.parameters([(9,)], device=target.device)[0]
     before = p.detach().clone()

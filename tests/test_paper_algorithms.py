@@ -89,6 +89,30 @@ def cautious(theta, alpha, beta1, beta2, eps, lam, kind):
                 theta[i] = x - alpha * (u * (u * g > 0) + lam * x)
 
 
+def adabound(theta, alpha, beta1, beta2, final_lr, gamma, eps, lam, schedule, decoupled, ams):
+    """AdaBound, AdaBoundW and their AMSBound, after arXiv 1902.09843 and its authors' code, the decay scheduled.
+
+    Returns which of the bounds were met.
+    """
+    met = set()
+    m, v, largest = ([torch.zeros_like(x) for x in theta] for _ in range(3))
+    for t in range(1, STEPS + 1):
+        cases.set_gradients(theta, t)
+        eta, factor = schedule(t)
+        final = final_lr * eta
+        lower, upper = final * (1 - 1 / (gamma * t + 1)), final * (1 + 1 / (gamma * t))
+        for i, x in enumerate(theta):
+            g = x.grad + (0 if decoupled else factor * lam * x)
+            m[i] = beta1 * m[i] + (1 - beta1) * g
+            v[i] = beta2 * v[i] + (1 - beta2) * g**2
+            largest[i] = torch.maximum(largest[i], v[i])
+            rate = eta * alpha * math.sqrt(1 - beta2**t) / (1 - beta1**t) / ((largest if ams else v)[i].sqrt() + eps)
+            met |= {"lower"} if (rate < lower).any() else set()
+            met |= {"upper"} if (rate > upper).any() else set()
+            theta[i] = x - rate.clamp(lower, upper) * m[i] - (eta * factor * lam * x if decoupled else 0)
+    return met
+
+
 def ours(name, options, schedule, target):
     """Parameters that our optimizer arrives at."""
     params = cases.parameters(cases.SHAPES, torch.float64, target.device)
@@ -158,6 +182,20 @@ def test_radam_is_its_papers(beta2, waits, target):
         assert all(torch.equal(p, q) for p, q in zip(got, start, strict=True))
     else:
         assert_equal(got, theta, start)
+
+
+@pytest.mark.parametrize("schedule", [arbitrary, warm_restarts])
+@pytest.mark.parametrize(("ams", "gamma"), [(False, 1e-3), (False, 0.2), (True, 0.05)])
+@pytest.mark.parametrize("name", ["AdaBound", "AdaBoundW"])
+def test_adabound_is_its_authors(name, ams, gamma, schedule, target):
+    """Equal to 1e-12 in float64, under a schedule that moves bounds with rates; some elements meet each bound."""
+    decoupled = name == "AdaBoundW"
+    start = cases.parameters(cases.SHAPES, torch.float64, target.device)
+    theta = [p.detach().clone() for p in start]
+    met = adabound(theta, 0.01, 0.9, 0.99, 0.5, gamma, 1e-6, 1e-3, schedule, decoupled, ams)
+    assert met == {"lower", "upper"}
+    own = {"lr": 0.01, "betas": (0.9, 0.99), "final_lr": 0.5, "gamma": gamma, "eps": 1e-6, "weight_decay": 1e-3}
+    assert_equal(ours(name, own | {"amsbound": ams}, schedule, target), theta, start)
 
 
 @pytest.mark.parametrize("kind", ["decay", "update"])

@@ -63,13 +63,15 @@ CHANGES = [
     {"degenerated_to_sgd": False},
     {"betas": (0.5, 0.9), "lr": 0.125},
     {"betas": (0.0, 0.0)},
+    {"final_lr": 0.3, "gamma": 1e-7},
+    {"final_lr": 0.0},
     {"eps": 1e-3, "dampening": 0.25, "lr_in_momentum": True},
     {"nesterov": True, "dampening": 0},
 ]
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("cls", [fused_adamw.AdamW, fused_adamw.RAdam, fused_adamw.SGDW])
+@pytest.mark.parametrize("cls", [fused_adamw.AdamW, fused_adamw.RAdam, fused_adamw.AdaBoundW, fused_adamw.SGDW])
 def test_what_is_set_by_hand_is_in_the_next_row(cls, native, monkeypatch):
     """The rows have the bits of scalars.py whatever changes, tensors and lists within themselves too."""
     params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
@@ -141,7 +143,10 @@ def test_negative_numbers_of_rounding_size():
 
 @pytest.mark.parametrize(
     ("name", "decouple_lr"),
-    [*((name, False) for name in ("AdamW", "Adam", "RAdam", "SGD", "SGDW")), ("AdamW", True), ("SGDW", True)],
+    [
+        *((name, False) for name in ("AdamW", "Adam", "RAdam", "AdaBound", "SGD", "SGDW")),
+        *(("AdamW", True), ("SGDW", True)),
+    ],
 )
 def test_multipliers_of_a_group(name, decouple_lr, target):
     """They multiply rate and decay, whatever a schedule sets; the paper's decay does not depend on that of the rate."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fused_adamw import backends, scalars
+from fused_adamw.contract import FAMILIES
 from tests import cases, exact
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +66,9 @@ def test_bits_are_the_documented_sequence(name, options, isa):
         optimizer.step()
         row = scalars.ROWS[optimizer.family](group, t)._asdict()
         s = {k: Fraction(float(np.float32(v))) for k, v in row.items()}
-        function = functools.partial(exact.adam, rule=rule) if rule.startswith("adam") else exact.sgd
+        function = {"adabound": exact.adabound, "sgd": exact.sgd}.get(FAMILIES[rule])
+        function = exact.adam_no_first_moment if rule == "adam_no_first_moment" else function
+        function = function or functools.partial(exact.adam, rule=rule)
         after = list(zip(*map(fractions, [p.detach(), *(optimizer.state[p][k] for k in names)]), strict=True))
         assert after == [function(s, *element) for element in before]
 
@@ -292,6 +295,9 @@ def test_every_value_is_stored_with_one_rounding(dtype, isa):
         ("AdamW", {"amsgrad": True}),
         ("AdamW", {"cautious": "decay"}),
         ("AdamW", {"cautious": "update"}),
+        ("AdaBoundW", {}),
+        ("AdaBound", {"amsbound": True}),
+        ("AdamW", {"first_moment": False, "betas": (0.0, 0.9)}),
         ("SGD", {"momentum": 0.9}),
     ],
 )

@@ -54,10 +54,12 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     if not codes and not any(random):
         return constexprs, OPTIONS
     # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64,
-    # with both on an sm_120 at 80, and the cautious rules, by two registers, on an sm_100 or an sm_120. An average
-    # takes 8 or 16 more.
+    # with both on an sm_120 at 80, and, by two registers, the cautious rules on an sm_100 or an sm_120 and AdaBound on
+    # an sm_100. AMSBound on an sm_80 and Adam without a first moment on an sm_120 spill at 72, but not at 64. An
+    # average takes 8 or 16 more.
     beside = any(random) + (variant.master != "none") if codes else 0
-    more = variant.rule.startswith("adam_cautious") or (variant.ema and variant.rule == "adam_amsgrad")
+    more = variant.rule in ("adam_cautious_decay", "adam_cautious_update", "adabound")
+    more = more or (variant.ema and variant.rule in ("adam_amsgrad", "amsbound"))
     return constexprs, OPTIONS | {"maxnreg": (72 if more else 64, 80, 88)[beside] + (8 if codes else 16) * variant.ema}
 
 

@@ -37,7 +37,9 @@ from .layout import (
     HYPER_EMA_DECAY,
     HYPER_EMA_WARMUP,
     HYPER_EPS,
+    HYPER_FINAL,
     HYPER_FLAGS,
+    HYPER_GAMMA,
     HYPER_L2,
     HYPER_LR,
     HYPER_MOMENTUM,
@@ -54,6 +56,7 @@ from .layout import (
     SCALAR_EMA,
     SCALAR_EPS,
     SCALAR_GRAD_FACTOR,
+    SCALAR_HI,
     SCALAR_INV_SQRT_BC2,
     SCALAR_L2,
     SCALAR_MOMENTUM,
@@ -137,6 +140,7 @@ def step_span(
 ):  # fmt: skip
     """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole tiles and needs no mask."""
     CODES: tl.constexpr = STATE_DTYPE.is_int8()
+    NO_FIRST: tl.constexpr = RULE == "adam_no_first_moment"
     param, grad, state0, state1, state2, extra, first_scales, second_scales, ema = addresses
     p_at = stream(param, base, P_DTYPE, ALIGNED)
     g_at = stream(grad, base, G_DTYPE, ALIGNED)
@@ -165,7 +169,7 @@ def step_span(
             scales1 = scales1_at + block
         m, v, vmax = g, g, g  # what the rule does not have
         if STATES > 0:
-            m = load_moment(state0_at + i, scales0, mask, some, SECOND=False)
+            m = load_moment(state0_at + i, scales0, mask, some, SECOND=NO_FIRST)
         if STATES > 1:
             v = load_moment(state1_at + i, scales1, mask, some, SECOND=True)
         if STATES > 2:
@@ -174,9 +178,11 @@ def step_span(
         if RANDOM_P or RANDOM_M or RANDOM_V:
             word = words(row, at, s[SCALAR_STEP].to(tl.uint32), start + first, end - start, ALIGNED)
             random_p = for_parameter(word) if RANDOM_P else None
-            word_m = word if RANDOM_M else None
+            word_m = word if RANDOM_M or (NO_FIRST and RANDOM_V) else None
             word_v = word if RANDOM_V else None
-        if STATES < 2:
+        if NO_FIRST:  # its second moment is m
+            p, _, m, _ = adam(s, p, g, tl.zeros_like(g), m, vmax, RULE)
+        elif STATES < 2:
             p, m = sgd(s, p, g, m, MOMENTUM=STATES == 1)
         else:
             p, m, v, vmax = adam(s, p, g, m, v, vmax, RULE)
@@ -186,7 +192,7 @@ def step_span(
         if STATES > 1:
             store_moment(state1_at + i, scales1, v, word_v, mask, some, SECOND=True)
         if STATES > 0:
-            store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=False)
+            store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=NO_FIRST)
         if STATES > 2:
             store(state2_at + i, vmax, mask)
 
@@ -200,7 +206,7 @@ def scalar(at, given, which, first, second):
 @triton.jit(do_not_specialize=["chunk", "given"])
 def step_kernel(
     rows, chunks, scalars, factor, chunk, given,
-    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9,
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10,
     RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
@@ -218,13 +224,15 @@ def step_kernel(
     flags = tl.load(row + COL_FLAGS)
     k = tl.load(row + COL_SCALARS)
     at = scalars + k * SCALARS
-    STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if RULE == "sgd_momentum" else 3 if RULE == "adam_amsgrad" else 2
+    MAXIMUM: tl.constexpr = RULE == "adam_amsgrad" or RULE == "amsbound"
+    ONE: tl.constexpr = RULE == "sgd_momentum" or RULE == "adam_no_first_moment"
+    STATES: tl.constexpr = 0 if RULE == "sgd" else 1 if ONE else 3 if MAXIMUM else 2
     addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8(), EMA)
     s = (
         scalar(at, given, k, a0, b0), scalar(at + 1, given, k, a1, b1), f * scalar(at + 2, given, k, a2, b2),
         scalar(at + 3, given, k, a3, b3), scalar(at + 4, given, k, a4, b4), scalar(at + 5, given, k, a5, b5),
         scalar(at + 6, given, k, a6, b6), scalar(at + 7, given, k, a7, b7), scalar(at + 8, given, k, a8, b8),
-        scalar(at + 9, given, k, a9, b9),
+        scalar(at + 9, given, k, a9, b9), scalar(at + 10, given, k, a10, b10),
     )  # fmt: skip
     start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
     n = tl.where(f < 0, 0, n)
@@ -346,8 +354,19 @@ def scalars_kernel(hyper, rates, steps, factor, scalars, ADAM: tl.constexpr):
         decay = tl.where(waits, 0.0, decay)
         step_size = lr / (1 - power(beta1, step)) * tl.where(rectified, tl.sqrt(ratio * bc2), 1.0)
         inv_sqrt_bc2 = tl.where(rectified, 1.0, 1 / tl.sqrt(bc2))
-        tl.store(to + SCALAR_STEP_SIZE, tl.where(waits, 0.0, step_size).to(tl.float32))
-        tl.store(to + SCALAR_INV_SQRT_BC2, tl.where(early, 0.0, inv_sqrt_bc2).to(tl.float32))
+        step_size = tl.where(waits, 0.0, step_size)
+        inv_sqrt_bc2 = tl.where(early, 0.0, inv_sqrt_bc2)
+        gamma = tl.load(h + HYPER_GAMMA)
+        if gamma != 0:
+            final = lr * tl.load(h + HYPER_FINAL)
+            reach = gamma * count.to(tl.float64)
+            near = final * reach / (reach + 1)
+            far = final * (reach + 1) / reach
+            step_size = step_size * tl.sqrt(bc2)
+            inv_sqrt_bc2 = tl.where(final < 0, far, near)  # lo
+            tl.store(to + SCALAR_HI, tl.where(final < 0, near, far).to(tl.float32))
+        tl.store(to + SCALAR_STEP_SIZE, step_size.to(tl.float32))
+        tl.store(to + SCALAR_INV_SQRT_BC2, inv_sqrt_bc2.to(tl.float32))
         tl.store(to + SCALAR_EPS, tl.where(early, 1.0, tl.load(h + HYPER_EPS)).to(tl.float32))
     else:
         momentum = tl.load(h + HYPER_MOMENTUM)

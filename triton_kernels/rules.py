@@ -1,6 +1,6 @@
 """Defines the update rules once for Triton: the roundings of ``csrc/rules.h``, in its order and with its names.
 
-``s`` is a row of launch scalars. Everything is fp32; a storage type is never seen here.
+``s`` is a row of launch scalars, as ``layout.py`` has them. Everything is fp32; a storage type is never seen here.
 """
 
 import triton
@@ -42,14 +42,22 @@ def opposed(a, b):
 
 @triton.jit
 def adam(s, p0, g, m, v, vmax, RULE: tl.constexpr):
-    """Step Adam and AdamW: s = decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps."""
+    """Step Adam and AdamW: s = decay, l2, grad_factor, w1, w2, step_size, inv_sqrt_bc2, eps.
+
+    AdaBound and AMSBound have lo in place of inv_sqrt_bc2, and hi.
+    """
     p, g = decayed(s, p0, g)
     m = lerp(m, g, s[3])
     v = tl.fma(s[4], g * g, tl.fma(minus(s[4]), v, v))
     second = v
-    if RULE == "adam_amsgrad":
+    if RULE == "adam_amsgrad" or RULE == "amsbound":
         vmax = tl.maximum(vmax, v, propagate_nan=tl.PropagateNan.ALL)
         second = vmax
+    if RULE == "adabound" or RULE == "amsbound":
+        rate = tl.div_rn(s[5], tl.sqrt_rn(second) + s[7])
+        rate = tl.where(rate < s[6], s[6], rate)  # keeps a NaN
+        rate = tl.where(rate > s[10], s[10], rate)
+        return tl.fma(minus(rate), m, p), m, v, vmax
     denom = tl.fma(tl.sqrt_rn(second), s[6], s[7])
     moved = m
     if RULE == "adam_cautious_decay":

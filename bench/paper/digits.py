@@ -28,7 +28,10 @@ PAPERS: dict[str, dict[str, Any]] = {
     "SGDW": {"momentum": 0.9, "lr_in_momentum": True, "decouple_lr": True},
     "Adam": {},
     "AdamW": {"decouple_lr": True},
+    "RAdam": {"decoupled_weight_decay": True, "decouple_lr": True},
+    "AdaBoundW": {},
 }
+WITH_L2 = ("SGD", "Adam")  # the others decay as the paper does
 # Made from an optimizer, the epochs of the run and the steps of an epoch.
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, int, int], LRScheduler]] = {
     "fixed": lambda optimizer, epochs, steps: ConstantLR(optimizer, 1.0),

@@ -24,6 +24,7 @@ from bench.paper.digits import STEPS_PER_EPOCH, Batch, train
 from bench.paper.valleys import Grid, Lengths
 
 ALGORITHMS = ("SGD", "SGDW", "Adam", "AdamW")
+OTHERS = tuple(claims.OTHERS)  # beside them in figure 7
 
 
 class Axis(NamedTuple):
@@ -39,12 +40,13 @@ class Axis(NamedTuple):
 
 
 RATES = {"SGD": Axis(4e-3, 2, 5), "SGDW": Axis(4e-3, 2, 5), "Adam": Axis(8e-3, 1, 6), "AdamW": Axis(1e-3, 2, 5)}
+RATES |= dict.fromkeys(OTHERS, RATES["AdamW"])  # as much tuning as AdamW's
 L2, DECOUPLED = Axis(4e-4, 1, 13), Axis(1e-3, 1, 10)  # a weight decay of 0 stands before the least one
 # Where the scale of weights matters, decay gains something over fewer learning rates.
 FEW, FEW_RATES = ("plain head, alone decayed", "unnormalized"), Axis(4e-3, 1, 6)
 # (algorithm, schedule, network), in the order of the tables.
 GRIDS = (
-    *((name, "cosine", "normalized") for name in ALGORITHMS),
+    *((name, "cosine", "normalized") for name in (*ALGORITHMS, *OTHERS)),
     *(
         (name, "cosine", network)
         for network in ("plain head, not decayed", "plain head", "ordinary")
@@ -85,7 +87,7 @@ def parts(seeds: int, size: int) -> list[range]:
 def grid_batches(plan: Plan, algorithm: str, schedule: str, network: str) -> list[Batch]:
     """Make the batches of a grid."""
     rates = (FEW_RATES if network in FEW else RATES[algorithm]).values(plan.every)
-    decays = [0.0, *(DECOUPLED if algorithm.endswith("W") else L2).values(plan.every)]
+    decays = [0.0, *(L2 if algorithm in digits.WITH_L2 else DECOUPLED).values(plan.every)]
     return [
         Batch(algorithm, schedule, plan.epochs, plan.epochs, tuple(itertools.product(rates, decays, seeds)), network)
         for seeds in parts(plan.seeds, 4)

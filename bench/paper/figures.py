@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from bench.output import wrote
-from bench.paper.claims import SLOPES, Claim, Curve, Grids, multiplier, signed, taken
+from bench.paper.claims import OTHERS, SLOPES, Claim, Curve, Grids, multiplier, signed, taken
+from bench.paper.digits import WITH_L2
 from bench.paper.valleys import NEAR, Grid, Lengths, valleys
 from bench.plot import plt, write
 
-TITLES = {"SGD": "SGD with L2", "SGDW": "SGDW", "Adam": "Adam with L2", "AdamW": "AdamW"}
+TITLES = {"SGD": "SGD with L2", "SGDW": "SGDW", "Adam": "Adam with L2", "AdamW": "AdamW"} | OTHERS
 # Of Okabe and Ito: told apart by the colour-blind too.
 BLUE, VERMILION = "#0072B2", "#D55E00"
 COLORS = {"SGD": "#E69F00", "SGDW": "#009E73", "Adam": VERMILION, "AdamW": BLUE}
@@ -35,7 +36,7 @@ def draw(
     lengths: Lengths,
     folder: Path,
 ) -> None:
-    """Write the six figures."""
+    """Write the seven figures."""
 
     def grid(name: str, schedule: str) -> Grid:
         return grids[name, schedule, "normalized"]
@@ -51,6 +52,9 @@ def draw(
         "paper_4_curves": lambda: learning_curves(curves),
         "paper_5_restarts": lambda: restarts(long),
         "paper_6_length": lambda: run_lengths(lengths),
+        "paper_7_others": lambda: least_errors(
+            [[grid(n, "cosine") for n in pair] for pair in (("Adam", "AdamW"), tuple(OTHERS))]
+        ),
     }
     for name, make in figures.items():
         with plt.rc_context(STYLE):
@@ -93,6 +97,11 @@ def schedules(rows: list[list[Grid]]) -> Figure:
     return heatmaps(rows, title, every=3)
 
 
+def least_errors(rows: list[list[Grid]]) -> Figure:
+    """Draw the grids of several algorithms, with the least error of each."""
+    return heatmaps(rows, lambda grid: f"{TITLES[grid.algorithm]}: {100 * grid.errors.mean(0).min():.1f} %", every=2)
+
+
 def heatmaps(rows: list[list[Grid]], title: Callable[[Grid], str], every: int) -> Figure:
     """Draw test error over learning rate and weight decay, on one colour scale; label one in ``every`` decays"""
     means = [100 * grid.errors.mean(0) for row in rows for grid in row]
@@ -110,7 +119,7 @@ def heatmaps(rows: list[list[Grid]], title: Callable[[Grid], str], every: int) -
             ax.set_xticks(x[::every] + 0.5, thousandths(grid.decays[::every]), fontsize=8)
             ax.set_yticks(y + 0.5, thousandths(grid.rates), fontsize=8)
             ax.tick_params(length=0)
-            ax.set_xlabel("weight decay λ (10⁻³)" if grid.algorithm.endswith("W") else "L2 factor λ (10⁻³)")
+            ax.set_xlabel("L2 factor λ (10⁻³)" if grid.algorithm in WITH_L2 else "weight decay λ (10⁻³)")
             if grid is row[0]:
                 ax.set_ylabel("learning rate α (10⁻³)")
     bar = figure.colorbar(image, ax=axes, extend="max", aspect=40, pad=0.02)
@@ -153,7 +162,7 @@ def networks(grids: Grids) -> Figure:
             grid = grids[name, "cosine", network]
             found = valleys(grid)
             x, (best, low, high) = grid.rates[found.rows], (2**at for at in found[1:])
-            line = "o-" if name.endswith("W") else "s--"
+            line = "s--" if name in WITH_L2 else "o-"
             ax.plot(x, best, line, color=COLORS[name], markersize=4, linewidth=1.3, label=TITLES[name])
             ax.fill_between(x, low, high, color=COLORS[name], alpha=0.2, linewidth=0)
             if len(x) and (theory := SLOPES[name, network].value) is not None:
