@@ -114,7 +114,7 @@ def most_registers(name, variant):
     if not codes and not variant.stochastic:
         return 64
     if name == "triton" and variant.ema:
-        return (80, 88, 96)[variant.stochastic + (variant.master != "none") if codes else 0]
+        return (80, 88, 104)[variant.stochastic + (variant.master != "none") if codes else 0]
     if name == "triton":
         return (64, 80, 88)[variant.stochastic + (variant.master != "none") if codes else 0]
     if codes and variant.stochastic and variant.master != "none":
