@@ -54,12 +54,11 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     if not codes and not any(random):
         return constexprs, OPTIONS
     # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64,
-    # with both on an sm_120 at 80, and the cautious rules, by two registers, on an sm_100 or an sm_120. With an average
-    # each has 8 more, and beside amsgrad or a cautious rule 16.
+    # with both on an sm_120 at 80, and the cautious rules, by two registers, on an sm_100 or an sm_120. An average
+    # takes 8 or 16 more.
     beside = any(random) + (variant.master != "none") if codes else 0
-    cautious = variant.rule.startswith("adam_cautious")
-    wider = cautious or variant.rule == "adam_amsgrad" if variant.ema else cautious and not beside
-    return constexprs, OPTIONS | {"maxnreg": (64, 80, 88)[beside] + 8 * variant.ema + 8 * wider}
+    more = variant.rule.startswith("adam_cautious") or (variant.ema and variant.rule == "adam_amsgrad")
+    return constexprs, OPTIONS | {"maxnreg": (72 if more else 64, 80, 88)[beside] + (8 if codes else 16) * variant.ema}
 
 
 def square_constexprs(g: torch.dtype, warp_size: int) -> dict:

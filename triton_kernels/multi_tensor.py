@@ -170,6 +170,7 @@ def step_span(
             v = load_moment(state1_at + i, scales1, mask, some, SECOND=True)
         if STATES > 2:
             vmax = load(state2_at + i, mask)
+        average = load(ema_at + i, mask) if EMA else g
         if RANDOM_P or RANDOM_M or RANDOM_V:
             word = words(row, at, s[SCALAR_STEP].to(tl.uint32), start + first, end - start, ALIGNED)
             random_p = for_parameter(word) if RANDOM_P else None
@@ -179,6 +180,8 @@ def step_span(
             p, m = sgd(s, p, g, m, MOMENTUM=STATES == 1)
         else:
             p, m, v, vmax = adam(s, p, g, m, v, vmax, RULE)
+        if EMA:
+            store(ema_at + i, lerp(average, p, s[SCALAR_EMA]), mask)
         write(p_at + i, extra_at + i, p, random_p, mask, MASTER)
         if STATES > 1:
             store_moment(state1_at + i, scales1, v, word_v, mask, some, SECOND=True)
@@ -186,8 +189,6 @@ def step_span(
             store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=False)
         if STATES > 2:
             store(state2_at + i, vmax, mask)
-        if EMA:  # read when the registers of the moments are free: with random words they would spill
-            store(ema_at + i, lerp(load(ema_at + i, mask), p, s[SCALAR_EMA]), mask)
 
 
 @triton.jit
