@@ -1,5 +1,6 @@
 # make demo · make test · make quick · make test-integrations · make bench · make docs · make lint: each sets up .venv first, once.
 # make sanitize: the tests that run csrc, under gcc's AddressSanitizer and UndefinedBehaviorSanitizer.
+# make clang · make arm64: csrc built by clang, and for arm64, where an emulator runs it.
 # make resolve · make test-versions · make wheel · make cuda-check: about installing it elsewhere.
 # A torch of your own:  make test VENV=/path/to/env CONSTRAINTS=/dev/null
 # The Python at hand, without an environment and without network (demo, test, quick, bench):  make test VENV= PYTHON=python3
@@ -19,6 +20,9 @@ SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recov
 SANITIZED ?= $(addprefix tests/test_,checkpoints.py clipping.py formats.py launch.py plan.py state.py step_cpu.py \
     stateful.py step_parameter.py torch_inputs.py watch.py)
 
+# With make clang and make arm64.
+ELSEWHERE := tests/test_step_cpu.py tests/test_formats.py
+
 # With make cuda-check; any CUDA build of torch whose major version of CUDA is that of nvcc.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
@@ -30,7 +34,7 @@ PLATFORMS ?= x86_64-manylinux_2_28 aarch64-manylinux_2_28
 TORCHES ?= 2.8.0@3.10 2.9.1@3.11 2.10.0@3.12 2.11.0@3.12 2.12.1@3.13 2.13.0@3.10 2.14.1@3.13 2.15.0@3.13
 INDEX_ALONE := env -u UV_INDEX -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS -u UV_CONSTRAINT
 
-.PHONY: demo test quick sanitize test-integrations bench docs gpu lint format clean cuda-check resolve test-versions wheel
+.PHONY: demo test quick sanitize clang arm64 test-integrations bench docs gpu lint format clean cuda-check resolve test-versions wheel
 
 demo: $(READY)
 	$(RUN) -m bench demo
@@ -49,6 +53,20 @@ sanitize: build/sanitize/.ready
 	git ls-files -co --exclude-standard | tar -cf - -T - | tar -xf - -C build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST) --capture=sys $(SANITIZED)
+
+# In a copy of the tree; needs clang and libomp-dev. Where there is no AVX-512, the loops for it are compiled all the same.
+clang: RUN := $(if $(VENV),$(abspath $(BIN))/python,$(PYTHON))
+clang: $(READY)
+	rm -rf build/clang
+	mkdir -p build/clang
+	git ls-files -co --exclude-standard | tar -cf - -T - | tar -xf - -C build/clang
+	cd build/clang && CC=clang CXX=clang++ FUSED_ADAMW_CUDA=0 $(RUN) -m fused_adamw build
+	cd build/clang && $(PYTEST) -m "not slow" $(ELSEWHERE)
+
+# On Debian; needs g++-aarch64-linux-gnu and qemu-user. The environment is kept in ARM64.
+ARM64 ?= build/arm64
+arm64: $(READY)
+	PYTHON=$(RUN) UV=$(BIN)/uv ARM64=$(ARM64) .ci/arm64 $(ELSEWHERE)
 
 # What the frameworks themselves warn of is not an error of ours.
 test-integrations: $(VENV)/.integrations

@@ -5,8 +5,12 @@
 #include "formats_avx2.h"
 
 #ifdef FUSED_X86
+#if defined(__clang__)  // its target has no preferred width, and takes 512 bits
+#define FUSED_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#else
 #define FUSED_AVX512                                                                                         \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
 
 // GCC 12 takes the operands that its own intrinsics leave undefined for mistakes.
 #if !defined(__clang__)

@@ -28,7 +28,7 @@ struct Pair {
   FUSED_HD void set(uint32_t bits) { *this = bit_cast<Pair>(bits); }
 };
 template <class Word> constexpr int kLanes = 1;
-template <> constexpr int kLanes<Pair> = 2;
+template <> inline constexpr int kLanes<Pair> = 2;
 
 template <typename T> FUSED_HD void unpack(T word, T* x) { *x = word; }
 template <typename T> FUSED_HD void pack(const T* x, T& word) { word = *x; }

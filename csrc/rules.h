@@ -17,6 +17,10 @@
 #define FUSED_HD inline
 #endif
 
+#if defined(_MSC_VER) && !defined(__clang__) && !defined(__CUDACC__)
+#pragma fp_contract(off)  // before Visual Studio 2022, /fp:precise contracts
+#endif
+
 namespace fused_adamw {
 
 enum class Rule : uint8_t {

@@ -59,7 +59,7 @@ FUSED_HD void scalars_of(const double* hyper, double lr, double count, const Pow
       } else {
         row[SCALAR_INV_SQRT_BC2] = 0;
         row[SCALAR_EPS] = 1;
-        if (hyper[HYPER_RECTIFY] != RECTIFY) row[SCALAR_STEP_SIZE] = row[SCALAR_DECAY] = 0;
+        if (hyper[HYPER_RECTIFY] != double(RECTIFY)) row[SCALAR_STEP_SIZE] = row[SCALAR_DECAY] = 0;
       }
     }
     if (hyper[HYPER_GAMMA] != 0) {

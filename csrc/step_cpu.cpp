@@ -63,8 +63,8 @@ constexpr int64_t kRowsAhead = 2;
 
 FUSED_ISA(Generic, )
 #ifdef FUSED_X86
-FUSED_ISA(Avx2, __attribute__((target("avx2,fma"))))
-FUSED_ISA(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))))
+FUSED_ISA(Avx2, FUSED_AVX2)
+FUSED_ISA(Avx512, FUSED_AVX512)
 #endif
 
 // ---- Tables of the loops, one for each instruction set.
