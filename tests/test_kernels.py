@@ -529,7 +529,7 @@ def test_totals_of_segments(compiler, found):
             ".f32",
         ),
         ("triton", "rules.py", "tl.div_rn(moved, denom)", "moved / denom", "div.full"),
-        ("triton", "rules.py", "tl.sqrt_rn(second)", "tl.sqrt(second)", "sqrt.approx"),
+        ("triton", "rules.py", "tl.fma(tl.sqrt_rn(second)", "tl.fma(tl.sqrt(second)", "sqrt.approx"),
         ("cuda", "rules.h", "moved / denom", "__fdividef(moved, denom)", "div.approx"),
         ("cuda", "step_cuda.cu", "__builtin_assume(__isGlobal(pointer));", "", "ld."),
     ],
