@@ -200,7 +200,7 @@ OURS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"ema_decay": 0.99, "ema_warmup": True, "lr": 0.1, "weight_decay": 0.1}),
     ("AdamW", {"first_moment": False, "betas": (0.0, 0.9), "lr": 1e-2, "weight_decay": 0.3}),
     ("Adam", {"first_moment": False, "betas": (0.0, 0.999), "weight_decay": 0.1, "maximize": True}),
-    ("AdaBound", {"weight_decay": 0.1, "maximize": True}),
+    ("AdaBound", {"weight_decay": 0.1, "maximize": True, "ema_decay": 0.9}),
     ("AdaBound", {"betas": (0.8, 0.95), "final_lr": 0.02, "gamma": 0.3, "weight_decay": 0.1, "amsbound": True}),
     ("AdaBoundW", {"lr": 1e-2, "gamma": 0.1, "eps": 1e-4, "weight_decay": 1e-3}),
     ("AdaBoundW", {"weight_decay": 0.1, "amsbound": True, "decouple_lr": False}),

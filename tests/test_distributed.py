@@ -312,7 +312,7 @@ def test_pieces_of_pieces_are_not_numbered():
 
 def check_same_bits(backend, native):
     build, built = plan.build, []
-    dtypes = [torch.float32, BF16, torch.float32, *[BF16] * len(FORMATS)]
+    dtypes = [torch.float32, BF16, torch.float32, BF16, torch.float32, *[BF16] * len(FORMATS)]
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr(backends, "native", lambda: None)

@@ -679,8 +679,14 @@ WRONG_RULES = [
     ("cuda", "rules.h", "rate > s.hi ? s.hi : rate", "rate", ADABOUND),
     ("cuda", "rules.h", "rate < lo ? lo : rate", "rate > lo ? rate : lo", ADABOUND),
     ("cuda", "rules.h", "std::sqrt(second) + s.eps", "std::sqrt(v) + s.eps", AMSBOUND),
-    # A first moment that is something else than the gradient.
-    ("triton", "multi_tensor.py", "adam(s, p, g, tl.zeros_like(g), m,", "adam(s, p, g, m, m,", NO_FIRST),
+    # Another second moment; a first moment that is something else than the gradient.
+    (
+        "triton",
+        "multi_tensor.py",
+        "adam(s, p, g, tl.zeros_like(g), m,",
+        "adam(s, p, g, tl.zeros_like(g), m + m,",
+        NO_FIRST,
+    ),
     ("cuda", "rules.h", "T m = 0, vmax = 0;\n    s.w1 = 1;", "T m = g0, vmax = 0;\n    s.w1 = 1 / T(2);", NO_FIRST),
 ]
 

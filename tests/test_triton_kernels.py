@@ -79,7 +79,7 @@ launches = torch.load(sys.argv[2])
 for rule, data, scalars, chunk in launches:
     variant = Variant(rule, *[torch.float32] * 3)
     rows = [
-        [*(t.data_ptr() for t in x), *[0] * (5 - len(x)), x[0].numel(), i % 4, 3, *[0] * 8]
+        [*(t.data_ptr() for t in x), *[0] * (5 - len(x)), x[0].numel(), i % 4, 3, *[0] * 10]
         for i, x in enumerate(data)
     ]
     chunks = [[i, c] for i, x in enumerate(data) for c in range(-(-x[0].numel() // chunk))]
