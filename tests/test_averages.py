@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.optim import swa_utils
 
+import fused_adamw
 from fused_adamw import state
 from tests import cases, exact
 from tests.test_checkpoints import steps
@@ -507,3 +508,13 @@ def test_a_decay_out_of_range_is_refused(wrong, target):
     cases.assert_same_bits(cases.tensors_of(optimizer), before)
     with pytest.raises(TypeError, match="ema_decay must be a number, and is '0.9'"):
         cases.make("AdamW", [p], {"ema_decay": "0.9"})
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam", "SGD", "SGDW", "AdaBound", "AdaBoundW"])
+def test_every_class_keeps_averages(name):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = getattr(fused_adamw, name)([p], lr=0.1, ema_decay=0.9, ema_warmup=True)
+    optimizer.step()
+    assert (optimizer.param_groups[0]["ema_decay"], optimizer.param_groups[0]["ema_warmup"]) == (0.9, True)
+    torch.testing.assert_close(optimizer.state[p]["ema"], 1 + (1 - 2 / 11) * (p.detach() - 1))
