@@ -1,6 +1,7 @@
 """List what is compared, by name: the algorithms, our backends, and the peers."""
 
 import contextlib
+import functools
 import importlib
 import inspect
 import itertools
@@ -53,6 +54,8 @@ ALGORITHMS = {
     "adamw-cautious-update": Algorithm("AdamW", ADAM, "AdamW", lacking={"cautious": "update"}),
     # Others average after the step: torch's arms an AveragedModel, one more of ours by torch._foreach_lerp_.
     "adamw-ema": Algorithm("AdamW", ADAM, "AdamW", lacking={"ema_decay": 0.999}),
+    # Beside ours without them.
+    "adamw-statistics": Algorithm("AdamW", ADAM, "AdamW", lacking={"statistics": True}),
     "sgdw": Algorithm("SGDW", SGD, "SGD"),  # torch has no SGDW
     "sgd": Algorithm("SGD", SGD, "SGD"),
 }
@@ -136,6 +139,9 @@ def ours(algorithm: Algorithm, storage: Storage, device: torch.device, everythin
         arms += _with_graph(f"fused_adamw {backend.name}", make, device, backend.capturable, **more)
         if algorithm.ema_decay is not None:
             arms.append(Arm(f"fused_adamw {backend.name} + foreach_lerp", make_lerp, **more))
+        if "statistics" in algorithm.lacking:
+            plain = functools.partial(make, capturable=False, lacking={})
+            arms.append(Arm(f"fused_adamw {backend.name} without", plain, **more))
     return arms
 
 

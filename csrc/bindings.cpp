@@ -19,25 +19,28 @@ class CudaKernels {
 public:
   // contract.Variant, without a look at its ema: every kernel steps averages, of rows that have one.
   CudaKernels(at::Device device, const std::string& rule, at::ScalarType p, at::ScalarType g,
-              at::ScalarType state, const std::string& master, bool stochastic, bool)
-      : variant_{rule_of(rule), format_of(p), format_of(g), format_of(state), master_of(master), stochastic} {
+              at::ScalarType state, const std::string& master, bool stochastic, bool, bool measured)
+      : variant_{rule_of(rule),     format_of(p), format_of(g), format_of(state),
+                 master_of(master), stochastic,   measured} {
     TORCH_CHECK_NOT_IMPLEMENTED(
         has_cuda(variant_),
         "backend='cuda' steps parameters with a master, stochastic rounding or int8 moments ",
-        "where gradients are float32 or of the parameter's dtype (with cautious=, first_moment=False and in ",
-        "AdaBound, of that alone) ", "and moments are not float16; here they are ", at::toString(g), " and ",
-        at::toString(state), ": convert them, or use backend='triton', which takes any mix");
+        "where gradients are float32 or of the parameter's dtype (with statistics=, cautious=, ",
+        "first_moment=False and in AdaBound, of that alone) ", "and moments are not float16; here they are ",
+        at::toString(g), " and ", at::toString(state),
+        ": convert them, or use backend='triton', which takes any mix");
     const c10::DeviceGuard guard(device);
     check(check_cuda(variant_));
   }
 
   void step(const at::Tensor& rows, const at::Tensor& chunks, int32_t chunk, const at::Tensor& scalars,
-            const at::Tensor& factor, const py::tuple& given) const {
+            const at::Tensor& factor, const std::optional<at::Tensor>& sums, const py::tuple& given) const {
     GivenScalars numbers{!given.empty(), {}};
     for (size_t i = 0; i < given.size(); ++i)
       numbers.rows[i / SCALARS].x[i % SCALARS] = given[i].cast<float>();
     check(step_cuda(variant_, tables(rows, chunks, chunk), scalars.const_data_ptr<float>(),
-                    factor.const_data_ptr<float>(), numbers, stream()));
+                    factor.const_data_ptr<float>(), sums ? sums->mutable_data_ptr<double>() : nullptr,
+                    numbers, stream()));
   }
 
   void sum_squares(const at::Tensor& rows, const at::Tensor& chunks, int32_t chunk,
@@ -116,6 +119,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("run", &CpuStep::run)
       .def_property_readonly("parts", &CpuStep::parts)
       .def("sum_squares", &CpuStep::sum_squares)
+      .def("squares", &CpuStep::squares)
       .def("keep", &CpuStep::keep)
       .def("totals", &CpuStep::totals)
       .def("factor", &CpuStep::factor);

@@ -48,7 +48,14 @@ public:
           item.attr("numbering").cast<std::tuple<int64_t, int64_t, int64_t>>();
       rows_.push_back(row);
       sources_.push_back({item.attr("slot").cast<size_t>(), item.attr("numel").cast<int64_t>()});
+      if (item.attr("measured").cast<bool>()) measured_.push_back(rows_.size() - 1);
     }
+    std::vector<size_t> firsts;
+    for (const size_t i : measured_) {
+      firsts.push_back(squares_.size());
+      squares_.resize(squares_.size() + parts_of(sources_[i].numel) * 3);
+    }
+    for (size_t k = 0; k < measured_.size(); ++k) rows_[measured_[k]].squares = squares_.data() + firsts[k];
   }
 
   // Takes the scalars and the addresses of the coming step. A row without a gradient has no elements in it.
@@ -84,9 +91,23 @@ public:
   void run(const py::object&, double factor, bool count) {
     if (count) watch_.advance();
     if (!(factor < 0)) {
+      for (const size_t i : measured_)
+        if (!rows_[i].numel) std::fill_n(rows_[i].squares, parts_of(sources_[i].numel) * 3, 0);
       for (size_t i = SCALAR_GRAD_FACTOR; i < scalars_.size(); i += SCALARS) scalars_[i] *= factor;
       without_gil([&] { step_cpu(rows_.data(), int64_t(rows_.size()), scalars_.data(), isa); });
     }
+  }
+
+  // Returns contract.Launch.squares.
+  at::Tensor squares() const {
+    const at::Tensor totals = at::zeros({3, int64_t(measured_.size())}, at::kDouble);
+    double* const to = totals.mutable_data_ptr<double>();
+    for (size_t k = 0; k < measured_.size(); ++k) {
+      const double* from = rows_[measured_[k]].squares;
+      for (int64_t left = parts_of(sources_[measured_[k]].numel); left; --left, from += 3)
+        for (size_t j = 0; j < 3; ++j) to[j * measured_.size() + k] += from[j];
+    }
+    return totals;
   }
 
   int parts() const { return 1; }
@@ -131,6 +152,8 @@ private:
   // them costs 20 ns a tensor.
   static constexpr int64_t kWithGil = 1 << 20;
 
+  static int64_t parts_of(int64_t numel) { return (numel + kPart - 1) / kPart; }
+
   void take_addresses() {
     const bool moved = moves_ != watch_.moves();
     elements_ = 0;
@@ -171,6 +194,8 @@ private:
   std::vector<Row> rows_;
   std::vector<double> scalars_;
   std::vector<Source> sources_;
+  std::vector<size_t> measured_;  // rows with statistics
+  std::vector<double> squares_;   // theirs
   int64_t moves_ = -1, elements_ = 0;
 };
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "formats.h"
+#include "step.h"
 
 #if defined(__GNUC__)
 #define FUSED_RESTRICT __restrict__
@@ -13,11 +13,20 @@
 #define FUSED_RESTRICT
 #endif
 
+// Lets the compiler split the sums of a loop into those of the lanes of a vector.
+#if defined(__GNUC__)
+#define FUSED_PRAGMA(text) _Pragma(#text)
+#define FUSED_SIMD(clauses) FUSED_PRAGMA(omp simd clauses)
+#else
+#define FUSED_SIMD(clauses)
+#endif
+
 namespace fused_adamw {
 
 // Narrow formats are converted through tiles that stay in the L1 cache: at most 6 of 4 KiB.
 constexpr int64_t kTile = 512;
 static_assert(kTile % kQuantBlock == 0, "a tile is a number of whole blocks");
+static_assert(kPart % (2 * kTile) == 0, "no tile is of two parts");
 
 // A word of a stream is one value of the compute type, or a pair of bf16, which is unpacked and packed in
 // place. Through tiles of floats, which widen and narrow across the vector, a step of all-bf16 takes 1.25
@@ -51,6 +60,9 @@ FUSED_HD void pack(const float* x, Pair& word) {
 FUSED_HD void pack(const float* x, Pair& word, uint32_t random0, uint32_t random1) {
   word.set(((bit_cast<uint32_t>(x[1]) + random1) & 0xffff0000u) | (bit_cast<uint32_t>(x[0]) + random0) >> 16);
 }
+// In double the square of a float is exact, and neither overflows nor underflows.
+template <typename T> FUSED_HD void add_square(T& sum, T x) { sum = fma(x, x, sum); }
+
 template <typename T> void fix_nans(T*, int64_t) {}
 inline void fix_nans(Pair* words, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -63,45 +75,69 @@ inline void fix_nans(Pair* words, int64_t n) {
   }
 }
 
-// Returns whether a new parameter is NaN: every rule that makes a state NaN makes the parameter NaN too.
-// `random` holds one word of stochastic rounding for each element.
-template <class R, typename T, bool kRandom, class Word>
+// Updates word i of the streams. `nan` collects whether a new parameter is NaN: every rule that makes a state
+// NaN makes the parameter NaN too. `random` holds one word of stochastic rounding for each element.
+template <class R, typename T, bool kRandom, bool kMeasured, class Word>
+FUSED_HD void update_word(const typename R::template Scalars<T>& s, int64_t i, Word* FUSED_RESTRICT p,
+                          const Word* FUSED_RESTRICT g, Word* FUSED_RESTRICT s0, Word* FUSED_RESTRICT s1,
+                          Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random, uint32_t& nan,
+                          T& of_g, T& of_update, T& of_p) {
+  constexpr int lanes = kLanes<Word>;
+  T xp[lanes], xg[lanes], x0[lanes] = {}, x1[lanes] = {}, x2[lanes] = {};
+  unpack(p[i], xp);
+  unpack(g[i], xg);
+  if constexpr (R::kStates > 0) unpack(s0[i], x0);
+  if constexpr (R::kStates > 1) unpack(s1[i], x1);
+  if constexpr (R::kStates > 2) unpack(s2[i], x2);
+  for (int l = 0; l < lanes; ++l) {
+    const T before = xp[l];
+    xp[l] = R::update(s, before, xg[l], x0[l], x1[l], x2[l]);
+    if constexpr (kMeasured) {
+      add_square(of_g, s.grad_factor * xg[l]);
+      add_square(of_update, xp[l] - before);
+      add_square(of_p, xp[l]);
+    }
+  }
+  if constexpr (kRandom) {
+    const uint32_t word0 = random[2 * i], word1 = random[2 * i + 1];
+    pack(xp, p[i], for_parameter(word0), for_parameter(word1));
+    if constexpr (R::kSecondMoment == 1) pack(x1, s1[i], for_second_moment(word0), for_second_moment(word1));
+  } else {
+    pack(xp, p[i]);
+    if constexpr (R::kStates > 1) pack(x1, s1[i]);
+  }
+  if constexpr (lanes > 1) nan |= (p[i].bits() & 0x7fff7fffu) + 0x007f007fu;
+  if constexpr (kRandom && R::kSecondMoment == 0)
+    pack(x0, s0[i], for_second_moment(random[2 * i]), for_second_moment(random[2 * i + 1]));
+  else if constexpr (R::kStates > 0)
+    pack(x0, s0[i]);
+  if constexpr (R::kStates > 2) pack(x2, s2[i]);
+}
+
+// Returns whether a new parameter is NaN. Adds to `squares`, if kMeasured, the sums of the squares of
+// gradients, updates and new parameters, in an order that follows the vectors.
+template <class R, typename T, bool kRandom, bool kMeasured, class Word>
 FUSED_HD bool update_words(const typename R::template Scalars<T>& s, int64_t n, Word* FUSED_RESTRICT p,
                            const Word* FUSED_RESTRICT g, Word* FUSED_RESTRICT s0, Word* FUSED_RESTRICT s1,
-                           Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random) {
-  constexpr int lanes = kLanes<Word>;
+                           Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random, double* squares) {
   uint32_t nan = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    T xp[lanes], xg[lanes], x0[lanes] = {}, x1[lanes] = {}, x2[lanes] = {};
-    unpack(p[i], xp);
-    unpack(g[i], xg);
-    if constexpr (R::kStates > 0) unpack(s0[i], x0);
-    if constexpr (R::kStates > 1) unpack(s1[i], x1);
-    if constexpr (R::kStates > 2) unpack(s2[i], x2);
-    for (int l = 0; l < lanes; ++l) xp[l] = R::update(s, xp[l], xg[l], x0[l], x1[l], x2[l]);
-    if constexpr (kRandom) {
-      const uint32_t word0 = random[2 * i], word1 = random[2 * i + 1];
-      pack(xp, p[i], for_parameter(word0), for_parameter(word1));
-      if constexpr (R::kSecondMoment == 1)
-        pack(x1, s1[i], for_second_moment(word0), for_second_moment(word1));
-    } else {
-      pack(xp, p[i]);
-      if constexpr (R::kStates > 1) pack(x1, s1[i]);
-    }
-    if constexpr (lanes > 1) nan |= (p[i].bits() & 0x7fff7fffu) + 0x007f007fu;
-    if constexpr (kRandom && R::kSecondMoment == 0)
-      pack(x0, s0[i], for_second_moment(random[2 * i]), for_second_moment(random[2 * i + 1]));
-    else if constexpr (R::kStates > 0)
-      pack(x0, s0[i]);
-    if constexpr (R::kStates > 2) pack(x2, s2[i]);
+  T of_g = 0, of_update = 0, of_p = 0;
+  if constexpr (kMeasured) {
+    FUSED_SIMD(reduction(+ : of_g, of_update, of_p) reduction(| : nan))
+    for (int64_t i = 0; i < n; ++i)
+      update_word<R, T, kRandom, true>(s, i, p, g, s0, s1, s2, random, nan, of_g, of_update, of_p);
+    squares[0] += of_g, squares[1] += of_update, squares[2] += of_p;
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      update_word<R, T, kRandom, false>(s, i, p, g, s0, s1, s2, random, nan, of_g, of_update, of_p);
   }
   return nan & 0x80008000u;
 }
 
-template <class R, typename T, bool kRandom, class Word>
+template <class R, typename T, bool kRandom, bool kMeasured, class Word>
 FUSED_HD void update_loop(const double* scalars, int64_t n, Word* FUSED_RESTRICT p,
                           const Word* FUSED_RESTRICT g, Word* FUSED_RESTRICT s0, Word* FUSED_RESTRICT s1,
-                          Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random) {
+                          Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random, double* squares) {
   using S = typename R::template Scalars<T>;
   constexpr int count = sizeof(S) / sizeof(T);
   static_assert(count <= SCALARS, "a rule has no more scalars than a row");
@@ -119,9 +155,9 @@ FUSED_HD void update_loop(const double* scalars, int64_t n, Word* FUSED_RESTRICT
     // The condition settles lerp's choice within each of the two calls. In one loop for both, the compiler
     // would divide twice.
     if (R::kStates > 1 && row[SCALAR_W1] < T(0.5)) {
-      nan = update_words<R, T, kRandom>(s, m, x[0], g + i, x[1], x[2], x[3], words);
+      nan = update_words<R, T, kRandom, kMeasured>(s, m, x[0], g + i, x[1], x[2], x[3], words, squares);
     } else {
-      nan = update_words<R, T, kRandom>(s, m, x[0], g + i, x[1], x[2], x[3], words);
+      nan = update_words<R, T, kRandom, kMeasured>(s, m, x[0], g + i, x[1], x[2], x[3], words, squares);
     }
     for (int j = 0; nan && j <= R::kStates; ++j) fix_nans(x[j], m);
   }

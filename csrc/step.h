@@ -14,6 +14,9 @@
 
 namespace fused_adamw {
 
+// Statistics are sums of squares of this many elements, so that they do not depend on the number of threads.
+constexpr int64_t kPart = 8192;
+
 // One tensor. All its streams are dense and laid out alike: element i of one belongs to element i of the
 // others.
 struct Row {
@@ -29,6 +32,9 @@ struct Row {
 
   void* extra;       // the stream of the master
   float* scales[2];  // of int8 states, one for every kQuantBlock elements
+  // Sums of squares of the gradient, the update and the new parameter, three for each kPart elements; nullptr
+  // where they are not asked for.
+  double* squares;
   void* ema;  // the average of the parameter, in the type of the arithmetic; nullptr where none is kept
   // Stochastic rounding draws by the seed, the index of the parameter, and the number of an element in the
   // whole parameter. Of a shard, element i has the number offset + i + i / run * skip.
@@ -50,7 +56,7 @@ struct Variant {
   Rule rule;
   Format p, g, state;  // never f64
   Master master;
-  bool stochastic;
+  bool stochastic, measured;
 };
 
 // The columns of the table of rows on a device, int64 each: the fields of a Row that the kernels read.
@@ -92,9 +98,10 @@ struct GivenScalars {
   ScalarRow rows[2];
 };
 // Steps every element once, with gradients multiplied by *factor. A negative *factor leaves everything as it
-// is.
+// is. A variant that is measured writes to `sums`, [3, chunks], the sums of the squares of the gradients
+// times *factor, of the updates and of the new parameters of each chunk.
 const char* step_cuda(const Variant& variant, const Tables& tables, const float* scalars, const float* factor,
-                      const GivenScalars& given, void* stream);
+                      double* sums, const GivenScalars& given, void* stream);
 // Writes for each chunk the sum of the squares of its gradients.
 const char* sum_squares_cuda(const Variant& variant, const Tables& tables, double* sums, void* stream);
 // Advances the `n` counters at the addresses in `steps` and computes their rows of scalars from rows of

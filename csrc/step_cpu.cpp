@@ -24,11 +24,12 @@ constexpr int64_t kRowsAhead = 2;
 
 #define FUSED_ISA(Name, target_attribute)                                                                    \
   struct Name {                                                                                              \
-    template <class R, typename T, class Word, bool kRandom = false> target_attribute static void            \
-    update(const double* s, int64_t n, void* p, const void* g, void* const* x, const uint32_t* random) {     \
-      update_loop<R, T, kRandom>(s, n, static_cast<Word*>(p), static_cast<const Word*>(g),                   \
-                                 static_cast<Word*>(x[0]), static_cast<Word*>(x[1]),                         \
-                                 static_cast<Word*>(x[2]), random);                                          \
+    template <class R, typename T, class Word, bool kRandom, bool kMeasured>                                 \
+    target_attribute static void update(const double* s, int64_t n, void* p, const void* g, void* const* x,  \
+                                        const uint32_t* random, double* squares) {                           \
+      update_loop<R, T, kRandom, kMeasured>(s, n, static_cast<Word*>(p), static_cast<const Word*>(g),        \
+                                            static_cast<Word*>(x[0]), static_cast<Word*>(x[1]),              \
+                                            static_cast<Word*>(x[2]), random, squares);                      \
     }                                                                                                        \
     template <Master kMaster, class P>                                                                       \
     target_attribute static void read_master(const void* p, const void* extra, float* to, int64_t n) {       \
@@ -69,9 +70,13 @@ FUSED_ISA(Avx512, FUSED_AVX512)
 
 // ---- Tables of the loops, one for each instruction set.
 
-using Update = void (*)(const double*, int64_t, void*, const void*, void* const*, const uint32_t*);
+using Update = void (*)(const double*, int64_t, void*, const void*, void* const*, const uint32_t*, double*);
+struct Updates {
+  Update plain[kRules], measured[kRules];  // by Rule; the latter add to sums of squares
+  Update of(const Row& row) const { return (row.squares ? measured : plain)[int(row.rule)]; }
+};
 template <typename T> struct Kernels {
-  Update update[kRules];                      // by Rule; all streams are in the compute type
+  Updates updates;                            // all streams are in the compute type
   void (*load[4])(const void*, T*, int64_t);  // by Format
   void (*store[4])(const T*, void*, int64_t);
   void (*average)(T*, const T*, T, int64_t);
@@ -79,7 +84,7 @@ template <typename T> struct Kernels {
 
 // Loops over values of 16 bits or fewer, which are computed in float.
 struct NarrowKernels {
-  Update pairs[kRules], random_pairs[kRules];  // by Rule; all streams are pairs of bf16
+  Updates pairs, random_pairs;                                           // all streams are pairs of bf16
   void (*read_master[4][2])(const void*, const void*, float*, int64_t);  // by Master; bf16, f16
   void (*write_master[4][2])(const float*, void*, void*, int64_t);
   void (*store_random[2])(const float*, void*, const uint32_t*, int64_t);    // parameter, second moment
@@ -99,6 +104,7 @@ struct NarrowKernels {
    Isa::template update<Adam<Rule::adabound>, __VA_ARGS__>,                                                  \
    Isa::template update<Adam<Rule::amsbound>, __VA_ARGS__>,                                                  \
    Isa::template update<Adam<Rule::adam_no_first_moment>, __VA_ARGS__>}
+#define FUSED_UPDATES(Isa, ...) {FUSED_RULES(Isa, __VA_ARGS__, false), FUSED_RULES(Isa, __VA_ARGS__, true)}
 #define FUSED_MASTERS(function)                                                                              \
   {                                                                                                          \
     {}, {function<Master::kahan, BFloat16>}, {function<Master::split16, BFloat16>}, {                        \
@@ -106,7 +112,7 @@ struct NarrowKernels {
     }                                                                                                        \
   }
 template <class Isa> constexpr Kernels<float> kernels(float) {
-  return {FUSED_RULES(Isa, float, float),
+  return {FUSED_UPDATES(Isa, float, float, false),
           {nullptr, Isa::template load<double, float>, Isa::template load<BFloat16, float>,
            Isa::template load<Float16, float>},
           {nullptr, Isa::template store<double, float>, Isa::template store<BFloat16, float>,
@@ -114,15 +120,15 @@ template <class Isa> constexpr Kernels<float> kernels(float) {
           Isa::template average<float>};
 }
 template <class Isa> constexpr Kernels<double> kernels(double) {
-  return {FUSED_RULES(Isa, double, double),
+  return {FUSED_UPDATES(Isa, double, double, false),
           {Isa::template load<float, double>, nullptr, Isa::template load<BFloat16, double>,
            Isa::template load<Float16, double>},
           {Isa::template store<float, double>, nullptr, nullptr, nullptr},
           Isa::template average<double>};
 }
 template <class Isa> constexpr NarrowKernels narrow_kernels() {
-  return {FUSED_RULES(Isa, float, Pair),
-          FUSED_RULES(Isa, float, Pair, true),
+  return {FUSED_UPDATES(Isa, float, Pair, false),
+          FUSED_UPDATES(Isa, float, Pair, true),
           FUSED_MASTERS(Isa::template read_master),
           FUSED_MASTERS(Isa::template write_master),
           {Isa::template store_random<false>, Isa::template store_random<true>},
@@ -283,24 +289,29 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
     native = native && x[j].native();
     bf16 = bf16 && x[j].format == Format::bf16;
   }
+  const auto squares_at = [&row](int64_t i) { return row.squares ? row.squares + i / kPart * 3 : nullptr; };
+  if (row.squares) std::fill(squares_at(begin), squares_at(end + kPart - 1), 0);
   if (bf16) {
-    const int64_t even = end - (end - begin) % 2, most = random ? 2 * kTile : even - begin;
-    const Update* const pairs = random ? isa.narrow.random_pairs : isa.narrow.pairs;
+    const int64_t even = end - (end - begin) % 2, most = random        ? 2 * kTile
+                                                         : row.squares ? kPart
+                                                                       : even - begin;
+    const Update pairs = (random ? isa.narrow.random_pairs : isa.narrow.pairs).of(row);
     for (int64_t n; begin < even; begin += n) {
       n = std::min(most, even - begin);
       void* s[kMaxStates] = {};
       for (int j = 0; j < states; ++j) s[j] = x[j].at(begin);
       if (random) fill_random(isa.narrow, row, step, begin, n, words);
-      pairs[int(row.rule)](scalars, n / 2, p.at(begin), g.at(begin), s, words);
+      pairs(scalars, n / 2, p.at(begin), g.at(begin), s, words, squares_at(begin));
     }
   }
-  const int64_t stride = native ? end - begin : kTile;
+  const Update update = kernels_of(isa, T()).updates.of(row);
+  const int64_t stride = !native ? kTile : row.squares ? kPart : end - begin;
   for (int64_t i = begin; i < end; i += stride) {
     const int64_t n = std::min(stride, end - i);
     void* s[kMaxStates] = {};
     for (int j = 0; j < states; ++j) s[j] = x[j].read(i, n);
     T* const values = p.read(i, n);
-    kernels_of(isa, T()).update[int(row.rule)](scalars, n, values, g.read(i, n), s, nullptr);
+    update(scalars, n, values, g.read(i, n), s, nullptr, squares_at(i));
     if (ema) kernels_of(isa, T()).average(ema + i, values, T(scalars[SCALAR_EMA]), n);
     if (random) fill_random(isa.narrow, row, step, i, n, words);
     p.write(i, n, words);
@@ -331,16 +342,21 @@ const char* const* cpu_isas() {
 }
 
 void step_cpu(const Row* rows, int64_t n, const double* scalars, int isa) {
+  const bool measures = std::any_of(rows, rows + n, [](const Row& row) { return row.squares; });
+  const int64_t block = measures ? kPart : kBlock;
   std::vector<int64_t> ends(n);  // the number of blocks up to and including each row
-  int64_t blocks = 0;
-  for (int64_t r = 0; r < n; ++r) ends[r] = blocks += (rows[r].numel + kBlock - 1) / kBlock;
+  int64_t blocks = 0, work = 0;
+  for (int64_t r = 0; r < n; ++r) {
+    ends[r] = blocks += (rows[r].numel + block - 1) / block;
+    work += (rows[r].numel + kBlock - 1) / kBlock * kBlock;
+  }
 
   const auto run = [&](int64_t first, int64_t last) {
     int64_t r = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin();
     for (int64_t b = first; b < last; b = ends[r++]) {
       const Row& row = rows[r];
       const int64_t start = r ? ends[r - 1] : 0;
-      const int64_t begin = (b - start) * kBlock, end = std::min(row.numel, (last - start) * kBlock);
+      const int64_t begin = (b - start) * block, end = std::min(row.numel, (last - start) * block);
       if (begin == 0 && r + kRowsAhead < n) prefetch(rows[r + kRowsAhead]);
       if (begin >= end) continue;
       const double* s = scalars + int64_t(row.scalars) * SCALARS;
@@ -351,7 +367,7 @@ void step_cpu(const Row* rows, int64_t n, const double* scalars, int isa) {
       }
     }
   };
-  for_each_part(blocks, blocks * kBlock, run);
+  for_each_part(blocks, work, run);
 }
 
 }  // namespace fused_adamw

@@ -47,6 +47,13 @@ template <class P> struct ExtraOf<Master::none, P> {
   using type = P;
 };
 
+template <Master kMaster, class P, class E> __device__ __forceinline__ float read_parameter(P p, E extra) {
+  if constexpr (kMaster == Master::none)
+    return load(p);
+  else
+    return Mastered<kMaster>::read(p, extra);
+}
+
 template <class P, class G, class S, Master kMaster> struct Streams {
   using Extra = typename ExtraOf<kMaster, P>::type;
   P* p;
@@ -246,13 +253,41 @@ average(const Tile<kWhole, kWidth>& tile, float* ema, const Vector<float, kWidth
   tile.store(ema, x);
 }
 
+// Sums of squares of gradients, updates and new parameters.
+struct Squares {
+  float x[3] = {};
+
+  __device__ __forceinline__ void add(float g, float update, float p) {
+    x[0] = fma(g, g, x[0]);
+    x[1] = fma(update, update, x[1]);
+    x[2] = fma(p, p, x[2]);
+  }
+  // Writes the sums of all threads of a block, always added in one order, to to[which, block].
+  __device__ __forceinline__ void write(double* __restrict__ to) const {
+    constexpr int kWarps = kThreads / 32;
+    __shared__ double of_warps[3][kWarps];
+#pragma unroll
+    for (int which = 0; which < 3; ++which) {
+      double sum = x[which];
+      for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+      if (threadIdx.x % 32 == 0) of_warps[which][threadIdx.x / 32] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x >= 3) return;
+    double sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sum += of_warps[threadIdx.x][warp];
+    to[int64_t(threadIdx.x) * gridDim.x + blockIdx.x] = sum;
+  }
+};
+
 template <class R, class P, class S, Master kMaster> constexpr unsigned kRandomStreams = random_streams(
     kFormat<P>, kMaster, R::kStates > 0 && R::kSecondMoment != 0, R::kSecondMoment >= 0, kFormat<S>);
 
-template <class R, bool kStochastic, bool kWhole, int kWidth, class P, class G, class S, Master kMaster>
+template <class R, bool kStochastic, bool kMeasured, bool kWhole, int kWidth, class P, class G, class S,
+          Master kMaster>
 __device__ __forceinline__ void step_span(const typename R::template Scalars<float>& s,
                                           const Streams<P, G, S, kMaster>& to, const Random& random,
-                                          int begin, int end) {
+                                          int begin, int end, Squares& squares) {
   constexpr unsigned kRandom = kStochastic ? kRandomStreams<R, P, S, kMaster> : 0;
   constexpr bool kAverages = kWidth <= 4;
   using ThreadTile = Tile<kWhole, kWidth>;
@@ -273,12 +308,9 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
     if constexpr (kRandom != 0) words = random.words(tile);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      float x;
-      if constexpr (kMaster == Master::none)
-        x = load(p.x[k]);
-      else
-        x = Mastered<kMaster>::read(p.x[k], extra.x[k]);
-      x = R::update(s, x, load(g.x[k]), x0.x[k], x1.x[k], x2.x[k]);
+      const float before = read_parameter<kMaster>(p.x[k], extra.x[k]), gradient = load(g.x[k]);
+      const float x = R::update(s, before, gradient, x0.x[k], x1.x[k], x2.x[k]);
+      if (kMeasured && tile.has(k)) squares.add(s.grad_factor * gradient, x - before, x);
       stepped.x[k] = x;
       if constexpr (kMaster != Master::none)
         Mastered<kMaster>::write(x, p.x[k], extra.x[k]);
@@ -324,12 +356,12 @@ __device__ __forceinline__ ScalarRow scalar_row(const float* scalars, const Give
   return k == 0 ? given.rows[0] : given.rows[1];
 }
 
-template <class R, class P, class G, class S, Master kMaster, bool kStochastic>
+template <class R, class P, class G, class S, Master kMaster, bool kStochastic, bool kMeasured>
 __global__ void __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R::kStates == 3,
                                                       kMaster != Master::none))
     step_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
                 const float* __restrict__ scalars, const float* __restrict__ factor, int chunk,
-                const GivenScalars given) {
+                double* __restrict__ sums, const GivenScalars given) {
   const float f = *factor;
   const Chunk c(rows, chunks, chunk);
   const int64_t k = c.row[COL_SCALARS];
@@ -358,12 +390,14 @@ __global__ void __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code),
   constexpr int kWidth = kNarrow && R::kStates < 3 && kMaster == Master::none ? 8 : 4;
   const bool skipped = f < 0;
   const int n = skipped ? 0 : c.n, whole = skipped ? 0 : c.whole<kCodes ? 32 * kWidth : kWidth>();
+  Squares squares;
   // With averages, which are fp32, 8 elements spill.
   if (kWidth > 4 && to.averages)
-    step_span<R, kStochastic, true, 4>(s, to, random, 0, whole);
+    step_span<R, kStochastic, kMeasured, true, 4>(s, to, random, 0, whole, squares);
   else
-    step_span<R, kStochastic, true, kWidth>(s, to, random, 0, whole);
-  step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, n);
+    step_span<R, kStochastic, kMeasured, true, kWidth>(s, to, random, 0, whole, squares);
+  step_span<R, kStochastic, kMeasured, false, kCodes ? 4 : 1>(s, to, random, whole, n, squares);
+  if (kMeasured && !skipped) squares.write(sums);
 }
 
 // Adds the squares of scaled elements, those of a tile in float and the tiles in double: GPUs for graphics
@@ -450,22 +484,32 @@ __global__ void scalars_kernel(const double* __restrict__ hyper, const int64_t* 
   scalars_of<kAdam>(hyper + row * HYPERS, lr, count, Power(), scalars + row * SCALARS);
 }
 
-using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, const float*, int, GivenScalars);
+using StepKernel = void (*)(const int64_t*, const int32_t*, const float*, const float*, int, double*,
+                            GivenScalars);
 
-template <class R, class P, class G, class S, Master kMaster> StepKernel kernel_of(bool stochastic) {
-  if (!stochastic) return step_kernel<R, P, G, S, kMaster, false>;
-  if constexpr (kRandomStreams<R, P, S, kMaster> != 0) return step_kernel<R, P, G, S, kMaster, true>;
-  return step_kernel<R, P, G, S, kMaster, false>;  // stochastic rounding applies to none of its streams
+// Kernels that measure are their own, so that no other needs registers for it, and are compiled for gradients
+// of the parameter's type.
+template <class R, class P, class G, class S, Master kMaster, bool kStochastic>
+StepKernel kernel_of(const Variant& v) {
+  if (!v.measured) return step_kernel<R, P, G, S, kMaster, kStochastic, false>;
+  if constexpr (std::is_same<G, P>::value) return step_kernel<R, P, G, S, kMaster, kStochastic, true>;
+  return nullptr;
 }
 
-template <class R, class P, class G, Master kMaster> StepKernel kernel_of(Format state, bool stochastic) {
+template <class R, class P, class G, class S, Master kMaster> StepKernel kernel_of(const Variant& v) {
+  if constexpr (kRandomStreams<R, P, S, kMaster> != 0)
+    if (v.stochastic) return kernel_of<R, P, G, S, kMaster, true>(v);
+  return kernel_of<R, P, G, S, kMaster, false>(v);  // stochastic rounding applies to none of its streams
+}
+
+template <class R, class P, class G, Master kMaster> StepKernel kernel_of(const Variant& v) {
   if constexpr (R::kStates == 0) {
-    return kernel_of<R, P, G, P, kMaster>(stochastic);
+    return kernel_of<R, P, G, P, kMaster>(v);
   } else {
-    if (state == Format::f32) return kernel_of<R, P, G, float, kMaster>(stochastic);
-    if (state == Format::bf16) return kernel_of<R, P, G, BFloat16, kMaster>(stochastic);
+    if (v.state == Format::f32) return kernel_of<R, P, G, float, kMaster>(v);
+    if (v.state == Format::bf16) return kernel_of<R, P, G, BFloat16, kMaster>(v);
     if constexpr (R::kStates < 3)
-      if (state == Format::i8) return kernel_of<R, P, G, Code, kMaster>(stochastic);
+      if (v.state == Format::i8) return kernel_of<R, P, G, Code, kMaster>(v);
     return nullptr;
   }
 }
@@ -482,11 +526,11 @@ template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
   const bool plain = v.master == Master::none && !v.stochastic && v.state != Format::i8;
   if constexpr (!kFew<R>) {
     if (plain) {
-      if constexpr (R::kStates == 0) return step_kernel<R, P, G, P, Master::none, false>;
+      if constexpr (R::kStates == 0) return kernel_of<R, P, G, P, Master::none, false>(v);
       switch (v.state) {
-      case Format::f32: return step_kernel<R, P, G, float, Master::none, false>;
-      case Format::bf16: return step_kernel<R, P, G, BFloat16, Master::none, false>;
-      default: return step_kernel<R, P, G, Float16, Master::none, false>;
+      case Format::f32: return kernel_of<R, P, G, float, Master::none, false>(v);
+      case Format::bf16: return kernel_of<R, P, G, BFloat16, Master::none, false>(v);
+      default: return kernel_of<R, P, G, Float16, Master::none, false>(v);
       }
     }
   }
@@ -494,12 +538,12 @@ template <class R, class P, class G> StepKernel kernel_of(const Variant& v) {
   // float32, bfloat16 or int8. That is half as many kernels again; every mix would be four times as many.
   // Few are compiled for gradients of the parameter's type alone, and these moments.
   if constexpr (std::is_same<G, P>::value || (std::is_same<G, float>::value && !kFew<R>)) {
-    if (v.master == Master::none) return kernel_of<R, P, G, Master::none>(v.state, v.stochastic);
+    if (v.master == Master::none) return kernel_of<R, P, G, Master::none>(v);
     if constexpr (sizeof(P) == 2)
-      if (v.master == Master::fp32) return kernel_of<R, P, G, Master::fp32>(v.state, v.stochastic);
+      if (v.master == Master::fp32) return kernel_of<R, P, G, Master::fp32>(v);
     if constexpr (std::is_same<P, BFloat16>::value) {
-      if (v.master == Master::kahan) return kernel_of<R, P, G, Master::kahan>(v.state, v.stochastic);
-      if (v.master == Master::split16) return kernel_of<R, P, G, Master::split16>(v.state, v.stochastic);
+      if (v.master == Master::kahan) return kernel_of<R, P, G, Master::kahan>(v);
+      if (v.master == Master::split16) return kernel_of<R, P, G, Master::split16>(v);
     }
   }
   return nullptr;
@@ -541,10 +585,10 @@ const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr :
 }  // namespace
 
 const char* step_cuda(const Variant& variant, const Tables& t, const float* scalars, const float* factor,
-                      const GivenScalars& given, void* stream) {
+                      double* sums, const GivenScalars& given, void* stream) {
   if (t.count == 0) return nullptr;
   kernel_of(variant)<<<unsigned(t.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      t.rows, t.chunks, scalars, factor, t.chunk, given);
+      t.rows, t.chunks, scalars, factor, t.chunk, sums, given);
   return text_of(cudaGetLastError());
 }
 

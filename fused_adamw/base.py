@@ -17,6 +17,7 @@ from fused_adamw import backends, checkpoints, checks, clipping, formats, loaded
 from fused_adamw.averages import Averages
 from fused_adamw.contract import Clipping, Variant, counts_on_device
 from fused_adamw.options import Backend, Params, ProcessGroups
+from fused_adamw.statistics import Outcomes, Statistics, read
 
 # Attributes that other modules read and users need not: dir() and tab completion leave them out.
 _INTERNAL = {"family", "plan_key", "requested", "rule_of", "scales_gradients", "skips_steps", "swapped"}
@@ -54,6 +55,7 @@ class FusedOptimizer(Averages, Optimizer):
     _built_some: dict[Hashable, plan.Built] = {}  # noqa: RUF012
     _captured: Sequence[plan.Plan] = ()
     _handed: Mapping[int, int] = {}
+    _outcomes: Outcomes | None = None
 
     def __init__(
         self,
@@ -219,6 +221,23 @@ class FusedOptimizer(Averages, Optimizer):
         self._max_grad_norm = value
 
     @property
+    def statistics(self) -> Statistics:
+        """What steps measured beside their update, where ``statistics`` asks for it; on the device, never waited for.
+
+        ``statistics.groups[i]`` has the norms ``gradient``, ``update`` and ``parameter`` of the last step that was not
+        skipped (of parameters that :meth:`step_parameter` steps, of its last call), float32, summed in double: 0-dim,
+        or with ``statistics="parameter"`` one of each parameter, 0 where it had no gradient; None of a group that asks
+        for none. The gradient is as the step used it, divided by a GradScaler's scale and clipped; the update is the
+        new parameter minus the old one; both are taken before any rounding to storage. ``clipped`` and ``skipped`` are
+        shares of this object's steps. Norms are of whole parameters: where ranks share them, all ranks must ask.
+
+        The same run gives the same bits with any number of threads; another backend or instruction set may round the
+        last one otherwise. Raises RuntimeError where no group has statistics.
+        """
+        ran = (built for built in (*self._built[:1], *self._built_some.values()))
+        return read(self, (part for built in ran for part in built.plans), self._outcomes or Outcomes())
+
+    @property
     def skips_steps(self) -> bool:
         """Whether a step may turn out to change nothing."""
         return self.skip_nonfinite or self.amp_scaling or self._found_inf is not None
@@ -248,6 +267,9 @@ class FusedOptimizer(Averages, Optimizer):
         if self.scales_gradients:
             asked = Clipping(self.max_grad_norm, self.skip_nonfinite, self._grad_scale, self._found_inf)
             factor, self.grad_norm = clipping.factor_of(self, built, asked)
+            if built.measured:
+                self._outcomes = self._outcomes or Outcomes()
+                self._outcomes.count(factor, self.grad_norm, self.max_grad_norm)
             # If steps may be skipped, the host counts those of CPU tensors alone, and reads only their factor.
             skipped = self.skips_steps and any(part.device.type == "cpu" for part in plans) and float(factor) < 0
         last = len(plans) - 1

@@ -105,6 +105,7 @@ class Variant(NamedTuple):
     master: str = "none"
     stochastic: bool = False
     ema: bool = False
+    measured: bool = False
 
     @property
     def is_adam(self) -> bool:
@@ -192,6 +193,7 @@ class Row:
     counts_on_device: bool  # where the steps are counted
     seed: int  # of stochastic rounding
     numbering: Numbering
+    measured: bool  # steps write sums of squares, for statistics
     as_before: bool  # the gradient is missing; the row expects one of the dtype and layout that the previous plans saw
 
     @property
@@ -217,7 +219,8 @@ class Row:
     @property
     def variant(self) -> Variant:
         """What the kernel that steps the row depends on."""
-        return Variant(self.rule, self.p, self.g, self.state, self.master, self.stochastic, self.storage.ema)
+        form = (self.master, self.stochastic, self.storage.ema, self.measured)
+        return Variant(self.rule, self.p, self.g, self.state, *form)
 
     @property
     def columns(self) -> dict[str, int]:
@@ -282,6 +285,13 @@ class Launch(Protocol):
         """Step, with gradients multiplied by ``factor``, a number or a tensor; do nothing where that is negative.
 
         Where ``count`` is set the watch then counts the step, within the same call.
+        """
+
+    def squares(self) -> Tensor:
+        """Return sums of squares of the last step that was not skipped, float64 [3, rows], of the measured rows.
+
+        They are of gradients times their factor, of updates and of new parameters, before any rounding to storage; 0 of
+        a row that the step left out.
         """
 
 

@@ -36,12 +36,14 @@ class Kernels(Protocol):
     """Launches the compiled kernels of a bucket, on the current device and stream."""
 
     def step(
-        self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor, given: tuple[float, ...]
-    ) -> None:
+        self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor, sums: Tensor | None,
+        given: tuple[float, ...],
+    ) -> None:  # fmt: skip
         """Step every element; ``chunk`` is the number of elements of a chunk, a multiple of 128: no two share a scale.
 
         ``given`` has two rows of scalars, or is empty: then they lie in ``scalars``. Gradients are multiplied by
-        ``factor``, float32 of one element; where that is negative nothing is done.
+        ``factor``, float32 of one element; where that is negative nothing is done. ``sums``, of measured rows, float64
+        [3, chunks], gets the sums of the squares of gradients, updates and new parameters of each chunk.
         """
 
     def sum_squares(self, rows: Tensor, chunks: Tensor, chunk: int, sums: Tensor) -> None:
@@ -120,6 +122,14 @@ class Launch:
         numels = table[:, COL_NUMEL]
         self.chunks = chunks_of(numels, self.chunk, self.device)
         self.norm_chunks = chunks_of(numels if owner.scales_gradients else numels[:0], NORM_CHUNK, self.device)
+        self.sums: Tensor | None = None  # what the last step measured
+        if rows[0].measured:
+            counts = (-(-numels // self.chunk)).repeat(3)
+            self.sums = torch.zeros(3, len(self.chunks), dtype=torch.float64, device=self.device)
+            self.bounds = torch.cat([torch.zeros(1, dtype=counts.dtype, device="cpu"), counts.cumsum(0)]).to(
+                self.device
+            )
+            self.keep(self.sums)
         for tensor in (self.chunks, self.norm_chunks, self.ones):
             self.keep(tensor)
         self.uploaded = False
@@ -185,6 +195,14 @@ class Launch:
         with self.guard:
             self.kernels.sum_squares(self.rows, self.norm_chunks, NORM_CHUNK, sums)
 
+    def squares(self) -> Tensor:
+        """Do what ``contract.Launch`` says."""
+        assert self.sums is not None, "a bucket's rows are all measured, or none is"
+        totals = self.sums.new_empty(3 * len(self.slots))
+        with self.guard:
+            self.kernels.totals(self.sums, self.bounds, None, totals, self.ones)
+        return totals.view(3, -1)
+
     def totals(self, sums: Tensor, bounds: Tensor, found: Tensor | None, totals: Tensor, flag: Tensor) -> None:
         """Do what ``contract.Summed`` says."""
         with self.guard:
@@ -218,7 +236,7 @@ class Launch:
         )
 
     def _launch(self, owner: Owner, factor: Tensor) -> None:
-        self.kernels.step(self.rows, self.chunks, self.chunk, self.scalars, factor, self.given)
+        self.kernels.step(self.rows, self.chunks, self.chunk, self.scalars, factor, self.sums, self.given)
 
 
 class CapturableLaunch(Launch):

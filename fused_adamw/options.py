@@ -18,6 +18,7 @@ Backend = Literal["cpu", "triton", "cuda", "reference"]
 Rounding = Literal["nearest", "stochastic"]
 Master = Literal["kahan", "split16", "fp32"]
 Cautious = Literal["decay", "update"]
+Measured = Literal["parameter"] | bool
 StateDtype = torch.dtype | Literal["float32", "bfloat16", "float16", "float64", "int8"]
 
 ProcessGroups: TypeAlias = "ProcessGroup | Callable[[Tensor], Sequence[ProcessGroup]] | None"
@@ -56,6 +57,7 @@ OPTIONS = {
     "seed": Option(0, ours=_ALL, replans=True),
     "ema_decay": Option(None, ours=_ALL, kept=True),
     "ema_warmup": Option(False, ours=_ALL, kept=True),
+    "statistics": Option(False, ours=_ALL, kept=True, replans=True),
 }
 KEPT = tuple(name for name, option in OPTIONS.items() if option.kept)
 REPLANS = tuple(name for name, option in OPTIONS.items() if option.replans)
@@ -145,6 +147,9 @@ parameters), which begins as a copy of it; a step then makes it ``ema_decay * em
 its rounding to a narrower dtype. At least 0 and below 1, and free to change between steps; None keeps none. See
 :meth:`ema_swapped` and :meth:`ema_state_dict`.""",
     "ema_warmup": "use min(ema_decay, (1 + t) / (10 + t)) in the t-th step of a parameter in place of ``ema_decay``.",
+    "statistics": """\
+measure, within the step, the norms of gradient, update and parameter of each group, or with ``"parameter"`` of each
+parameter. See :attr:`statistics`.""",
     "backend": """\
 ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"``; by default the best one that runs on the device of a tensor.""",
     "max_grad_norm": """\
@@ -259,6 +264,8 @@ def check_hyperparameters(group: Mapping[str, Any], at: When = "construction") -
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     _check_cautious(group)
     _check_ema(group)
+    if (asked := group.get("statistics", False)) not in (False, True, "parameter"):
+        raise ValueError(f"statistics={asked!r}: must be False, True or 'parameter'")
     _check_first_moment(group)
     if "amsbound" in group:
         _check_bounds(group)

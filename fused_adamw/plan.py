@@ -86,6 +86,7 @@ class Built(NamedTuple):
     scaling: tuple[bool, bool, Any]  # of scaling_of(), for which they were built
     kinds: dict[int, GradientKind]  # by the id of the parameter
     sharing: dict[tuple[Any, ...], torch.device]
+    measured: bool  # some row is
     norm: Norm | None  # None where no step needs one, or torch's operators compute it
     # Polls and steps in one call, where that is all there is to do: returns False if the plans do not hold.
     at_once: Callable[[list[dict], dict, Callable], bool] | None
@@ -228,7 +229,8 @@ def _lay_out(
     scaling = scaling_of(owner)
     plain = len(plans) == 1 and not plans[0].copied and not scaling[1]
     at_once = getattr(plans[0].launch, "step", None) if plain else None
-    return Built(watching, plans, scaling, kinds, shared, _norm_of(plans, shared), at_once)
+    measured = any(row.measured for part in plans for row in part.rows)
+    return Built(watching, plans, scaling, kinds, shared, measured, _norm_of(plans, shared), at_once)
 
 
 def _norm_of(plans: list[Plan], shared: dict[tuple[Any, ...], torch.device]) -> Norm | None:
@@ -278,6 +280,7 @@ def _row_of(
         counts_on_device=counts_on_device(owner, item.group, item.param),
         seed=int(item.group.get("seed", 0)),
         numbering=shard_numbering(item.param) if storage.stochastic else NOT_SHARDED,
+        measured=bool(item.group.get("statistics")),
         as_before=as_before,
     )
 

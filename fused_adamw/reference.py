@@ -150,6 +150,7 @@ class Launch:
 
     def __init__(self, watch: Watch, rows: list[Row]) -> None:
         self.watch, self.rows = watch, rows
+        self.measured = {row.slot: torch.zeros(3, dtype=torch.float64) for row in rows if row.measured}
 
     def prepare_step(self, owner: Owner, scalars: Scalars) -> None:
         """Take the scalars of the coming step."""
@@ -163,6 +164,10 @@ class Launch:
         norms = torch._foreach_norm(gradients, dtype=torch.float64) if gradients else [torch.zeros_like(sums[0])]
         sums.copy_(torch.stack(norms).square().sum())
 
+    def squares(self) -> Tensor:
+        """Return sums of squares as ``contract.Launch`` says."""
+        return torch.stack(list(self.measured.values()), 1)
+
     @torch.no_grad()
     def run(self, owner: Owner, factor: float | Tensor, count: bool) -> None:
         """Step every row that has a gradient, and count the steps that are counted on the device."""
@@ -170,6 +175,8 @@ class Launch:
         for row in () if factor < 0 else self.rows:
             if row.is_live(owner):
                 self._step(owner, row, factor)
+            elif row.measured:
+                self.measured[row.slot].zero_()
         if count:
             self.watch.advance()
 
@@ -183,6 +190,7 @@ class Launch:
         step = int(numbers.step)
         p, *states = codecs.read(row, tensors, torch.float64 if row.p is torch.float64 else torch.float32)
         g = tensors.g.to(p.dtype)
+        before = p.clone() if row.measured else p
         if row.family == "sgd":
             sgd(p, g, states[0] if states else None, **values)
         else:
@@ -194,6 +202,9 @@ class Launch:
                 adam(p, g, m, v, vmax, rule=row.rule, **values)
         if tensors.ema is not None:
             tensors.ema.lerp_(p, numbers.ema)
+        if row.measured:
+            measured = (values["grad_factor"] * g, p - before, p)
+            self.measured[row.slot] = torch.stack([x.double().square().sum() for x in measured])
         codecs.write(row, tensors, p, states, step)
 
     def _scalars_of(self, owner: Owner, row: Row, step: Tensor) -> scalars.Adam | scalars.Bound | scalars.Sgd:

@@ -49,6 +49,7 @@ class Variant(contract.Variant):
 
     def __str__(self) -> str:
         formats = [self.master] * (self.master != "none") + ["stochastic"] * self.stochastic + ["ema"] * self.ema
+        formats += ["measured"] * self.measured
         return "-".join([self.rule, *(str(d).removeprefix("torch.") for d in self[1:4]), *formats])
 
     @property
@@ -155,6 +156,17 @@ AVERAGED = [
     Variant("adam", BF16, F32, I8, "split16", True, ema=True),
     Variant("adam_cautious_update", BF16, BF16, I8, "split16", True, ema=True),
 ]
+# What is measured beside a rule, a master, words, codes and an average.
+MEASURED = [
+    Variant("adam", F32, F32, F32, measured=True),
+    Variant("adam", BF16, BF16, BF16, measured=True),
+    Variant("sgd", F16, F16, F16, measured=True),
+    Variant("adam", BF16, BF16, F32, "split16", measured=True),
+    Variant("adam", BF16, BF16, BF16, "kahan", True, measured=True),
+    Variant("amsbound", BF16, BF16, BF16, "none", True, measured=True),
+    Variant("adam_no_first_moment", BF16, BF16, I8, "none", True, measured=True),
+    Variant("adam", BF16, BF16, I8, "split16", True, ema=True, measured=True),
+]
 # The layouts that differ, each rule at least once: what is compiled for every architecture.
 LAYOUTS = [*(VARIANTS[i] for i in (0, 1, 2, 6, 8, 9)), *(FORMED[i] for i in (1, 3, 4, 7, 9))]
 EXECUTED = (80, 90, 120)  # the architectures whose PTX is executed
@@ -199,7 +211,7 @@ class Triton:
         """Compile ahead of time, for a target of Triton's; needs no GPU."""
         constexprs, options = self.kernels.config(variant, target.warp_size)
         signature = {"rows": "*i64", "chunks": "*i32", "scalars": "*fp32", "factor": "*fp32", "chunk": "i32"}
-        signature |= {"given": "i32", **{f"{row}{i}": "fp32" for row in "ab" for i in range(SCALARS)}}
+        signature |= {"sums": "i64", "given": "i32", **{f"{row}{i}": "fp32" for row in "ab" for i in range(SCALARS)}}
         return self._compile(self.kernels.step_kernel, target, signature, constexprs, options)
 
     def scalars(self, sm: int, adam: bool) -> Compiled:
@@ -278,7 +290,7 @@ class Cuda:
     """Compiles a folder of C++ sources with nvcc."""
 
     name, folder, architectures = "cuda", ROOT / "csrc", (75, 80, 86, 89, 90, 100, 120)
-    variants: ClassVar = [*VARIANTS, *FORMED, *AVERAGED]
+    variants: ClassVar = [*VARIANTS, *FORMED, *AVERAGED, *MEASURED]
 
     def __init__(self, folder: Path = folder) -> None:
         self.folder = folder
@@ -290,7 +302,8 @@ class Cuda:
 
     def step(self, sm: int, variant: Variant) -> Compiled:
         dtypes = ", ".join(self.TYPES[d] for d in variant[1:4])
-        formats = f"(fused_adamw::Master){MASTERS.index(variant.master)}, {str(variant.stochastic).lower()}"
+        formats = f"(fused_adamw::Master){MASTERS.index(variant.master)}"
+        formats += "".join(f", {str(flag).lower()}" for flag in (variant.stochastic, variant.measured))
         return self.module(sm)[f"step_kernel<fused_adamw::{self._rule(variant.rule)}, {dtypes}, {formats}>"]
 
     def scalars(self, sm: int, adam: bool) -> Compiled:
@@ -339,10 +352,11 @@ class Cuda:
             names = {F32: "float", BF16: "BFloat16", F16: "Float16", I8: "Code"}
             # Every kernel steps averages.
             for v in dict.fromkeys(v._replace(ema=False) for v in (self.variants if sm in EXECUTED else LAYOUTS)):
-                args = ", ".join([names[d] for d in v[1:4]] + [f"Master::{v.master}", str(v.stochastic).lower()])
+                args = ", ".join([names[d] for d in v[1:4]] + [f"Master::{v.master}"])
+                args += "".join(f", {str(flag).lower()}" for flag in (v.stochastic, v.measured))
                 source += (
                     f"template __global__ void step_kernel<{self._rule(v.rule)}, {args}>"
-                    "(const int64_t*, const int32_t*, const float*, const float*, int, GivenScalars);\n"
+                    "(const int64_t*, const int32_t*, const float*, const float*, int, double*, GivenScalars);\n"
                 )
             for adam in ("true", "false"):
                 args = "const double*, const int64_t*, const int64_t*, const float*, float*, int64_t"
@@ -563,15 +577,17 @@ def cpu_step(tmp_path_factory):
     subprocess.run(["g++", *flags, "-o", folder / "step.so", folder / "step.cpp"], check=True)
     library = ctypes.CDLL(str(folder / "step.so"))
 
-    def step(variant, given, rows):
+    def step(variant, given, rows, squares=None):
+        """What the rows measure goes to ``squares``, float64 [rows, parts, 3]."""
         results = [[x.clone() for x in t.data] for t in given]
         kinds = [list(STATES).index(variant.rule), *(FORMATS[d] for d in variant[1:4])]
         kinds += [MASTERS.index(variant.master), variant.stochastic]
-        table = np.zeros(len(given), np.dtype("u8,u8,3u8,i8,i4,6u1,u8,2u8,u8,u8,u4,3i8", align=True))
+        table = np.zeros(len(given), np.dtype("u8,u8,3u8,i8,i4,6u1,u8,2u8,u8,u8,u8,u4,3i8", align=True))
         for i, (t, data) in enumerate(zip(given, results, strict=True)):
             (p, g, *states), extra, scales, ema = columns(variant, [x.data_ptr() for x in data])
             numel = data[0].numel()
-            table[i] = (p, g, states, numel, t.scalars, kinds, extra, scales, ema, SEED, t.index, t.place)
+            measured = 0 if squares is None else squares[i].ctypes.data
+            table[i] = (p, g, states, numel, t.scalars, kinds, extra, scales, measured, ema, SEED, t.index, t.place)
         numbers = np.array(rows, np.float32).astype(np.float64)
         library.fused_step(
             ctypes.c_void_p(table.ctypes.data),
@@ -617,8 +633,14 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, by_value
     ]
     numbers = np.array(rows[:2] if by_value else [[math.nan] * SCALARS] * 2, np.float32).ravel().tolist()
     triton = compiled.entry == "step_kernel"  # nvcc mangles the name, and takes a struct
+    sums = mem.alloc(8 * 3 * len(chunks), "sums", np.float64) if variant.measured else None
     taken = [by_value, *numbers] if triton else [struct.pack(f"i{2 * SCALARS}f", by_value, *numbers)]
-    result = compiled.launch(mem, len(chunks), [*tables, chunk, *taken], **options)
+    result = compiled.launch(mem, len(chunks), [*tables, chunk, sums.addr if sums else 0, *taken], **options)
+    if sums and factor >= 0:
+        assert sums.written().all()
+        result.sums = sums.get().reshape(3, -1)
+    if factor < 0:
+        return [], result
     stepped = []
     for i, (own, t) in enumerate(zip(buffers, given, strict=True)):
         stepped.append([])

@@ -352,7 +352,7 @@ def test_same_bits_as_one_process(world, backend, native):
 def check_clipping(backend):
     """The norm is that of whole gradients, on every rank; one rank's NaN makes all of them skip."""
     twin, model = Net(torch.float32), shard(Net(torch.float32))
-    ours = {"backend": backend, "max_grad_norm": 0.05, "skip_nonfinite": True}
+    ours = {"backend": backend, "max_grad_norm": 0.05, "skip_nonfinite": True, "statistics": "parameter"}
     a, b = (cases.make("AdamW", trainable(m), {"lr": 1e-2}, **ours) for m in (model, twin))
     for t in range(5):
         inject(model, twin, t)
@@ -367,6 +367,8 @@ def check_clipping(backend):
         a.step()
         b.step()
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-6, atol=0)
+        for mine, whole in zip(a.statistics.groups[0], b.statistics.groups[0], strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-6, atol=0)
     found = torch.tensor([float(dist.get_rank() == 1)])  # by the scaler of one rank
     c = cases.make("AdamW", trainable(model), {}, backend=backend, amp_scaling=True)
     c.found_inf = found

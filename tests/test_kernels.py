@@ -38,6 +38,7 @@ from tests.gpu_kernels import (
     INT8,
     INT8_STOCHASTIC,
     LAYOUTS,
+    MEASURED,
     MOMENTUM,
     NO_FIRST,
     NOT_SHARDED,
@@ -152,17 +153,30 @@ def test_registers_of_averages(sm, variant):
     check_resources(compiler_of("triton").step(sm, variant), most_registers("triton", variant), 8 * variant.stochastic)
 
 
+@pytest.mark.parametrize("variant", MEASURED, ids=str)
+@pytest.mark.parametrize(("name", "sm"), [(name, sm) for name, sm in ON if sm in EXECUTED or name == "triton"])
+def test_registers_of_what_is_measured(name, sm, variant):
+    """A few words more than without."""
+    compiled = compiler_of(name).step(sm, variant)
+    assert compiled.registers <= most_registers(name, variant) + 16 * (name == "triton")
+    assert compiled.frame <= 32 * (name == "cuda")
+    assert not [text for text in forbidden(compiled.ptx) if not re.search(r"shared|bar\.sync", text)]
+
+
 @pytest.mark.slow
 def test_every_cuda_kernel():
-    """All mixes of dtypes, for one architecture."""
+    """All mixes of dtypes, for one architecture; those that measure, of which a few spill up to 8 registers."""
     every = type(compiler_of("cuda"))()
     every.variants = []
     compiled = every.module(90)
     steps = [kernel for name, kernel in compiled.items() if name.startswith("step_kernel")]
     assert len([kernel for kernel in steps if kernel.registers <= 64]) >= 3 * 27 + 9
-    assert len(steps) == 252 + 72 + 58 + 36  # of the cautious rules, of AdaBound, without a first moment
-    for kernel in steps:
+    plain = [kernel for name, kernel in compiled.items() if re.fullmatch(r"step_kernel<.*, false>", name)]
+    assert len(plain) == 252 + 72 + 58 + 36  # of the cautious rules, of AdaBound, without a first moment
+    for kernel in plain:
         check_resources(kernel, 120)
+    assert len(steps) == len(plain) + 277
+    assert max(kernel.frame for kernel in steps) <= 32
 
 
 # ---- The compiled PTX, executed.
@@ -195,6 +209,37 @@ def test_averages_take_no_part(compiler, cpu_step):
         for t in stepped:
             del t[average - 1]  # there is no gradient in it
         assert same_bits(cpu_step(gpu_kernels.Variant(*variant[:6]), without, rows), stepped)
+
+
+@needs_ptxsim
+@pytest.mark.parametrize(("sm", "variant"), [(EXECUTED[i % 3], v) for i, v in enumerate(MEASURED)], ids=str)
+def test_squares(compiler, sm, variant, cpu_step):
+    """A step that measures has the bits of one that does not, and sums its squares as the CPU does."""
+    rows, factor = scalar_rows(variant.rule)[:3], 0.25
+    given = tensors(variant, [1, 7, 257, CHUNK, 2 * CHUNK + 77], rows)
+    given += tensors(variant, [5, CHUNK + 1], rows, seed=1, unaligned=True)
+    for t in given:
+        t.data = [torch.where(x.abs() < 1e9, x, 1) if x.is_floating_point() else x for x in t.data]
+    scaled = [(*row[:2], row[2] * factor, *row[3:]) for row in rows]
+    expected = [np.zeros((2, 3)) for _ in given]
+    stepped = cpu_step(variant, given, scaled, expected)
+    assert same_bits(cpu_step(variant, given, scaled), stepped)
+    got, result = simulate(compiler.step(sm, variant), variant, given, rows, CHUNK, factor=factor, ulp_noise=1)
+    assert same_bits(got, stepped)
+    chunks = np.cumsum([0, *(-(-t.data[0].numel() // CHUNK) for t in given)])
+    sums = np.add.reduceat(result.sums, chunks[:-1], axis=1).T
+    np.testing.assert_allclose(sums, [x.sum(0) for x in expected], rtol=1e-5)
+    exact = [(x.data[1].double() * scaled[x.scalars][2]).square().sum().item() for x in given]
+    np.testing.assert_allclose(sums[:, 0], exact, rtol=1e-5)
+
+
+@needs_ptxsim
+def test_a_skipped_step_leaves_its_squares(compiler):
+    """The statistics are those of the last step that was taken."""
+    variant = MEASURED[0]
+    rows = scalar_rows(variant.rule)
+    _, result = simulate(compiler.step(90, variant), variant, tensors(variant, [CHUNK], rows), rows, CHUNK, factor=-1.0)
+    assert result.s.per_buffer.get("sums", (0, 0)) == (0, 0)
 
 
 # Of shards: pieces of one dimension or another, the first ones of rows that 8 divides, and of large tensors.

@@ -13,9 +13,9 @@ KINDS = (".py", ".cpp", ".cu", ".h")
 # Each module imports modules to the right of it alone, for annotations too.
 LADDERS = {
     "fused_adamw": (
-        "__main__ __init__ adabound optimizers release base averages checkpoints loaded clipping plan sharing checks "
-        "backends norm gpu reference watch tensor_checks state codecs formats scalars contract layout options tensors "
-        "schedules build _version"
+        "__main__ __init__ adabound optimizers release base averages statistics checkpoints loaded clipping plan "
+        "sharing checks backends norm gpu reference watch tensor_checks state codecs formats scalars contract layout "
+        "options tensors schedules build _version"
     ),
     "triton_kernels": "kernels factor multi_tensor formats rules layout __init__",
 }

@@ -85,7 +85,7 @@ for rule, data, scalars, chunk in launches:
     chunks = [[i, c] for i, x in enumerate(data) for c in range(-(-x[0].numel() // chunk))]
     constexprs, options = kernels.config(variant, 32)
     tables = torch.tensor(rows), torch.tensor(chunks, dtype=torch.int32), torch.tensor(scalars), torch.ones(1)
-    kernels.step_kernel[(len(chunks),)](*tables, chunk, 0, *kernels.NOT_GIVEN, **constexprs, **options)
+    kernels.step_kernel[(len(chunks),)](*tables, chunk, 0, 0, *kernels.NOT_GIVEN, **constexprs, **options)
 torch.save(launches, sys.argv[2])
 """
 

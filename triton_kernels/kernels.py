@@ -44,6 +44,7 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
         "RANDOM_M": random.first_moment,
         "RANDOM_V": random.second_moment,
         "EMA": variant.ema,
+        "MEASURED": variant.measured,
         "THREADS": NUM_WARPS * warp_size,
         # 16 bytes of fp32. With 8, a mix of 2 and 4 bytes reads the fp32 streams at a stride of 32 bytes (sector
         # efficiency 0.6), and Adam in 2 bytes spills.
@@ -56,11 +57,13 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64,
     # with both on an sm_120 at 80, and, by two registers, the cautious rules on an sm_100 or an sm_120 and AdaBound on
     # an sm_100. AMSBound on an sm_80 and Adam without a first moment on an sm_120 spill at 72, but not at 64. An
-    # average takes 8 or 16 more.
+    # average takes 8 or 16 more, and so does what is measured.
     beside = any(random) + (variant.master != "none") if codes else 0
     more = variant.rule in ("adam_cautious_decay", "adam_cautious_update", "adabound")
     more = more or (variant.ema and variant.rule in ("adam_amsgrad", "amsbound"))
-    return constexprs, OPTIONS | {"maxnreg": (72 if more else 64, 80, 88)[beside] + (8 if codes else 16) * variant.ema}
+    return constexprs, OPTIONS | {
+        "maxnreg": (72 if more else 64, 80, 88)[beside] + (8 if codes else 16) * (variant.ema + variant.measured)
+    }
 
 
 def square_constexprs(g: torch.dtype, warp_size: int) -> dict:
@@ -117,7 +120,7 @@ class TritonKernels:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.warp_size = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
             # A factor is 4 bytes of a tensor of its own, which torch aligns.
-            arguments = (torch.int64, torch.int32, torch.float32, torch.float32, 1, 0, *NOT_GIVEN)
+            arguments = (torch.int64, torch.int32, torch.float32, torch.float32, 1, ADDRESS, 0, *NOT_GIVEN)
             self._step = Compiled(step_kernel, arguments, *config(variant, self.warp_size))
             if scales_gradients:
                 self._squares, self._factor  # noqa: B018
@@ -147,9 +150,11 @@ class TritonKernels:
         return Compiled(scalars_kernel, arguments, {"ADAM": self.variant.is_adam}, SCALARS_OPTIONS)
 
     def step(
-        self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor, given: tuple[float, ...]
-    ) -> None:
-        self._step(chunks.shape[0], rows, chunks, scalars, factor, chunk, len(given), *(given or NOT_GIVEN))
+        self, rows: Tensor, chunks: Tensor, chunk: int, scalars: Tensor, factor: Tensor, sums: Tensor | None,
+        given: tuple[float, ...],
+    ) -> None:  # fmt: skip
+        arguments = (rows, chunks, scalars, factor, chunk, address(sums), len(given), *(given or NOT_GIVEN))
+        self._step(chunks.shape[0], *arguments)
 
     def sum_squares(self, rows: Tensor, chunks: Tensor, chunk: int, sums: Tensor) -> None:
         self._squares(chunks.shape[0], rows, chunks, sums, chunk)

@@ -136,9 +136,12 @@ def step_span(
     ALIGNED: tl.constexpr, RULE: tl.constexpr, STATES: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
-    EMA: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    EMA: tl.constexpr, MEASURED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole tiles and needs no mask."""
+    """Step elements [base + begin, base + end) of a row; an ALIGNED span is whole tiles and needs no mask.
+
+    Return each thread's sums of the squares of gradients, updates and new parameters: where they are MEASURED.
+    """
     CODES: tl.constexpr = STATE_DTYPE.is_int8()
     NO_FIRST: tl.constexpr = RULE == "adam_no_first_moment"
     param, grad, state0, state1, state2, extra, first_scales, second_scales, ema = addresses
@@ -153,6 +156,8 @@ def step_span(
     scales1_at = stream(second_scales, base // QUANT_BLOCK, tl.float32, False)
     ema_at = stream(ema, base, tl.float32, ALIGNED)
 
+    of_g = tl.zeros([THREADS], tl.float32)
+    of_update, of_p = of_g, of_g
     own, first = tile(ALIGNED, THREADS, WIDTH)
     for start in range(begin, end, THREADS * WIDTH):
         if ALIGNED:
@@ -180,12 +185,17 @@ def step_span(
             random_p = for_parameter(word) if RANDOM_P else None
             word_m = word if RANDOM_M or (NO_FIRST and RANDOM_V) else None
             word_v = word if RANDOM_V else None
+        before = p
         if NO_FIRST:  # its second moment is m
             p, _, m, _ = adam(s, p, g, tl.zeros_like(g), m, vmax, RULE)
         elif STATES < 2:
             p, m = sgd(s, p, g, m, MOMENTUM=STATES == 1)
         else:
             p, m, v, vmax = adam(s, p, g, m, v, vmax, RULE)
+        if MEASURED:
+            of_g += squares(s[SCALAR_GRAD_FACTOR] * g, mask)
+            of_update += squares(p - before, mask)
+            of_p += squares(p, mask)
         if EMA:
             store(ema_at + i, lerp(average, p, s[SCALAR_EMA]), mask)
         write(p_at + i, extra_at + i, p, random_p, mask, MASTER)
@@ -195,6 +205,13 @@ def step_span(
             store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=NO_FIRST)
         if STATES > 2:
             store(state2_at + i, vmax, mask)
+    return of_g, of_update, of_p
+
+
+@triton.jit
+def squares(x, mask):
+    """Return the sums of the squares of a tile's rows, without masked elements."""
+    return tl.sum(x * x if mask is None else tl.where(mask, x * x, 0.0), axis=1)
 
 
 @triton.jit
@@ -203,19 +220,20 @@ def scalar(at, given, which, first, second):
     return tl.load(at, mask=given == 0, other=tl.where(which == 0, first, second))
 
 
-@triton.jit(do_not_specialize=["chunk", "given"])
+@triton.jit(do_not_specialize=["chunk", "sums", "given"])
 def step_kernel(
-    rows, chunks, scalars, factor, chunk, given,
+    rows, chunks, scalars, factor, chunk, sums, given,
     a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10,
     RULE: tl.constexpr,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     MASTER: tl.constexpr, RANDOM_P: tl.constexpr, RANDOM_M: tl.constexpr, RANDOM_V: tl.constexpr,
-    EMA: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    EMA: tl.constexpr, MEASURED: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Step one entry of ``chunks`` per program; ``chunk`` is the elements of each, a multiple of QUANT_BLOCK.
 
     Where ``given`` is not 0, the rows of scalars are ``a0`` and on, and ``b0`` and on; else they lie at ``scalars``.
-    Gradients are multiplied by ``factor``; where that is negative nothing is done.
+    Gradients are multiplied by ``factor``; where that is negative nothing is done. What is MEASURED of each program
+    goes to float64 [3, programs] at the address ``sums``.
     """
     # No branch before all that the tables hold is asked for: the compiler would move loads behind it. This way four
     # loads wait for one another, of entry, row, scalars and data.
@@ -239,15 +257,25 @@ def step_kernel(
     whole = 0
     if flags & IS_ALIGNED != 0:
         whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
+    if MEASURED:
+        x = step_span(row, addresses, base, 0, whole, s, start, True, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
+                      MASTER, RANDOM_P, RANDOM_M, RANDOM_V, EMA, True, THREADS, WIDTH)  # fmt: skip
+        y = step_span(row, addresses, base, whole, n, s, start, False, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
+                      MASTER, RANDOM_P, RANDOM_M, RANDOM_V, EMA, True, THREADS, TAIL)  # fmt: skip
+        to = sums.to(tl.int64).to(tl.pointer_type(tl.float64)) + tl.program_id(0)
+        for k in tl.static_range(3):
+            total = tl.sum((x[k] + y[k]).to(tl.float64))
+            tl.store(to + k * tl.num_programs(0), total, mask=(f < 0) == 0)
+        return
     # Two regions, so that neither keeps registers for the other.
     if whole > 0:
         step_span(row, addresses, base, 0, whole, s, start, True, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
-                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, EMA, THREADS, WIDTH)  # fmt: skip
+                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, EMA, False, THREADS, WIDTH)  # fmt: skip
     if whole < n:
         if STATE_DTYPE.is_int8():  # here, addresses that were kept would spill
             addresses = addresses_of(row, STATES, MASTER, STATE_DTYPE.is_int8(), EMA)
         step_span(row, addresses, base, whole, n, s, start, False, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
-                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, EMA, THREADS, TAIL)  # fmt: skip
+                  MASTER, RANDOM_P, RANDOM_M, RANDOM_V, EMA, False, THREADS, TAIL)  # fmt: skip
 
 
 @triton.jit
