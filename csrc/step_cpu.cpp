@@ -24,6 +24,7 @@ constexpr int64_t kRowsAhead = 2;
 
 #define FUSED_ISA(Name, target_attribute)                                                                    \
   struct Name {                                                                                              \
+    static constexpr auto philox = philox_loop;                                                              \
     template <class R, typename T, class Word, bool kRandom = false> target_attribute static void            \
     update(const double* s, int64_t n, void* p, const void* g, void* const* x, const uint32_t* random) {     \
       update_loop<R, T, kRandom>(s, n, static_cast<Word*>(p), static_cast<const Word*>(g),                   \
@@ -65,6 +66,22 @@ FUSED_ISA(Generic, )
 #ifdef FUSED_X86
 FUSED_ISA(Avx2, FUSED_AVX2)
 FUSED_ISA(Avx512, FUSED_AVX512)
+
+// The same with loops by intrinsics.
+#define FUSED_CODES(Name, target_attribute, Block, philox_function)                                          \
+  struct Name##Codes : Name {                                                                                \
+    static constexpr auto philox = philox_function;                                                          \
+    template <class Q>                                                                                       \
+    target_attribute static void decode(const void* codes, const float* scales, float* to, int64_t n) {      \
+      decode_blocks<Block, Q>(codes, scales, to, n);                                                         \
+    }                                                                                                        \
+    template <class Q, bool kRandom> target_attribute static void                                            \
+    encode(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {                \
+      encode_blocks<Block, Q, kRandom>(from, codes, scales, words, n);                                       \
+    }                                                                                                        \
+  };
+FUSED_CODES(Avx2, FUSED_AVX2, BlockAvx2, philox_avx2)
+FUSED_CODES(Avx512, FUSED_AVX512, BlockAvx512, philox_avx512)
 #endif
 
 // ---- Tables of the loops, one for each instruction set.
@@ -129,23 +146,10 @@ template <class Isa> constexpr NarrowKernels narrow_kernels() {
           {Isa::template decode<FirstMoment>, Isa::template decode<SecondMoment>},
           {Isa::template encode<FirstMoment, false>, Isa::template encode<SecondMoment, false>,
            Isa::template encode<FirstMoment, true>, Isa::template encode<SecondMoment, true>},
-          philox_loop};
+          Isa::philox};
 }
 
 #ifdef FUSED_X86
-template <class Isa> constexpr NarrowKernels narrow_kernels_avx2() {
-  NarrowKernels k = narrow_kernels<Isa>();
-  k.philox = philox_avx2;
-  k.decode[0] = decode_avx2<FirstMoment>, k.decode[1] = decode_avx2<SecondMoment>;
-  k.encode[0] = encode_avx2<FirstMoment, false>, k.encode[1] = encode_avx2<SecondMoment, false>;
-  k.encode[2] = encode_avx2<FirstMoment, true>, k.encode[3] = encode_avx2<SecondMoment, true>;
-  return k;
-}
-template <class Isa> constexpr NarrowKernels narrow_kernels_avx512() {
-  NarrowKernels k = narrow_kernels_avx2<Isa>();
-  k.philox = philox_avx512;
-  return k;
-}
 template <class Isa> constexpr Kernels<float> kernels_avx2() {
   Kernels<float> k = kernels<Isa>(0.0f);
   k.load[int(Format::f16)] = load_f16c;
@@ -162,8 +166,8 @@ struct IsaTable {
 constexpr IsaTable kIsas[] = {
     {kernels<Generic>(0.0f), kernels<Generic>(0.0), narrow_kernels<Generic>()},
 #ifdef FUSED_X86
-    {kernels_avx2<Avx2>(), kernels<Avx2>(0.0), narrow_kernels_avx2<Avx2>()},
-    {kernels_avx2<Avx512>(), kernels<Avx512>(0.0), narrow_kernels_avx512<Avx512>()},
+    {kernels_avx2<Avx2>(), kernels<Avx2>(0.0), narrow_kernels<Avx2Codes>()},
+    {kernels_avx2<Avx512>(), kernels<Avx512>(0.0), narrow_kernels<Avx512Codes>()},
 #endif
 };
 
