@@ -89,15 +89,6 @@ FUSED_AVX2 inline __m256 decode8(SecondMoment, const uint8_t* from, __m256 unit)
   return _mm256_mul_ps(_mm256_castsi256_ps(bits), unit);
 }
 
-template <class Q> FUSED_AVX2 void decode_avx2(const void* codes, const float* scales, float* to, int64_t n) {
-  const uint8_t* from = static_cast<const uint8_t*>(codes);
-  for (; n >= kQuantBlock; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock) {
-    const __m256 unit = _mm256_set1_ps(Q::decoding(*scales++));
-    for (int i = 0; i < kQuantBlock; i += 8) _mm256_storeu_ps(to + i, decode8(Q(), from + i, unit));
-  }
-  decode_loop<Q>(from, scales, to, n);
-}
-
 template <bool kRandom>
 FUSED_AVX2 inline __m256i encode8(FirstMoment, __m256 x, __m256 factor, const uint32_t* words) {
   // Of NaN, the instruction takes the second operand.
@@ -128,34 +119,31 @@ FUSED_AVX2 inline __m256i encode8(SecondMoment, __m256 x, __m256 factor, const u
   return _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(ratio), add), 20);
 }
 
-// Returns the bits of the largest magnitude of a full block.
-FUSED_AVX2 inline uint32_t largest_of(const float* from) {
-  __m256i most = _mm256_setzero_si256();
-  for (int i = 0; i < kQuantBlock; i += 8)
-    most = _mm256_max_epu32(most, _mm256_castps_si256(magnitude(_mm256_loadu_ps(from + i))));
-  __m128i last = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-  last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0x4e));
-  last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0xb1));
-  return uint32_t(_mm_cvtsi128_si32(last));
-}
-
-// Takes at most kTile elements.
-template <class Q, bool kRandom>
-FUSED_AVX2 void encode_avx2(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {
-  uint8_t* to = static_cast<uint8_t*>(codes);
-  // Computes all scales first, so that their chains of 40 cycles each overlap.
-  const int64_t full = n / kQuantBlock;
-  float factors[kTile / kQuantBlock];
-  for (int64_t b = 0; b < full; ++b) {
-    scales[b] = scale_of(largest_of(from + b * kQuantBlock));
-    factors[b] = Q::encoding(scales[b]);
+// Loops over a full block.
+struct BlockAvx2 {
+  template <class Q> FUSED_AVX2 static void decode(const uint8_t* from, float unit, float* to) {
+    const __m256 units = _mm256_set1_ps(unit);
+    for (int i = 0; i < kQuantBlock; i += 8) _mm256_storeu_ps(to + i, decode8(Q(), from + i, units));
   }
-  for (int64_t b = 0; b < full; ++b, from += kQuantBlock, to += kQuantBlock) {
-    const __m256 factor = _mm256_set1_ps(factors[b]);
+
+  // Returns the bits of the largest magnitude.
+  FUSED_AVX2 static uint32_t largest(const float* from) {
+    __m256i most = _mm256_setzero_si256();
+    for (int i = 0; i < kQuantBlock; i += 8)
+      most = _mm256_max_epu32(most, _mm256_castps_si256(magnitude(_mm256_loadu_ps(from + i))));
+    __m128i last = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0x4e));
+    last = _mm_max_epu32(last, _mm_shuffle_epi32(last, 0xb1));
+    return uint32_t(_mm_cvtsi128_si32(last));
+  }
+
+  template <class Q, bool kRandom>
+  FUSED_AVX2 static void encode(const float* from, float factor, uint8_t* to, const uint32_t* words) {
+    const __m256 factors = _mm256_set1_ps(factor);
     for (int i = 0; i < kQuantBlock; i += 32) {
       __m256i c[4];
       for (int k = 0; k < 4; ++k)
-        c[k] = encode8<kRandom>(Q(), _mm256_loadu_ps(from + i + 8 * k), factor, words + i + 8 * k);
+        c[k] = encode8<kRandom>(Q(), _mm256_loadu_ps(from + i + 8 * k), factors, words + i + 8 * k);
       // Packing saturates, so signed codes take the signed instruction. It works on halves of the vector, so
       // a permutation follows.
       const __m256i low = _mm256_packs_epi32(c[0], c[1]), high = _mm256_packs_epi32(c[2], c[3]);
@@ -164,6 +152,29 @@ FUSED_AVX2 void encode_avx2(const float* from, void* codes, float* scales, const
       bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), bytes);
     }
+  }
+};
+
+// Loops over the full blocks of a tile by those of `Block`, and over the rest by those of loops_cpu.h.
+template <class Block, class Q>
+FUSED_HD void decode_blocks(const void* codes, const float* scales, float* to, int64_t n) {
+  const uint8_t* from = static_cast<const uint8_t*>(codes);
+  for (; n >= kQuantBlock; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock)
+    Block::template decode<Q>(from, Q::decoding(*scales++), to);
+  decode_loop<Q>(from, scales, to, n);
+}
+template <class Block, class Q, bool kRandom>
+FUSED_HD void encode_blocks(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {
+  uint8_t* to = static_cast<uint8_t*>(codes);
+  // Computes all scales first, so that their chains of 40 cycles each overlap.
+  const int64_t full = n / kQuantBlock;
+  float factors[kTile / kQuantBlock];
+  for (int64_t b = 0; b < full; ++b) {
+    scales[b] = scale_of(Block::largest(from + b * kQuantBlock));
+    factors[b] = Q::encoding(scales[b]);
+  }
+  for (int64_t b = 0; b < full; ++b, from += kQuantBlock, to += kQuantBlock) {
+    Block::template encode<Q, kRandom>(from, factors[b], to, words);
     if constexpr (kRandom) words += kQuantBlock;
   }
   encode_loop<Q, kRandom>(from, to, scales + full, words, n % kQuantBlock);

@@ -59,6 +59,61 @@ FUSED_AVX512 inline void philox_avx512(uint64_t seed, uint64_t group, uint32_t s
   philox_avx2(seed, group, step, index, to, groups);
 }
 
+// int8 codes, 16 at a time, of full blocks: a step takes 0.95 times as long as with those of AVX2.
+// The larger of |x| * factor and a limit; of NaN, the limit.
+FUSED_AVX512 inline __m512 ratio16(__m512 x, __m512 factor, float least) {
+  return _mm512_range_ps(_mm512_mul_ps(x, factor), _mm512_set1_ps(least), 0xb);
+}
+
+template <bool kRandom>
+FUSED_AVX512 inline __m512i encode16(FirstMoment, __m512 x, __m512 factor, const uint32_t* words) {
+  const __m512 square = ratio16(x, factor, 0x1p-18f);
+  __m512 root = _mm512_sqrt_ps(square);
+  if constexpr (kRandom) {
+    const __m512i word = _mm512_loadu_si512(words);
+    const __m512i bits = _mm512_srli_epi32(_mm512_mullo_epi32(word, _mm512_set1_epi32(int(0x9e3779b9u))), 16);
+    const __m512 drawn = _mm512_add_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(0.5f));
+    const __m512 below = _mm512_roundscale_ps(root, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_fnmadd_ps(below, below, square);
+    const __m512 width = _mm512_fmadd_ps(below, _mm512_set1_ps(0x1p-15f), _mm512_set1_ps(0x1p-16f));
+    const __mmask16 up =
+        _mm512_cmp_ps_mask(_mm512_fnmadd_ps(drawn, width, rest), _mm512_setzero_ps(), _CMP_GT_OQ);
+    root = _mm512_mask_add_ps(below, up, below, _mm512_set1_ps(1.0f));
+  }
+  const __m512i sign = _mm512_set1_epi32(int(0x80000000u));
+  return _mm512_cvtps_epi32(_mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(_mm512_castps_si512(root), _mm512_castps_si512(x), sign, 0xf8)));
+}
+template <bool kRandom>
+FUSED_AVX512 inline __m512i encode16(SecondMoment, __m512 x, __m512 factor, const uint32_t* words) {
+  const __m512 ratio = ratio16(x, factor, 0x1.2p-32f);
+  __m512i add = _mm512_set1_epi32(int(SecondMoment::added(false, 0) - SecondMoment::kFirst));
+  if constexpr (kRandom) {
+    const __m512i random = _mm512_and_si512(_mm512_loadu_si512(words), _mm512_set1_epi32(0xffff));
+    add = _mm512_add_epi32(_mm512_slli_epi32(random, 4), _mm512_set1_epi32(int(8 - SecondMoment::kFirst)));
+  }
+  return _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(ratio), add), 20);
+}
+
+struct BlockAvx512 : BlockAvx2 {
+  // Returns the bits of the largest magnitude.
+  FUSED_AVX512 static uint32_t largest(const float* from) {
+    __m512i most = _mm512_setzero_si512();
+    for (int i = 0; i < kQuantBlock; i += 16)
+      most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(from + i))));
+    return _mm512_reduce_max_epu32(most);
+  }
+
+  template <class Q, bool kRandom>
+  FUSED_AVX512 static void encode(const float* from, float factor, uint8_t* to, const uint32_t* words) {
+    const __m512 factors = _mm512_set1_ps(factor);
+    for (int i = 0; i < kQuantBlock; i += 16) {
+      const __m512i c = encode16<kRandom>(Q(), _mm512_loadu_ps(from + i), factors, words + i);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(c));
+    }
+  }
+};
+
 }  // namespace fused_adamw
 
 #if !defined(__clang__)

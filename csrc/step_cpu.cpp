@@ -24,6 +24,7 @@ constexpr int64_t kRowsAhead = 2;
 
 #define FUSED_ISA(Name, target_attribute)                                                                    \
   struct Name {                                                                                              \
+    static constexpr auto philox = philox_loop;                                                              \
     template <class R, typename T, class Word, bool kRandom, bool kMeasured>                                 \
     target_attribute static void update(const double* s, int64_t n, void* p, const void* g, void* const* x,  \
                                         const uint32_t* random, double* squares) {                           \
@@ -66,6 +67,22 @@ FUSED_ISA(Generic, )
 #ifdef FUSED_X86
 FUSED_ISA(Avx2, FUSED_AVX2)
 FUSED_ISA(Avx512, FUSED_AVX512)
+
+// The same with loops by intrinsics.
+#define FUSED_CODES(Name, target_attribute, Block, philox_function)                                          \
+  struct Name##Codes : Name {                                                                                \
+    static constexpr auto philox = philox_function;                                                          \
+    template <class Q>                                                                                       \
+    target_attribute static void decode(const void* codes, const float* scales, float* to, int64_t n) {      \
+      decode_blocks<Block, Q>(codes, scales, to, n);                                                         \
+    }                                                                                                        \
+    template <class Q, bool kRandom> target_attribute static void                                            \
+    encode(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {                \
+      encode_blocks<Block, Q, kRandom>(from, codes, scales, words, n);                                       \
+    }                                                                                                        \
+  };
+FUSED_CODES(Avx2, FUSED_AVX2, BlockAvx2, philox_avx2)
+FUSED_CODES(Avx512, FUSED_AVX512, BlockAvx512, philox_avx512)
 #endif
 
 // ---- Tables of the loops, one for each instruction set.
@@ -135,23 +152,10 @@ template <class Isa> constexpr NarrowKernels narrow_kernels() {
           {Isa::template decode<FirstMoment>, Isa::template decode<SecondMoment>},
           {Isa::template encode<FirstMoment, false>, Isa::template encode<SecondMoment, false>,
            Isa::template encode<FirstMoment, true>, Isa::template encode<SecondMoment, true>},
-          philox_loop};
+          Isa::philox};
 }
 
 #ifdef FUSED_X86
-template <class Isa> constexpr NarrowKernels narrow_kernels_avx2() {
-  NarrowKernels k = narrow_kernels<Isa>();
-  k.philox = philox_avx2;
-  k.decode[0] = decode_avx2<FirstMoment>, k.decode[1] = decode_avx2<SecondMoment>;
-  k.encode[0] = encode_avx2<FirstMoment, false>, k.encode[1] = encode_avx2<SecondMoment, false>;
-  k.encode[2] = encode_avx2<FirstMoment, true>, k.encode[3] = encode_avx2<SecondMoment, true>;
-  return k;
-}
-template <class Isa> constexpr NarrowKernels narrow_kernels_avx512() {
-  NarrowKernels k = narrow_kernels_avx2<Isa>();
-  k.philox = philox_avx512;
-  return k;
-}
 template <class Isa> constexpr Kernels<float> kernels_avx2() {
   Kernels<float> k = kernels<Isa>(0.0f);
   k.load[int(Format::f16)] = load_f16c;
@@ -168,8 +172,8 @@ struct IsaTable {
 constexpr IsaTable kIsas[] = {
     {kernels<Generic>(0.0f), kernels<Generic>(0.0), narrow_kernels<Generic>()},
 #ifdef FUSED_X86
-    {kernels_avx2<Avx2>(), kernels<Avx2>(0.0), narrow_kernels_avx2<Avx2>()},
-    {kernels_avx2<Avx512>(), kernels<Avx512>(0.0), narrow_kernels_avx512<Avx512>()},
+    {kernels_avx2<Avx2>(), kernels<Avx2>(0.0), narrow_kernels<Avx2Codes>()},
+    {kernels_avx2<Avx512>(), kernels<Avx512>(0.0), narrow_kernels<Avx512Codes>()},
 #endif
 };
 
@@ -263,8 +267,30 @@ FUSED_HD void prefetch(const Row& row) {
   for (int j = 0; j < states_of(row.rule); ++j) lines(row.state[j], row.state_format);
 }
 
+double* squares_at(const Row& row, int64_t i) { return row.squares ? row.squares + i / kPart * 3 : nullptr; }
+
+// Steps a row whose streams are all in the compute type, and returns true; or returns false. By step_span(),
+// which sets up streams and tiles, a row of 64 elements takes 1.5 times as long.
+template <typename T>
+bool step_native(const IsaTable& isa, const Row& row, const double* scalars, int64_t begin, int64_t end) {
+  const int states = states_of(row.rule);
+  const bool native = row.p_format == kNative<T> && row.g_format == kNative<T> && !row.ema;
+  if (!native || (states && row.state_format != kNative<T>)) return false;
+  const Update update = kernels_of(isa, T()).updates.of(row);
+  for (int64_t n; begin < end; begin += n) {
+    n = row.squares ? std::min(kPart, end - begin) : end - begin;
+    void* s[kMaxStates] = {};
+    for (int j = 0; j < states; ++j) s[j] = static_cast<T*>(row.state[j]) + begin;
+    update(scalars, n, static_cast<T*>(row.p) + begin, static_cast<const T*>(row.g) + begin, s, nullptr,
+           squares_at(row, begin));
+  }
+  return true;
+}
+
 template <typename T>
 void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64_t begin, int64_t end) {
+  if (row.squares) std::fill(squares_at(row, begin), squares_at(row, end + kPart - 1), 0);
+  if (step_native<T>(isa, row, scalars, begin, end)) return;
   alignas(64) T tiles[2 + kMaxStates][kTile];
   alignas(64) uint32_t words[2 * kTile + 7];
   const int states = states_of(row.rule), second = second_moment_of(row.rule);
@@ -279,18 +305,14 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
   p.random = random & RANDOM_PARAM;
   // An average takes parameters before they are rounded, and finds them in the L1 cache, a tile at a time.
   T* const ema = static_cast<T*>(row.ema);
-  bool native = !ema && p.native() && g.native();
   bool bf16 = !ema && p.format == Format::bf16 && p.master == Master::none && g.format == Format::bf16;
   for (int j = 0; j < states; ++j) {
     x[j] = {&isa, static_cast<char*>(row.state[j]), row.state_format, tiles[2 + j]};
     x[j].second_moment = j == second;
     x[j].random = random & (j == second ? RANDOM_SECOND_MOMENT : j == 0 ? RANDOM_FIRST_MOMENT : 0u);
     if (x[j].format == Format::i8) x[j].scales = row.scales[j];
-    native = native && x[j].native();
     bf16 = bf16 && x[j].format == Format::bf16;
   }
-  const auto squares_at = [&row](int64_t i) { return row.squares ? row.squares + i / kPart * 3 : nullptr; };
-  if (row.squares) std::fill(squares_at(begin), squares_at(end + kPart - 1), 0);
   if (bf16) {
     const int64_t even = end - (end - begin) % 2, most = random        ? 2 * kTile
                                                          : row.squares ? kPart
@@ -301,17 +323,16 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
       void* s[kMaxStates] = {};
       for (int j = 0; j < states; ++j) s[j] = x[j].at(begin);
       if (random) fill_random(isa.narrow, row, step, begin, n, words);
-      pairs(scalars, n / 2, p.at(begin), g.at(begin), s, words, squares_at(begin));
+      pairs(scalars, n / 2, p.at(begin), g.at(begin), s, words, squares_at(row, begin));
     }
   }
   const Update update = kernels_of(isa, T()).updates.of(row);
-  const int64_t stride = !native ? kTile : row.squares ? kPart : end - begin;
-  for (int64_t i = begin; i < end; i += stride) {
-    const int64_t n = std::min(stride, end - i);
+  for (int64_t i = begin; i < end; i += kTile) {
+    const int64_t n = std::min(kTile, end - i);
     void* s[kMaxStates] = {};
     for (int j = 0; j < states; ++j) s[j] = x[j].read(i, n);
     T* const values = p.read(i, n);
-    update(scalars, n, values, g.read(i, n), s, nullptr, squares_at(i));
+    update(scalars, n, values, g.read(i, n), s, nullptr, squares_at(row, i));
     if (ema) kernels_of(isa, T()).average(ema + i, values, T(scalars[SCALAR_EMA]), n);
     if (random) fill_random(isa.narrow, row, step, i, n, words);
     p.write(i, n, words);

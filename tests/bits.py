@@ -59,5 +59,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore", RuntimeWarning)  # of what narrow formats lose
     for name, options in cases.SHARED + cases.OURS:
         for dtype, ours in FORMATS:
-            if not (options.get("amsgrad") and ours.get("state_dtype") == "int8"):  # which is refused
+            maximum = "amsgrad" in options or "amsbound" in options
+            if not (maximum and ours.get("state_dtype") == "int8"):  # which is refused
                 print(cases.name_of([name, options, dtype, ours]), digest(name, options, dtype, ours))
