@@ -27,9 +27,10 @@ struct Row {
   Master master;
   bool stochastic;  // random_streams() of formats.h are rounded stochastically
 
-  void* extra;       // the stream of the master
-  float* scales[2];  // of int8 states, one for every kQuantBlock elements
-  void* ema;  // the average of the parameter, in the type of the arithmetic; nullptr where none is kept
+  void* extra;        // the stream of the master
+  float* scales[2];   // of int8 states, one for every kQuantBlock elements
+  void* ema;          // the average of the parameter; nullptr where none is kept
+  Format ema_format;  // the type of the arithmetic, or bf16, which is rounded stochastically
   // Stochastic rounding draws by the seed, the index of the parameter, and the number of an element in the
   // whole parameter. Of a shard, element i has the number offset + i + i / run * skip.
   uint64_t seed;
@@ -73,7 +74,8 @@ enum Column {
 };
 // Bits of COL_FLAGS. SHARD_ALIGNED: the numbering of the shard's elements (offset, run, skip) keeps to
 // multiples of 8, or nothing is drawn by it. ALIGNED: SHARD_ALIGNED, and every address is a multiple of 16.
-enum Flag { ALIGNED = 1, SHARD_ALIGNED = 2 };
+// EMA_BF16: the average is bf16, not f32.
+enum Flag { ALIGNED = 1, SHARD_ALIGNED = 2, EMA_BF16 = 4 };
 
 // The CUDA functions take tables in device memory, which fused_adamw/gpu.py fills, and a stream of the
 // current device. They return cudaGetErrorString of what went wrong, or nullptr.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fused_adamw import options
 from fused_adamw.base import FusedOptimizer
-from fused_adamw.options import Backend, Master, Params, ProcessGroups, Rounding, StateDtype, documented
+from fused_adamw.options import Backend, EmaDtype, Master, Params, ProcessGroups, Rounding, StateDtype, documented
 
 
 @documented
@@ -51,6 +51,7 @@ class AdaBound(FusedOptimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -75,6 +76,7 @@ class AdaBound(FusedOptimizer):
             "seed": seed,
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
+            "ema_dtype": ema_dtype,
         }
         super().__init__(
             params,
@@ -128,6 +130,7 @@ class AdaBoundW(AdaBound):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -155,6 +158,7 @@ class AdaBoundW(AdaBound):
             seed=seed,
             ema_decay=ema_decay,
             ema_warmup=ema_warmup,
+            ema_dtype=ema_dtype,
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,

@@ -6,7 +6,17 @@ from torch import Tensor
 
 from fused_adamw import options
 from fused_adamw.base import FusedOptimizer
-from fused_adamw.options import Backend, Cautious, Master, Params, ProcessGroups, Rounding, StateDtype, documented
+from fused_adamw.options import (
+    Backend,
+    Cautious,
+    EmaDtype,
+    Master,
+    Params,
+    ProcessGroups,
+    Rounding,
+    StateDtype,
+    documented,
+)
 
 
 @documented
@@ -48,6 +58,7 @@ class Adam(FusedOptimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -72,6 +83,7 @@ class Adam(FusedOptimizer):
             "seed": seed,
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
+            "ema_dtype": ema_dtype,
         }
         super().__init__(
             params,
@@ -149,6 +161,7 @@ class AdamW(Adam):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -177,6 +190,7 @@ class AdamW(Adam):
             seed=seed,
             ema_decay=ema_decay,
             ema_warmup=ema_warmup,
+            ema_dtype=ema_dtype,
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
@@ -226,6 +240,7 @@ class RAdam(FusedOptimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -249,6 +264,7 @@ class RAdam(FusedOptimizer):
             "seed": seed,
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
+            "ema_dtype": ema_dtype,
         }
         super().__init__(
             params,
@@ -307,6 +323,7 @@ class SGD(FusedOptimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -330,6 +347,7 @@ class SGD(FusedOptimizer):
             "seed": seed,
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
+            "ema_dtype": ema_dtype,
         }
         super().__init__(
             params,

@@ -192,8 +192,7 @@ class Launch:
                 adabound(p, g, m, v, vmax, **values, hi=numbers.hi)
             else:
                 adam(p, g, m, v, vmax, rule=row.rule, **values)
-        if tensors.ema is not None:
-            tensors.ema.lerp_(p, numbers.ema)
+        codecs.move_average(row, tensors, p, numbers.ema, step)
         codecs.write(row, tensors, p, states, step)
 
     def _scalars_of(self, owner: Owner, row: Row, step: Tensor) -> scalars.Adam | scalars.Bound | scalars.Sgd:

@@ -21,6 +21,7 @@ FORMATS = [
     (BF16, {"state_dtype": BF16}),
     (BF16, {"state_dtype": BF16, "rounding": "stochastic"}),
     (BF16, {"state_dtype": F16}),
+    (F32, {"ema_decay": 0.9, "ema_dtype": BF16}),
     *((BF16, {"master": master}) for master in ("kahan", "split16", "fp32")),
     (BF16, {"master": "split16", "state_dtype": "int8", "rounding": "stochastic"}),
 ]

@@ -56,6 +56,7 @@ FORMATS = [
     ("AdamW", {"lr": 1e-2, "master": "split16", "state_dtype": BF16, "rounding": "stochastic"}),
     ("AdamW", {"lr": 1e-2, "master": "fp32"}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "master": "split16", "ema_decay": 0.9, "ema_warmup": True}),
+    ("AdamW", {"lr": 1e-2, "master": "kahan", "ema_decay": 0.9, "ema_dtype": BF16, "seed": 3}),
 ]
 
 
@@ -306,7 +307,10 @@ def test_int8_moments_of_a_transposed_weight(scattered):
 
 
 def test_pieces_of_pieces_are_not_numbered():
-    options, placements = {"rounding": "stochastic"}, (Shard(1), Shard(2))
+    placements = (Shard(1), Shard(2))
+    options = {"master": "fp32", "ema_decay": 0.9, "ema_dtype": BF16}
+    ranks.run(4, check_shards_of, (3, 4, 6), placements, (2, 2), options, "pieces of pieces, and stochastic rounding")
+    options = {"rounding": "stochastic"}
     ranks.run(4, check_shards_of, (3, 4, 6), placements, (2, 2), options, "pieces of pieces, and stochastic rounding")
 
 

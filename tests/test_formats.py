@@ -628,7 +628,7 @@ def test_resume_is_exact_by_other_ways(options, way):
 
 
 def check_resume(options, way, target):
-    options = {**options, **({"seed": 5} if "rounding" in options else {})}
+    options = {**options, **({"seed": 5} if options.keys() & {"rounding", "ema_dtype"} else {})}
     whole = trained("AdamW", options, target, 6)
     half = trained("AdamW", options, target, 3)
     params = [torch.nn.Parameter(p.detach().clone()) for p in half.state]
