@@ -183,10 +183,11 @@ def test_same_bits_as_the_cpu(dtype_and_form, capturable, backend):
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_moves_averages(backend):
+@pytest.mark.parametrize("dtype", EMA_DTYPES, ids=cases.name_of)
+def test_a_captured_graph_moves_averages(dtype, backend):
     """By the decay that refresh_captured() brings, and by the steps that it counts itself."""
     a, b = (cases.parameters([(1000,)], device=device) for device in ("cuda", "cpu"))
-    options = {"ema_decay": 0.9, "ema_warmup": True}
+    options = {"ema_decay": 0.9, "ema_warmup": True, "ema_dtype": dtype}
     ours = cases.make("AdamW", a, options, backend=backend, capturable=True)
     theirs = cases.make("AdamW", b, options)
     steps(ours, [0])
@@ -202,7 +203,10 @@ def test_a_captured_graph_moves_averages(backend):
         graph.replay()
         theirs.step()
         torch.cuda.synchronize()
-        torch.testing.assert_close(ours.state[a[0]]["ema"].cpu(), theirs.state[b[0]]["ema"], rtol=1e-6, atol=1e-6)
+        mine, other = ours.state[a[0]]["ema"].cpu(), theirs.state[b[0]]["ema"]
+        if dtype is F32:
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+        assert dtype is F32 or (mine == other).float().mean() > 0.99  # few are rounded otherwise for a last bit
 
 
 # ---- in bfloat16
