@@ -133,12 +133,16 @@ def ours(algorithm: Algorithm, storage: Storage, device: torch.device, everythin
         def make_lerp(groups: Groups, make: Callable = make) -> torch.optim.Optimizer:
             return with_lerp(make(groups, False, lacking={}), algorithm.ema_decay)
 
+        def make_narrow(groups: Groups, make: Callable = make) -> torch.optim.Optimizer:
+            return make(groups, False, lacking={**algorithm.lacking, "ema_dtype": BF16})
+
         # The oracle steps pieces of the tensors, which have another norm: tests/test_clipping.py compares.
         same = algorithm.max_grad_norm is None and not storage.options and storage.state_dtype is not torch.int8
         more = {"same_rule": same}
         arms += _with_graph(f"fused_adamw {backend.name}", make, device, backend.capturable, **more)
         if algorithm.ema_decay is not None:
             arms.append(Arm(f"fused_adamw {backend.name} + foreach_lerp", make_lerp, **more))
+            arms.append(Arm(f"fused_adamw {backend.name}, bfloat16 averages", make_narrow, same_rule=False))
         if "statistics" in algorithm.lacking:
             plain = functools.partial(make, capturable=False, lacking={})
             arms.append(Arm(f"fused_adamw {backend.name} without", plain, **more))

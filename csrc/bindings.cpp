@@ -19,7 +19,8 @@ class CudaKernels {
 public:
   // contract.Variant, without a look at its ema: every kernel steps averages, of rows that have one.
   CudaKernels(at::Device device, const std::string& rule, at::ScalarType p, at::ScalarType g,
-              at::ScalarType state, const std::string& master, bool stochastic, bool, bool measured)
+              at::ScalarType state, const std::string& master, bool stochastic,
+              const std::optional<at::ScalarType>&, bool measured)
       : variant_{rule_of(rule),     format_of(p), format_of(g), format_of(state),
                  master_of(master), stochastic,   measured} {
     TORCH_CHECK_NOT_IMPLEMENTED(
@@ -126,7 +127,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #if defined(FUSED_ADAMW_CUDA)
   py::class_<CudaKernels>(m, "CudaKernels")
       .def(py::init<at::Device, const std::string&, at::ScalarType, at::ScalarType, at::ScalarType,
-                    const std::string&, bool, bool>())
+                    const std::string&, bool, const std::optional<at::ScalarType>&>())
       .def("step", &CudaKernels::step)
       .def("sum_squares", &CudaKernels::sum_squares)
       .def("totals", &CudaKernels::totals)

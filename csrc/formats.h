@@ -122,6 +122,10 @@ FUSED_HD Words philox(uint64_t seed, uint64_t group, uint32_t step, uint32_t ind
   return {{c0, c1, c2, c3}};
 }
 
+// The average of a parameter draws by words of its own: their counters have the highest bit set, and no
+// element has so high a number. So they are independent of all other words of the seed.
+constexpr uint64_t kAverageWords = uint64_t(1) << 63;
+
 // The parameter and the second moment draw by the halves of an element's word. The first moment draws by 16
 // bits that are independent of either half.
 FUSED_HD uint32_t for_parameter(uint32_t word) { return word >> 16; }

@@ -39,6 +39,7 @@ public:
       row.p_format = format_of(dtype("p"));
       row.g_format = format_of(dtype("g"));
       row.state_format = format_of(dtype("state"));
+      row.ema_format = format_of(dtype("ema"));
       row.rule = rule_of(item.attr("rule").cast<std::string>());
       row.master = master_of(item.attr("master").cast<std::string>());
       row.stochastic = item.attr("stochastic").cast<bool>();

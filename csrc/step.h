@@ -35,7 +35,8 @@ struct Row {
   // Sums of squares of the gradient, the update and the new parameter, three for each kPart elements; nullptr
   // where they are not asked for.
   double* squares;
-  void* ema;  // the average of the parameter, in the type of the arithmetic; nullptr where none is kept
+  void* ema;          // the average of the parameter; nullptr where none is kept
+  Format ema_format;  // the type of the arithmetic, or bf16, which is rounded stochastically
   // Stochastic rounding draws by the seed, the index of the parameter, and the number of an element in the
   // whole parameter. Of a shard, element i has the number offset + i + i / run * skip.
   uint64_t seed;
@@ -79,7 +80,8 @@ enum Column {
 };
 // Bits of COL_FLAGS. SHARD_ALIGNED: the numbering of the shard's elements (offset, run, skip) keeps to
 // multiples of 8, or nothing is drawn by it. ALIGNED: SHARD_ALIGNED, and every address is a multiple of 16.
-enum Flag { ALIGNED = 1, SHARD_ALIGNED = 2 };
+// EMA_BF16: the average is bf16, not f32.
+enum Flag { ALIGNED = 1, SHARD_ALIGNED = 2, EMA_BF16 = 4 };
 
 // The CUDA functions take tables in device memory, which fused_adamw/gpu.py fills, and a stream of the
 // current device. They return cudaGetErrorString of what went wrong, or nullptr.

@@ -233,13 +233,14 @@ template <typename T> struct Stream {
   }
 };
 
-// Writes the random words of elements [i, i + n) of a row. `to` needs room for 7 more.
-void fill_random(const NarrowKernels& k, const Row& row, uint32_t step, int64_t i, int64_t n, uint32_t* to) {
+// Writes the random words of elements [i, i + n) of a row, or of its average. `to` needs room for 7 more.
+void fill_random(const NarrowKernels& k, const Row& row, uint32_t step, int64_t i, int64_t n, uint32_t* to,
+                 uint64_t of_average = 0) {
   while (n > 0) {
     const int64_t lap = i / row.run, m = std::min(n, (lap + 1) * row.run - i);
     const uint64_t first = uint64_t(row.offset + i + lap * row.skip);
     const int64_t lead = first % 4;
-    k.philox(row.seed, first / 4, step, row.index, to, (lead + m + 3) / 4);
+    k.philox(row.seed, first / 4 | of_average, step, row.index, to, (lead + m + 3) / 4);
     if (lead) std::memmove(to, to + lead, m * sizeof(*to));
     to += m, i += m, n -= m;
   }
@@ -303,9 +304,11 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
                                                           second >= 0, row.state_format)
                                          : 0;
   p.random = random & RANDOM_PARAM;
-  // An average takes parameters before they are rounded, and finds them in the L1 cache, a tile at a time.
-  T* const ema = static_cast<T*>(row.ema);
-  bool bf16 = !ema && p.format == Format::bf16 && p.master == Master::none && g.format == Format::bf16;
+  // An average takes parameters before they are rounded, and finds them in the L1 cache, a tile at a time. A
+  // narrow one has the tile of the gradient, which is no longer needed.
+  Stream<T> ema{&isa, static_cast<char*>(row.ema), row.ema_format, tiles[1]};
+  ema.random = !ema.native();
+  bool bf16 = !row.ema && p.format == Format::bf16 && p.master == Master::none && g.format == Format::bf16;
   for (int j = 0; j < states; ++j) {
     x[j] = {&isa, static_cast<char*>(row.state[j]), row.state_format, tiles[2 + j]};
     x[j].second_moment = j == second;
@@ -333,7 +336,11 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
     for (int j = 0; j < states; ++j) s[j] = x[j].read(i, n);
     T* const values = p.read(i, n);
     update(scalars, n, values, g.read(i, n), s, nullptr, squares_at(row, i));
-    if (ema) kernels_of(isa, T()).average(ema + i, values, T(scalars[SCALAR_EMA]), n);
+    if (row.ema) {
+      kernels_of(isa, T()).average(ema.read(i, n), values, T(scalars[SCALAR_EMA]), n);
+      if (ema.random) fill_random(isa.narrow, row, step, i, n, words, kAverageWords);
+      ema.write(i, n, words);
+    }
     if (random) fill_random(isa.narrow, row, step, i, n, words);
     p.write(i, n, words);
     for (int j = 0; j < states; ++j) x[j].write(i, n, words);

@@ -17,10 +17,10 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kBlocks = 8;
 // int8 or stochastic rounding needs more registers: 6 blocks. Both, or stochastic amsgrad: 5. Both with a
-// master: 4.
-constexpr int blocks_of(bool codes, bool words, bool amsgrad, bool master) {
-  if (!codes && !words) return kBlocks;
-  return codes + words + amsgrad == 1 ? 6 : codes && words && master ? 4 : 5;
+// master: 4. SGD without momentum needs fewer: 9, and has fewer loads in flight.
+constexpr int blocks_of(bool codes, bool words, int states, bool master) {
+  if (!codes && !words) return states ? kBlocks : 9;
+  return codes + words + (states == 3) == 1 ? 6 : codes && words && master ? 4 : 5;
 }
 
 // kWidth neighbouring elements of a stream, which one access moves.
@@ -60,9 +60,16 @@ template <class P, class G, class S, Master kMaster> struct Streams {
   G* g;
   S *s0, *s1, *s2;
   Extra* extra;
-  float *scales0, *scales1, *ema;
+  float *scales0, *scales1;
+  char* ema;      // averages, of float or BFloat16
   float weight;   // of new parameters in their averages
-  bool averages;  // whether there are any, at ema
+  bool averages;  // whether there are any
+  bool narrow;    // whether they are of BFloat16
+  // What their random words are drawn by: a Random for each tile, because one that lives through all of them
+  // takes twice the registers.
+  const int64_t* row;
+  int64_t base;
+  float step;
 };
 
 // The elements that a thread steps at a time. Where kWhole, they are neighbours and one access moves them;
@@ -111,7 +118,7 @@ struct Random {
       : seed(row[COL_SEED]), step(uint32_t(count)), index(uint32_t(row[COL_INDEX])) {
     const int64_t whole_run = row[COL_RUN];
     skip = row[COL_SKIP];
-    first = row[COL_OFFSET] + base + base / whole_run * skip;
+    first = row[COL_OFFSET] + base + (skip ? base / whole_run * skip : 0);
     // A run that is longer than any chunk ends at most once within this one. Shortening the run keeps that
     // end in its place, so 32 bits are enough.
     const int64_t short_run = min(whole_run, int64_t(1) << 30);
@@ -122,14 +129,14 @@ struct Random {
     return first + i + (skip ? int64_t((begin + uint32_t(i)) / run) * skip : 0);
   }
 
-  template <bool kWhole, int kWidth>
-  __device__ __forceinline__ Vector<uint32_t, kWidth> words(const Tile<kWhole, kWidth>& tile) const {
+  template <bool kWhole, int kWidth> __device__ __forceinline__ Vector<uint32_t, kWidth>
+  words(const Tile<kWhole, kWidth>& tile, uint64_t of_average = 0) const {
     constexpr int kEach = kWhole ? 4 : 1;  // words taken of each counter
     Vector<uint32_t, kWidth> to{};
 #pragma unroll(kWhole ? kWidth : 1)  // the others, unrolled, take 20 registers more
     for (int k = 0; k < kWidth; k += kEach) {
       const int64_t i = number(tile.element(k));
-      Words w = philox(seed, uint64_t(i) >> 2, step, index);
+      Words w = philox(seed, uint64_t(i) >> 2 | of_average, step, index);
       if constexpr (!kWhole) {
         const uint32_t low = i & 1 ? w.x[1] : w.x[0], high = i & 1 ? w.x[3] : w.x[2];
         w.x[0] = i & 2 ? high : low;
@@ -252,6 +259,16 @@ average(const Tile<kWhole, kWidth>& tile, float* ema, const Vector<float, kWidth
   for (int k = 0; k < kWidth; ++k) x.x[k] = lerp(x.x[k], p.x[k], weight);
   tile.store(ema, x);
 }
+template <bool kWhole, int kWidth>
+__device__ __forceinline__ void average(const Tile<kWhole, kWidth>& tile, BFloat16* ema,
+                                        const Vector<float, kWidth>& p, float weight, const Random& random) {
+  Vector<BFloat16, kWidth> x = tile.load(ema);
+  const Vector<uint32_t, kWidth> words = random.words(tile, kAverageWords);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k)
+    store_stochastic(lerp(load(x.x[k]), p.x[k], weight), x.x[k], for_parameter(words.x[k]));
+  tile.store(ema, x);
+}
 
 // Sums of squares of gradients, updates and new parameters.
 struct Squares {
@@ -326,7 +343,13 @@ __device__ __forceinline__ void step_span(const typename R::template Scalars<flo
       write_moment<SecondMoment, (kRandom & RANDOM_SECOND_MOMENT) != 0>(tile, to.s1, to.scales1, x1, words);
     if constexpr (R::kStates > 2) write_moment<SecondMoment, false>(tile, to.s2, to.scales1, x2, words);
     if constexpr (kAverages)
-      if (to.averages) average(tile, to.ema, stepped, to.weight);
+      if (to.averages) {
+        if (to.narrow)
+          average(tile, reinterpret_cast<BFloat16*>(to.ema), stepped, to.weight,
+                  kRandom != 0 ? random : Random(to.row, to.base, to.step));
+        else
+          average(tile, reinterpret_cast<float*>(to.ema), stepped, to.weight);
+      }
   }
 }
 
@@ -335,14 +358,16 @@ struct Chunk {
   const int64_t* row;
   int64_t base;
   int n;
-  bool aligned;
+  bool aligned, narrow;  // every stream, to 16 bytes; the average, to bf16
 
   __device__ __forceinline__ Chunk(const int64_t* rows, const int32_t* chunks, int chunk) {
     const int32_t* entry = chunks + int64_t(blockIdx.x) * 2;
     row = rows + int64_t(entry[0]) * COLUMNS;
     base = int64_t(entry[1]) * chunk;
     n = int(max(min(row[COL_NUMEL] - base, int64_t(chunk)), int64_t(0)));
-    aligned = row[COL_FLAGS] & ALIGNED;
+    const int64_t flags = row[COL_FLAGS];
+    aligned = flags & ALIGNED;
+    narrow = flags & EMA_BF16;
   }
   // How many of its elements can be accessed kWidth at a time.
   template <int kWidth> __device__ __forceinline__ int whole() const {
@@ -357,7 +382,7 @@ __device__ __forceinline__ ScalarRow scalar_row(const float* scalars, const Give
 }
 
 template <class R, class P, class G, class S, Master kMaster, bool kStochastic, bool kMeasured>
-__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R::kStates == 3,
+__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code), kStochastic, R::kStates,
                                                       kMaster != Master::none))
     step_kernel(const int64_t* __restrict__ rows, const int32_t* __restrict__ chunks,
                 const float* __restrict__ scalars, const float* __restrict__ factor, int chunk,
@@ -374,12 +399,17 @@ __global__ void __launch_bounds__(kThreads, blocks_of(sizeof(S) == sizeof(Code),
         stream<typename To::Extra>(c.row, COL_EXTRA, c.base),
         stream<float>(c.row, COL_SCALES, c.base / kQuantBlock),
         stream<float>(c.row, COL_SCALES + 1, c.base / kQuantBlock),
-        stream<float>(c.row, COL_EMA, c.base),
+        stream<char>(c.row, COL_EMA, c.base * (c.narrow ? sizeof(BFloat16) : sizeof(float))),
         0,
-        c.row[COL_EMA] != 0};
+        c.row[COL_EMA] != 0,
+        c.narrow,
+        c.row,
+        c.base,
+        0};
   // Behind the loads of the addresses, which else would wait for its branch.
   const ScalarRow numbers = scalar_row(scalars, given, k);
   to.weight = numbers.x[SCALAR_EMA];
+  to.step = numbers.x[SCALAR_STEP];
   auto s = reinterpret_cast<const typename R::template Scalars<float>&>(numbers);
   s.grad_factor *= f;
   const Random random(c.row, c.base, numbers.x[SCALAR_STEP]);

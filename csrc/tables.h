@@ -36,8 +36,8 @@ inline bool update(const Watch& watch, const at::Tensor& table, const at::Tensor
       set(steps[i], inputs.live ? reinterpret_cast<int64_t>(inputs.step) : 0);
     else if (inputs.live)
       set(row[COL_SCALARS], inputs.scalars);
-    const int64_t shard_aligned = row[COL_FLAGS] & SHARD_ALIGNED;
-    set(row[COL_FLAGS], shard_aligned | (shard_aligned && addresses % 16 == 0 ? ALIGNED : 0));
+    const int64_t fixed = row[COL_FLAGS] & ~ALIGNED;
+    set(row[COL_FLAGS], fixed | (fixed & SHARD_ALIGNED && addresses % 16 == 0 ? ALIGNED : 0));
   }
   return changed;
 }

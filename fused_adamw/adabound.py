@@ -6,7 +6,17 @@ from torch import Tensor
 
 from fused_adamw import options
 from fused_adamw.base import FusedOptimizer
-from fused_adamw.options import Backend, Master, Measured, Params, ProcessGroups, Rounding, StateDtype, documented
+from fused_adamw.options import (
+    Backend,
+    EmaDtype,
+    Master,
+    Measured,
+    Params,
+    ProcessGroups,
+    Rounding,
+    StateDtype,
+    documented,
+)
 
 
 @documented
@@ -51,6 +61,7 @@ class AdaBound(FusedOptimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         statistics: Measured = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
@@ -76,6 +87,7 @@ class AdaBound(FusedOptimizer):
             "seed": seed,
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
+            "ema_dtype": ema_dtype,
             "statistics": statistics,
         }
         super().__init__(
@@ -130,6 +142,7 @@ class AdaBoundW(AdaBound):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         statistics: Measured = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
@@ -158,6 +171,7 @@ class AdaBoundW(AdaBound):
             seed=seed,
             ema_decay=ema_decay,
             ema_warmup=ema_warmup,
+            ema_dtype=ema_dtype,
             statistics=statistics,
             backend=backend,
             max_grad_norm=max_grad_norm,

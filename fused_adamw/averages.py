@@ -75,9 +75,9 @@ class Averages:
         """Return ``model.state_dict()`` with the averages (``ema_decay``) in place of the parameters.
 
         They have the dtype of the parameter, and are sharded as it is. Buffers, and parameters without an average, are
-        as in the model; tied weights are tied. As ``state_dict()``, it shares memory with what it was taken from:
-        float32 averages go on changing with each step. Raises RuntimeError where no averages are kept, and ValueError
-        for a model without any of the parameters that have one.
+        as in the model; tied weights are tied. As ``state_dict()``, it shares memory with what it was taken from: an
+        average of its parameter's dtype goes on changing with each step. Raises RuntimeError where no averages are
+        kept, and ValueError for a model without any of the parameters that have one.
         """
         averages = self._averages()
         found = model.state_dict(keep_vars=True)

@@ -108,7 +108,7 @@ class FusedOptimizer(Averages, Optimizer):
                 options.check(full, index)
             if options.needs_base_lr(full):
                 param_group.setdefault("base_lr", options.as_float("lr", full["lr"]))
-            if full.get("rounding") == "stochastic":
+            if options.draws(full):
                 param_group.setdefault("seed", full.get("seed", 0))  # a checkpoint has to have it
         try:
             super().add_param_group(param_group)

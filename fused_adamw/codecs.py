@@ -9,7 +9,8 @@ et al., SC 2011), keyed on (seed; step, index of the parameter, number of the el
 element has a word of 32, of which the parameter takes the upper half, the second moment the lower, and the int8 code of
 a first moment 16 bits that mix both. They do not depend on the backend, on chunks, threads or shards. First moments
 and momentum buffers in bfloat16, which move by much more than an ulp a step, are rounded to nearest, and so is
-max_exp_avg_sq.
+max_exp_avg_sq. Averages of parameters in bfloat16, which to nearest would stand still, draw by words of their own, that
+are independent of these: their counters have the highest bit set, and no element has so high a number.
 
 *Masters* hold the digits for which a 16-bit parameter has no room, under a name of their own in the state:
 
@@ -46,13 +47,15 @@ BLOCK = 128  # elements to a scale
 # ---- Stochastic rounding.
 
 
-def words(seed: int, step: int, index: int, numbering: Numbering, n: int, device: torch.device) -> Tensor:
-    """Return the 32 random bits of each of n elements, int64 [n]."""
+def words(
+    seed: int, step: int, index: int, numbering: Numbering, n: int, device: torch.device, average: bool = False
+) -> Tensor:
+    """Return the 32 random bits of each of n elements, int64 [n]; other ones for the average of a parameter."""
     offset, run, skip = numbering
     i = torch.arange(n, device=device)
     i = offset + i + i // run * skip
     group = i >> 2
-    c = [group & _MASK, group >> 32, torch.full_like(i, step), torch.full_like(i, index)]
+    c = [group & _MASK, group >> 32 | average << 31, torch.full_like(i, step), torch.full_like(i, index)]
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(7):  # the fewest that pass BigCrush
         (high0, low0), (high1, low1) = _product(c[0], 0xD2511F53), _product(c[2], 0xCD9E8D57)
@@ -215,6 +218,17 @@ def write(row: Row, t: Tensors, p: Tensor, states: list[Tensor], step: int) -> N
             flat(t.scales[j]).copy_(scales)
         else:
             _store(x, t.states[j], None if drawn is None else for_second_moment(drawn))
+
+
+def move_average(row: Row, t: Tensors, p: Tensor, weight: float, step: int) -> None:
+    """Move the average towards the parameter, before that is rounded; round it, in bfloat16, stochastically."""
+    if t.ema is None:
+        return
+    x = t.ema.to(p.dtype).lerp_(p, weight)
+    drawn = None
+    if t.ema.dtype is not p.dtype:
+        drawn = words(row.seed, step, row.index, row.numbering, p.numel(), p.device, average=True) >> 16
+    _store(x, t.ema, drawn)
 
 
 def _store(x: Tensor, to: Tensor, random: Tensor | None) -> None:

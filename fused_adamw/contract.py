@@ -72,9 +72,9 @@ class Storage(NamedTuple):
     """Says in which form a parameter and its moments are stored."""
 
     master: str = "none"  # or a key of MASTER_KEYS
-    stochastic: bool = False  # whether anything is rounded stochastically
+    stochastic: bool = False  # whether the parameter or a moment is rounded stochastically
     int8: bool = False
-    ema: bool = False  # whether an average of the parameter is kept
+    ema: torch.dtype | None = None  # of the average of the parameter, as a real one; None where none is kept
 
     def moments(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return the keys in the state of the moments of these names."""
@@ -85,9 +85,14 @@ class Storage(NamedTuple):
         return tuple(f"{name}_scales" for name in names) if self.int8 else ()
 
     @property
+    def draws(self) -> bool:
+        """Whether random bits are drawn: a narrow average is rounded stochastically whatever the rest is."""
+        return self.stochastic or self.ema is torch.bfloat16
+
+    @property
     def ordered(self) -> bool:
         """Whether the order of memory matters: random bits are drawn, and blocks of codes lie, in that of the whole."""
-        return self.stochastic or self.int8
+        return self.draws or self.int8
 
     @property
     def master_key(self) -> str | None:
@@ -104,7 +109,7 @@ class Variant(NamedTuple):
     state: torch.dtype  # int8: codes, with a scale for each codecs.BLOCK of them
     master: str = "none"
     stochastic: bool = False
-    ema: bool = False
+    ema: torch.dtype | None = None  # of the average, where there is one
     measured: bool = False
 
     @property
@@ -113,8 +118,13 @@ class Variant(NamedTuple):
         return FAMILIES[self.rule] != "sgd"
 
     @property
+    def draws(self) -> bool:
+        """Whether random bits are drawn, for the parameter, a moment or the average."""
+        return any(self.random_streams) or self.ema is torch.bfloat16
+
+    @property
     def random_streams(self) -> RandomStreams:
-        """Which streams are rounded stochastically."""
+        """Which of parameter and moments are rounded stochastically."""
         if not self.stochastic:
             return RandomStreams()
         second = second_moment_of(self.rule)
@@ -203,8 +213,13 @@ class Row:
 
     @property
     def stochastic(self) -> bool:
-        """Whether anything of the row is rounded stochastically."""
+        """Whether the parameter or a moment is rounded stochastically."""
         return self.storage.stochastic
+
+    @property
+    def ema(self) -> torch.dtype:
+        """The dtype of the average; of the arithmetic where none is kept."""
+        return self.storage.ema or torch.promote_types(self.p, torch.float32)
 
     @property
     def family(self) -> str:

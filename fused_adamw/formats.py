@@ -38,9 +38,23 @@ def storage_of(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...]) -> S
         raise TypeError(f"{p.dtype} with int8 moments is not supported: give this group another state_dtype")
     declared = group.get("state_dtype")
     state = torch.int8 if int8 else None if declared in INT8 else declared
+    ema = _ema_dtype_of(p, group)
     moments = names[:1] not in ((), (SECOND,)), SECOND in names
     stochastic = stochastic and any(random_streams(p.dtype, master, *moments, state))
-    return Storage(master, stochastic, int8, ema=group.get("ema_decay") is not None)
+    return Storage(master, stochastic, int8, ema)
+
+
+def _ema_dtype_of(p: Tensor, group: Mapping[str, Any]) -> torch.dtype | None:
+    """Return the dtype of p's average, as a real one; None where none is kept. Raises TypeError."""
+    if group.get("ema_decay") is None:
+        return None
+    own, declared = torch.promote_types(p.dtype.to_real(), torch.float32), group.get("ema_dtype")
+    if declared not in (None, own) and (p.is_complex() or own is not torch.float32):
+        raise TypeError(
+            f"{p.dtype} with ema_dtype={declared} is not supported: leave it out for this group, whose averages are "
+            f"then {own.to_complex() if p.is_complex() else own}"
+        )
+    return declared or own
 
 
 def state_dtype_of(p: Tensor, declared: Any) -> torch.dtype:

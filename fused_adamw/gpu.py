@@ -21,6 +21,7 @@ from fused_adamw.layout import (
     COL_SEED,
     COL_SKIP,
     COLUMNS,
+    EMA_BF16,
     HYPERS,
     SCALARS,
     SCALARS_BYTES,
@@ -74,7 +75,7 @@ def chunk_size(variant: Variant) -> int:
     4.00, 3.83 and 3.36. All in bf16 is as fast with 2048 as with 1024 elements, or faster. Programs that start slowly,
     with codes or random words, get more.
     """
-    if variant.state is torch.int8 or any(variant.random_streams):
+    if variant.state is torch.int8 or variant.draws:
         return 8192
     return 2048 if max(variant.p.itemsize, variant.g.itemsize, variant.state.itemsize) < 4 else 1024
 
@@ -149,7 +150,8 @@ class Launch:
         offset, run, skip = row.numbering
         drawn_by = (offset, run, skip) if skip else (offset,)
         values[COL_NUMEL] = row.numel
-        values[COL_FLAGS] = 0 if row.stochastic and any(x % 8 for x in drawn_by) else SHARD_ALIGNED
+        values[COL_FLAGS] = 0 if row.storage.draws and any(x % 8 for x in drawn_by) else SHARD_ALIGNED
+        values[COL_FLAGS] |= EMA_BF16 if row.ema is torch.bfloat16 else 0
         values[COL_SEED], values[COL_INDEX] = row.seed, row.index
         values[COL_OFFSET], values[COL_RUN], values[COL_SKIP] = offset, run, skip
         return values

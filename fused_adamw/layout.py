@@ -16,7 +16,7 @@ COL_GRAD = 1  # the address of its gradient
 COL_STATE = 2  # addresses of up to 3 states: Adam has m, v, vmax; SGD has b; codes, where they are int8
 COL_NUMEL = 5  # its complement, which is negative, where a step leaves the row out
 COL_SCALARS = 6  # the index of the row of scalars
-COL_FLAGS = 7  # ALIGNED, SHARD_ALIGNED
+COL_FLAGS = 7  # ALIGNED, SHARD_ALIGNED, EMA_BF16
 COL_EXTRA = 8  # the address of what the master holds
 COL_SCALES = 9  # addresses of the scales of the first 2 states
 COL_EMA = 11  # the address of the average of the parameter; 0 where none is kept
@@ -32,6 +32,7 @@ ADDRESSES = (COL_PARAM, COL_GRAD, *range(COL_STATE, COL_NUMEL), COL_EXTRA, *rang
 # Bits of COL_FLAGS.
 SHARD_ALIGNED = 2  # offset, run and skip are multiples of 8, or nothing is drawn by them
 ALIGNED = 1  # SHARD_ALIGNED, and every address is a multiple of 16
+EMA_BF16 = 4  # the average is a bfloat16, rounded stochastically; else a float32
 
 # Columns of scalars, by family; the fields of scalars.Adam, scalars.Bound and scalars.Sgd.
 SCALAR_DECAY, SCALAR_L2, SCALAR_GRAD_FACTOR = 0, 1, 2

@@ -9,6 +9,7 @@ from fused_adamw.base import FusedOptimizer
 from fused_adamw.options import (
     Backend,
     Cautious,
+    EmaDtype,
     Master,
     Measured,
     Params,
@@ -58,6 +59,7 @@ class Adam(FusedOptimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         statistics: Measured = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
@@ -83,6 +85,7 @@ class Adam(FusedOptimizer):
             "seed": seed,
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
+            "ema_dtype": ema_dtype,
             "statistics": statistics,
         }
         super().__init__(
@@ -161,6 +164,7 @@ class AdamW(Adam):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         statistics: Measured = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
@@ -190,6 +194,7 @@ class AdamW(Adam):
             seed=seed,
             ema_decay=ema_decay,
             ema_warmup=ema_warmup,
+            ema_dtype=ema_dtype,
             statistics=statistics,
             backend=backend,
             max_grad_norm=max_grad_norm,
@@ -240,6 +245,7 @@ class RAdam(FusedOptimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         statistics: Measured = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
@@ -264,6 +270,7 @@ class RAdam(FusedOptimizer):
             "seed": seed,
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
+            "ema_dtype": ema_dtype,
             "statistics": statistics,
         }
         super().__init__(
@@ -323,6 +330,7 @@ class SGD(FusedOptimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        ema_dtype: EmaDtype | None = None,
         statistics: Measured = False,
         backend: Backend | None = None,
         max_grad_norm: float | None = None,
@@ -347,6 +355,7 @@ class SGD(FusedOptimizer):
             "seed": seed,
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
+            "ema_dtype": ema_dtype,
             "statistics": statistics,
         }
         super().__init__(

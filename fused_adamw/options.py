@@ -18,12 +18,14 @@ Backend = Literal["cpu", "triton", "cuda", "reference"]
 Rounding = Literal["nearest", "stochastic"]
 Master = Literal["kahan", "split16", "fp32"]
 Cautious = Literal["decay", "update"]
+EmaDtype = torch.dtype | Literal["float32", "bfloat16"]
 Measured = Literal["parameter"] | bool
 StateDtype = torch.dtype | Literal["float32", "bfloat16", "float16", "float64", "int8"]
 
 ProcessGroups: TypeAlias = "ProcessGroup | Callable[[Tensor], Sequence[ProcessGroup]] | None"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EMA_DTYPES = (torch.float32, torch.bfloat16)
 INT8 = ("int8", torch.int8)
 ROUNDINGS = get_args(Rounding)
 MASTERS = get_args(Master)
@@ -57,6 +59,7 @@ OPTIONS = {
     "seed": Option(0, ours=_ALL, replans=True),
     "ema_decay": Option(None, ours=_ALL, kept=True),
     "ema_warmup": Option(False, ours=_ALL, kept=True),
+    "ema_dtype": Option(None, ours=_ALL, kept=True, replans=True),
     "statistics": Option(False, ours=_ALL, kept=True, replans=True),
 }
 KEPT = tuple(name for name, option in OPTIONS.items() if option.kept)
@@ -142,11 +145,14 @@ lower half of a float32 whose upper half is the parameter, ``"fp32"`` a whole fl
 ``"fp32"``. The step updates the master, and the parameter is its rounded value. See :meth:`refresh_masters`.""",
     "seed": "seed of stochastic rounding, which has no other state.",
     "ema_decay": """\
-keep an exponential moving average of each parameter in ``optimizer.state[p]["ema"]``, a float32 (float64 for float64
-parameters), which begins as a copy of it; a step then makes it ``ema_decay * ema + (1 - ema_decay) * p``, with p before
-its rounding to a narrower dtype. At least 0 and below 1, and free to change between steps; None keeps none. See
-:meth:`ema_swapped` and :meth:`ema_state_dict`.""",
+keep an exponential moving average of each parameter in ``optimizer.state[p]["ema"]``, which begins as a copy of it; a
+step then makes it ``ema_decay * ema + (1 - ema_decay) * p``, with p before its rounding to a narrower dtype. At least 0
+and below 1, and free to change between steps; None keeps none. See :meth:`ema_swapped` and :meth:`ema_state_dict`.""",
     "ema_warmup": "use min(ema_decay, (1 + t) / (10 + t)) in the t-th step of a parameter in place of ``ema_decay``.",
+    "ema_dtype": """\
+dtype of the averages, or its name: float32 by default (float64 for float64 parameters), or ``torch.bfloat16``, which
+takes 4 bytes less traffic and 2 less memory an element. It is rounded stochastically, with random bits of its own by
+``seed``, whatever ``rounding`` is: to nearest, an average with a decay of 0.999 would stand still.""",
     "statistics": """\
 measure, within the step, the norms of gradient, update and parameter of each group, or with ``"parameter"`` of each
 parameter. See :attr:`statistics`.""",
@@ -211,17 +217,24 @@ def check_support(where: str, given: Mapping[str, Any]) -> None:
 
 
 def name_dtype(group: dict[str, Any]) -> None:
-    """Replace the name of a dtype under ``"state_dtype"`` by the dtype; leave all else, "int8" too, as it is."""
-    name = group.get("state_dtype")
-    if isinstance(name, str):
-        dtype = getattr(torch, name.removeprefix("torch."), None)
-        if dtype in DTYPES:
-            group["state_dtype"] = dtype
+    """Replace the names of dtypes that options have by the dtypes; leave all else, "int8" too, as it is."""
+    for option in ("state_dtype", "ema_dtype"):
+        name = group.get(option)
+        if isinstance(name, str):
+            dtype = getattr(torch, name.removeprefix("torch."), None)
+            if dtype in DTYPES:
+                group[option] = dtype
+
+
+def draws(group: Mapping[str, Any]) -> bool:
+    """Return whether a group asks for stochastic rounding."""
+    averages = group.get("ema_decay") is not None and group.get("ema_dtype") is torch.bfloat16
+    return averages or group.get("rounding") == "stochastic"
 
 
 def record_seed(group: dict[str, Any]) -> None:
     """Write the seed of stochastic rounding into a group that was set to it by hand, so that a checkpoint has it."""
-    if group.get("rounding") == "stochastic":
+    if draws(group):
         group.setdefault("seed", 0)
 
 
@@ -297,6 +310,10 @@ def _check_ema(group: Mapping[str, Any]) -> None:
     decay = group.get("ema_decay")
     if decay is not None and not 0 <= as_float("ema_decay", decay) < 1:
         raise ValueError(f"Invalid ema_decay: {decay}, it must be None, or at least 0 and below 1")
+    dtype = group.get("ema_dtype")
+    if dtype not in (None, *EMA_DTYPES):
+        names = ", ".join(map(str, EMA_DTYPES))
+        raise ValueError(f"ema_dtype={dtype!r}: must be None or one of {names}, or their names")
 
 
 def _check_first_moment(group: Mapping[str, Any]) -> None:

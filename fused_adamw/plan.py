@@ -279,7 +279,7 @@ def _row_of(
         g_copy=real(torch.empty_like(dense, dtype=_like(p, kind.dtype), device=p.device)) if kind.copied else None,
         counts_on_device=counts_on_device(owner, item.group, item.param),
         seed=int(item.group.get("seed", 0)),
-        numbering=shard_numbering(item.param) if storage.stochastic else NOT_SHARDED,
+        numbering=shard_numbering(item.param) if storage.draws else NOT_SHARDED,
         measured=bool(item.group.get("statistics")),
         as_before=as_before,
     )

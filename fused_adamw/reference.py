@@ -200,8 +200,7 @@ class Launch:
                 adabound(p, g, m, v, vmax, **values, hi=numbers.hi)
             else:
                 adam(p, g, m, v, vmax, rule=row.rule, **values)
-        if tensors.ema is not None:
-            tensors.ema.lerp_(p, numbers.ema)
+        codecs.move_average(row, tensors, p, numbers.ema, step)
         if row.measured:
             measured = (values["grad_factor"] * g, p - before, p)
             self.measured[row.slot] = torch.stack([x.double().square().sum() for x in measured])

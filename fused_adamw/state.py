@@ -69,7 +69,7 @@ def is_ready(
     if storage.master_key:
         needed[storage.master_key] = _master_dtype(p, storage)
     if storage.ema:
-        needed[EMA] = formats.state_dtype_of(p, None)
+        needed[EMA] = formats.state_dtype_of(p, storage.ema)
     wrong = {*MASTERS, *_dropped(names), *names, *(name + part for name in names for part in CODED)}
     wrong -= {*needed, *storage.scales(names)}
     if not wrong.isdisjoint(param_state) or any(key not in param_state for key in storage.scales(names)):
@@ -199,7 +199,7 @@ def _init_master(param_state: ParamState, p: Tensor, storage: Storage) -> None:
 
 def _init_ema(param_state: ParamState, p: Tensor, storage: Storage, loading: bool) -> None:
     have: Any = param_state.get(EMA)
-    dtype = formats.state_dtype_of(p, None)
+    dtype = formats.state_dtype_of(p, storage.ema)
     begins = not isinstance(have, Tensor)
     if not storage.ema or (begins and loading) or (not begins and _fits(have, p, dtype, storage)):
         return

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def check_storage(p: Tensor, group: Mapping[str, Any], names: tuple[str, ...], param_state: Mapping) -> Storage:
     """Return how p is stored; raise TypeError or ValueError if it cannot be, or if codes lack their scales."""
     storage = storage_of(p, group, names)
-    if storage.stochastic:
+    if storage.draws:
         shard_numbering(p)
     if storage.int8 and is_dtensor(p):
         _check_blocks(p)

@@ -211,9 +211,9 @@ class Watch:
                 steps[i] = entry.addresses[STEP] if entry.live else 0
             elif entry.live:
                 row[COL_SCALARS] = entry.scalars
-            shard_aligned = row[COL_FLAGS] & SHARD_ALIGNED
-            aligned = shard_aligned and not any(int(row[i]) % 16 for i in ADDRESSES)
-            row[COL_FLAGS] = shard_aligned | ALIGNED * bool(aligned)
+            fixed = row[COL_FLAGS] & ~ALIGNED
+            aligned = fixed & SHARD_ALIGNED and not any(int(row[i]) % 16 for i in ADDRESSES)
+            row[COL_FLAGS] = fixed | ALIGNED * bool(aligned)
         return not torch.equal(before, table)
 
     def upload(self, table: Tensor, slots: Tensor, scalars: list, buffer: Tensor, every: bool) -> None:

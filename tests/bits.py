@@ -21,6 +21,7 @@ FORMATS = [
     (BF16, {"state_dtype": BF16}),
     (BF16, {"state_dtype": BF16, "rounding": "stochastic"}),
     (BF16, {"state_dtype": F16}),
+    (F32, {"ema_dtype": BF16}),
     *((BF16, {"master": master}) for master in ("kahan", "split16", "fp32")),
     (BF16, {"master": "split16", "state_dtype": "int8", "rounding": "stochastic"}),
 ]
@@ -59,6 +60,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore", RuntimeWarning)  # of what narrow formats lose
     for name, options in cases.SHARED + cases.OURS:
         for dtype, ours in FORMATS:
-            maximum = "amsgrad" in options or "amsbound" in options
+            maximum = options.get("amsgrad") or options.get("amsbound")
             if not (maximum and ours.get("state_dtype") == "int8"):  # which is refused
                 print(cases.name_of([name, options, dtype, ours]), digest(name, options, dtype, ours))

@@ -48,9 +48,15 @@ class Variant(contract.Variant):
     """With what the tests ask of it."""
 
     def __str__(self) -> str:
-        formats = [self.master] * (self.master != "none") + ["stochastic"] * self.stochastic + ["ema"] * self.ema
+        formats = [self.master] * (self.master != "none") + ["stochastic"] * self.stochastic
+        formats += {None: [], F32: ["ema"], BF16: ["ema_bfloat16"]}[self.ema]
         formats += ["measured"] * self.measured
         return "-".join([self.rule, *(str(d).removeprefix("torch.") for d in self[1:4]), *formats])
+
+    @property
+    def averages(self) -> list[torch.dtype]:
+        """The dtype of the average."""
+        return [] if self.ema is None else [self.ema]
 
     @property
     def extra(self) -> list[torch.dtype]:
@@ -60,7 +66,7 @@ class Variant(contract.Variant):
     @property
     def streams(self) -> list[torch.dtype]:
         """The dtypes of p, g, the states, what the master holds and the average: what has a value for each element."""
-        return [self.p, self.g] + [self.state] * STATES[self.rule] + self.extra + [F32] * self.ema
+        return [self.p, self.g] + [self.state] * STATES[self.rule] + self.extra + self.averages
 
     @property
     def scales(self) -> int:
@@ -140,21 +146,30 @@ FORMED = [
     Variant("adam_no_first_moment", BF16, BF16, I8, "none", True),
     Variant("adam_no_first_moment", F32, F32, I8),
 ]
+NARROW_AVERAGE = Variant("adam", F32, F32, F32, ema=BF16)
 # An average beside each kind of rule, of parameter, of master, and of a moment.
 AVERAGED = [
-    Variant("adam", F32, F32, F32, ema=True),
-    Variant("adam", BF16, BF16, BF16, ema=True),
-    Variant("adam_amsgrad", F16, F32, F32, ema=True),
-    Variant("sgd", F16, F16, F16, ema=True),
-    Variant("sgd_momentum", F32, F32, F32, ema=True),
-    Variant("adam", BF16, BF16, F32, "split16", ema=True),
-    Variant("adam", BF16, F32, BF16, "kahan", True, ema=True),
-    Variant("adam", F16, F16, F32, "fp32", ema=True),
-    Variant("adam", BF16, BF16, BF16, "none", True, ema=True),
-    Variant("adam_amsgrad", BF16, BF16, BF16, "none", True, ema=True),
-    Variant("adam", F32, F32, I8, "none", True, ema=True),
-    Variant("adam", BF16, F32, I8, "split16", True, ema=True),
-    Variant("adam_cautious_update", BF16, BF16, I8, "split16", True, ema=True),
+    Variant("adam", F32, F32, F32, ema=F32),
+    Variant("adam", BF16, BF16, BF16, ema=F32),
+    Variant("adam_amsgrad", F16, F32, F32, ema=F32),
+    Variant("sgd", F16, F16, F16, ema=F32),
+    Variant("sgd_momentum", F32, F32, F32, ema=F32),
+    Variant("adam", BF16, BF16, F32, "split16", ema=F32),
+    Variant("adam", BF16, F32, BF16, "kahan", True, ema=F32),
+    Variant("adam", F16, F16, F32, "fp32", ema=F32),
+    Variant("adam", BF16, BF16, BF16, "none", True, ema=F32),
+    Variant("adam_amsgrad", BF16, BF16, BF16, "none", True, ema=F32),
+    Variant("adam", F32, F32, I8, "none", True, ema=F32),
+    Variant("adam", BF16, F32, I8, "split16", True, ema=F32),
+    Variant("adam_cautious_update", BF16, BF16, I8, "split16", True, ema=F32),
+    # Narrow ones, beside streams that draw words as well and beside none.
+    NARROW_AVERAGE,
+    Variant("sgd", F16, F16, F16, ema=BF16),
+    Variant("adam_amsgrad", BF16, F32, BF16, ema=BF16),
+    Variant("adam", BF16, BF16, F32, "split16", ema=BF16),
+    Variant("adam", BF16, BF16, BF16, "none", True, ema=BF16),
+    Variant("adam", F32, F32, I8, ema=BF16),
+    Variant("adam", BF16, BF16, I8, "split16", True, ema=BF16),
 ]
 # What is measured beside a rule, a master, words, codes and an average.
 MEASURED = [
@@ -165,7 +180,7 @@ MEASURED = [
     Variant("adam", BF16, BF16, BF16, "kahan", True, measured=True),
     Variant("amsbound", BF16, BF16, BF16, "none", True, measured=True),
     Variant("adam_no_first_moment", BF16, BF16, I8, "none", True, measured=True),
-    Variant("adam", BF16, BF16, I8, "split16", True, ema=True, measured=True),
+    Variant("adam", BF16, BF16, I8, "split16", True, ema=F32, measured=True),
 ]
 # The layouts that differ, each rule at least once: what is compiled for every architecture.
 LAYOUTS = [*(VARIANTS[i] for i in (0, 1, 2, 6, 8, 9)), *(FORMED[i] for i in (1, 3, 4, 7, 9))]
@@ -351,7 +366,7 @@ class Cuda:
             source = source[: source.index("using StepKernel")]
             names = {F32: "float", BF16: "BFloat16", F16: "Float16", I8: "Code"}
             # Every kernel steps averages.
-            for v in dict.fromkeys(v._replace(ema=False) for v in (self.variants if sm in EXECUTED else LAYOUTS)):
+            for v in dict.fromkeys(v._replace(ema=None) for v in (self.variants if sm in EXECUTED else LAYOUTS)):
                 args = ", ".join([names[d] for d in v[1:4]] + [f"Master::{v.master}"])
                 args += "".join(f", {str(flag).lower()}" for flag in (v.stochastic, v.measured))
                 source += (
@@ -497,7 +512,7 @@ def tensors(variant, sizes, rows, seed=0, unaligned=False, places=(NOT_SHARDED,)
     for i, n in enumerate(sizes):
         data = [make(k, n, d) for k, d in enumerate(variant.streams[: 2 + states])]
         data += [extra(data[0], d) for d in variant.extra]
-        data += [make(2, n, F32) for _ in range(variant.ema)]
+        data += [make(2, n, d) for d in variant.averages]
         data += [make(3, -(-n // QUANT_BLOCK), F32).nan_to_num(1.0, 1.0, 1.0) for _ in range(variant.scales)]
         if variant.scales and n >= 3 * QUANT_BLOCK:  # a block whose new second moments are too small for a scale
             data[1][2 * QUANT_BLOCK : 3 * QUANT_BLOCK] = 1e-18
@@ -512,7 +527,7 @@ def columns(variant, addresses: list[int]) -> tuple[list[int], int, list[int], i
     """The addresses of p, g and three states; of what the master holds; of two scales; of the average."""
     states, streams = 2 + STATES[variant.rule], len(variant.streams)
     own, extra, scales = addresses[:states], addresses[states:streams], addresses[streams:]
-    ema = extra.pop() if variant.ema else 0
+    ema = extra.pop() if variant.averages else 0
     return own + [0] * (5 - len(own)), (extra or [0])[0], scales + [0] * (2 - len(scales)), ema
 
 
@@ -582,12 +597,14 @@ def cpu_step(tmp_path_factory):
         results = [[x.clone() for x in t.data] for t in given]
         kinds = [list(STATES).index(variant.rule), *(FORMATS[d] for d in variant[1:4])]
         kinds += [MASTERS.index(variant.master), variant.stochastic]
-        table = np.zeros(len(given), np.dtype("u8,u8,3u8,i8,i4,6u1,u8,2u8,u8,u8,u8,u4,3i8", align=True))
+        average = FORMATS[variant.ema or F32]
+        table = np.zeros(len(given), np.dtype("u8,u8,3u8,i8,i4,6u1,u8,2u8,u8,u8,u1,u8,u4,3i8", align=True))
         for i, (t, data) in enumerate(zip(given, results, strict=True)):
             (p, g, *states), extra, scales, ema = columns(variant, [x.data_ptr() for x in data])
             numel = data[0].numel()
             measured = 0 if squares is None else squares[i].ctypes.data
-            table[i] = (p, g, states, numel, t.scalars, kinds, extra, scales, measured, ema, SEED, t.index, t.place)
+            own = (p, g, states, numel, t.scalars, kinds, extra, scales, measured, ema, average)
+            table[i] = (*own, SEED, t.index, t.place)
         numbers = np.array(rows, np.float32).astype(np.float64)
         library.fused_step(
             ctypes.c_void_p(table.ctypes.data),
@@ -616,8 +633,9 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, by_value
         addresses = [b.addr - m * x.element_size() for b, m, x in zip(own, moved, t.data, strict=True)]
         first, extra, scales, ema = columns(variant, addresses)
         offset, run, skip = t.place
-        placed = not variant.stochastic or not any(x % 8 for x in (offset, *((run, skip) if skip else ())))
-        flags = placed * (2 + (not any(b.addr % 16 for b in own)))
+        drawn_by = (offset, *((run, skip) if skip else ()))
+        placed = not (variant.stochastic or variant.ema is BF16) or not any(x % 8 for x in drawn_by)
+        flags = placed * (2 + (not any(b.addr % 16 for b in own))) + 4 * (variant.ema is BF16)
         place = SEED, t.index, offset - bias, run, skip
         table.append([*first, n + bias, t.scalars, flags, extra, *scales, ema, *place, 0])
         chunks += [[i, bias // chunk + c] for c in range(max(1, -(-n // chunk)))]

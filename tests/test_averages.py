@@ -9,7 +9,9 @@ import torch
 from torch.optim import swa_utils
 
 import fused_adamw
-from fused_adamw import state
+from fused_adamw import codecs, state
+from fused_adamw.options import EMA_DTYPES
+from fused_adamw.tensors import NOT_SHARDED
 from tests import cases, exact
 from tests.test_checkpoints import steps
 from tests.test_formats import BF16, F16, F32, check_resume
@@ -31,8 +33,17 @@ FORMS = [
     (BF16, {"master": "split16", "state_dtype": "int8"}),
     (BF16, {"master": "fp32", "state_dtype": "int8", "rounding": "stochastic"}),
     (F16, {"master": "fp32"}),
+    (F32, {"ema_dtype": BF16}),
+    (F16, {"ema_dtype": "bfloat16"}),
+    (BF16, {"ema_dtype": BF16, "rounding": "stochastic", "state_dtype": BF16, "seed": 7}),
+    (BF16, {"ema_dtype": BF16, "master": "split16", "state_dtype": "int8"}),
 ]
 SHAPES = [(5003, 1), (7, 9), ()]
+
+
+def dtype_of(form):
+    """Of the averages."""
+    return BF16 if "ema_dtype" in form else F32
 
 
 def averaged(optimizer):
@@ -105,7 +116,11 @@ def test_an_average_takes_the_parameter_before_it_is_rounded(name, dtype_and_for
         cases.set_gradient(twin, p.grad)
         optimizer.step()
         fresh.step()
-        assert cases.equal_bits(own["ema"], exact_lerp(before, twin.detach(), 1 - decay)).all()
+        expected = exact_lerp(before.float(), twin.detach(), 1 - decay)
+        if dtype_of(form) is BF16:
+            word = codecs.words(form.get("seed", 0), t + 1, 0, NOT_SHARDED, len(p), p.device, average=True)
+            expected = codecs.stochastic(expected, word >> 16)
+        assert cases.equal_bits(own["ema"], expected).all()
 
 
 def optimizer_storage(optimizer, p):
@@ -126,7 +141,7 @@ def test_everything_else_keeps_its_bits(dtype_and_form, target):
         steps(optimizer, range(3))
     found = cases.tensors_of(b)
     emas = {key: found.pop(key) for key in list(found) if key.endswith(".ema")}
-    assert {t.dtype for t in emas.values()} == {F32}
+    assert {t.dtype for t in emas.values()} == {dtype_of(form)}
     assert len(emas) == len(SHAPES)
     cases.assert_same_bits(cases.tensors_of(a), found)
 
@@ -168,10 +183,11 @@ def test_same_bits_as_the_cpu(dtype_and_form, capturable, backend):
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_moves_averages(backend):
+@pytest.mark.parametrize("dtype", EMA_DTYPES, ids=cases.name_of)
+def test_a_captured_graph_moves_averages(dtype, backend):
     """By the decay that refresh_captured() brings, and by the steps that it counts itself."""
     a, b = (cases.parameters([(1000,)], device=device) for device in ("cuda", "cpu"))
-    options = {"ema_decay": 0.9, "ema_warmup": True}
+    options = {"ema_decay": 0.9, "ema_warmup": True, "ema_dtype": dtype}
     ours = cases.make("AdamW", a, options, backend=backend, capturable=True)
     theirs = cases.make("AdamW", b, options)
     steps(ours, [0])
@@ -187,7 +203,119 @@ def test_a_captured_graph_moves_averages(backend):
         graph.replay()
         theirs.step()
         torch.cuda.synchronize()
-        torch.testing.assert_close(ours.state[a[0]]["ema"].cpu(), theirs.state[b[0]]["ema"], rtol=1e-6, atol=1e-6)
+        mine, other = ours.state[a[0]]["ema"].cpu(), theirs.state[b[0]]["ema"]
+        if dtype is F32:
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+        assert dtype is F32 or (mine == other).float().mean() > 0.99  # few are rounded otherwise for a last bit
+
+
+# ---- in bfloat16
+
+
+def test_narrow_averages_follow_those_in_float32(target):
+    """To nearest they would stand still: a step moves them by far less than an ulp."""
+    n, decay = 4096, 0.999
+    ends = {}
+    for dtype in EMA_DTYPES:
+        p = torch.nn.Parameter(torch.ones(n, device=target.device))
+        optimizer = cases.make("SGD", [p], {"lr": 0.0}, backend=target.backend, ema_decay=decay, ema_dtype=dtype)
+        optimizer.init_state()
+        p.data.fill_(1.1)
+        p.grad = torch.zeros_like(p)
+        for _ in range(300):
+            optimizer.step()
+        ends[dtype] = optimizer.state[p]["ema"].double()
+    nearest = torch.ones((), dtype=BF16)
+    for _ in range(300):
+        nearest = nearest.float().lerp(torch.tensor(1.1), 1 - decay).bfloat16()
+    truth = 1.1 - 0.1 * decay**300
+    assert nearest == 1
+    assert (ends[F32] - truth).abs().max() < 1e-5
+    error = ends[BF16] - truth
+    assert error.mean().abs() < 4 * error.std() / n**0.5
+    assert error.std() < 2**-6  # of an ulp of 2**-7 each
+
+
+def test_narrow_averages_draw_by_words_of_their_own(target):
+    """Halfway between two values, of parameter and average alike, all four outcomes are equally frequent."""
+    n = 20_000
+    p = torch.nn.Parameter(torch.zeros(n, dtype=BF16, device=target.device))
+    cases.set_gradient(p, torch.full((n,), 1 + 0.5 / 128, device=target.device))
+    options = {"lr": 1.0, "maximize": True, "rounding": "stochastic"}
+    optimizer = cases.make("SGD", [p], options, backend=target.backend, ema_decay=0.0, ema_dtype=BF16)
+    optimizer.step()
+    outcomes = 2 * (p.detach() > 1).long() + (optimizer.state[p]["ema"] > 1).long()
+    counts = outcomes.cpu().bincount(minlength=4)
+    assert ((counts - n / 4).square() / (n / 4)).sum() < 16.3  # chi-square, three degrees: 0.1 %
+    words = [codecs.words(0, 1, 0, NOT_SHARDED, n, torch.device("cpu"), own) for own in (False, True)]
+    for drawn in (codecs.for_first_moment, codecs.for_second_moment, lambda word: word >> 16):
+        a, b = drawn(words[0]).double(), (words[1] >> 16).double()
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 4 / n**0.5
+
+
+def test_the_dtype_is_free_to_change(target):
+    """Between steps, by group: averages are converted, and go on. So it is where a checkpoint has another."""
+    params = cases.parameters([(70,), (30,)], device=target.device)
+    groups = [{"params": [params[0]]}, {"params": [params[1]], "ema_dtype": "bfloat16"}]
+    optimizer = cases.make("SGD", groups, {"lr": 0.1, "ema_decay": 0.9}, backend=target.backend)
+    steps(optimizer, [0])
+    assert [ema.dtype for ema in averaged(optimizer)] == [F32, BF16]
+    assert ["seed" in group for group in optimizer.param_groups] == [False, True]
+    for t, (first, second) in enumerate([(BF16, F32), ("float32", None), ("bfloat16", BF16)], 1):
+        before = [ema.clone() for ema in averaged(optimizer)]
+        for group, dtype in zip(optimizer.param_groups, (first, second), strict=True):
+            group["ema_dtype"] = dtype
+        steps(optimizer, [t])
+        dtypes = [BF16 if "bfloat16" in str(dtype) else F32 for dtype in (first, second)]
+        assert [ema.dtype for ema in averaged(optimizer)] == dtypes
+        for ema, old, p in zip(averaged(optimizer), before, params, strict=True):
+            torch.testing.assert_close(ema.float(), old.float().lerp(p.detach(), 0.1), rtol=2**-6, atol=1e-5)
+    for dtype in EMA_DTYPES:
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        other = cases.make("SGD", twins, {"lr": 0.1}, backend=target.backend, ema_decay=0.9, ema_dtype=dtype)
+        other.param_groups[0]["params"], more = twins[:1], twins[1:]
+        other.add_param_group({"params": more})
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for ema, saved in zip(averaged(other), averaged(optimizer), strict=True):
+            assert ema.dtype is dtype
+            assert torch.equal(ema.float(), saved.float())
+
+
+def test_a_narrow_average_of_wide_parameters_is_refused():
+    """Their arithmetic is in float64, and there is no complex bfloat16."""
+    for dtype, wrong, kept in (
+        (torch.float64, BF16, "float64"),
+        (torch.float64, F32, "float64"),
+        (torch.complex64, BF16, "complex64"),
+    ):
+        (p,) = cases.parameters([(2, 3)], dtype)
+        before = p.detach().clone()
+        optimizer = cases.make("AdamW", [p], {"ema_decay": 0.5, "ema_dtype": wrong})
+        text = rf"^AdamW: group 0, parameter 0 \(shape \[2, 3\]\): {dtype} with ema_dtype={wrong} is not supported: "
+        for act in (lambda optimizer=optimizer: steps(optimizer, [0]), optimizer.init_state):
+            with pytest.raises(TypeError, match=text + f"leave it out for this group, .* then torch.{kept}"):
+                act()
+        assert torch.equal(p, before)
+        assert not optimizer.state
+        optimizer.param_groups[0]["ema_decay"] = None
+        steps(optimizer, [0])
+    (p,) = cases.parameters([(2, 3)], torch.complex64)
+    optimizer = cases.make("AdamW", [p], {"ema_decay": 0.5, "ema_dtype": F32})
+    steps(optimizer, [0])
+    assert optimizer.state[p]["ema"].dtype is torch.complex64
+
+
+@pytest.mark.parametrize("wrong", [F16, "int8", "half", 16])
+def test_a_wrong_dtype_is_refused(wrong):
+    (p,) = cases.parameters([(9,)])
+    text = r"^ema_dtype=.*: must be None or one of torch.float32, torch.bfloat16, or their names"
+    with pytest.raises(ValueError, match=text):
+        cases.make("AdamW", [p], {"ema_decay": 0.9, "ema_dtype": wrong})
+    optimizer = cases.make("SGDW", [p], {"ema_decay": 0.9})
+    optimizer.param_groups[0]["ema_dtype"] = wrong
+    with pytest.raises(ValueError, match=text + r".*\(group 0\)"):
+        steps(optimizer, [0])
+    assert not optimizer.state
 
 
 # ---- what leaves them alone, and what changes them
@@ -240,7 +368,8 @@ def test_an_average_starts_from_the_value_of_the_master(dtype_and_form, target):
         values = [state._value_of(optimizer.state[p], p, optimizer_storage(optimizer, p)).clone() for p in params]
         optimizer.param_groups[0]["ema_decay"] = 0.5
         optimizer.init_state()
-        assert all(torch.equal(ema, value.float()) for ema, value in zip(averaged(optimizer), values, strict=True))
+        expected = [value.to(dtype_of(form)) for value in values]
+        assert all(map(torch.equal, averaged(optimizer), expected))
         steps(optimizer, [2])
         for p in params:
             del optimizer.state[p]["ema"]
@@ -307,7 +436,7 @@ def test_complex_parameters_and_strided_ones(target):
 
 
 @pytest.mark.parametrize("way", ["file", "state_dict", "deepcopy", "dcp"])
-@pytest.mark.parametrize("dtype_and_form", FORMS[2:7:2], ids=cases.name_of)
+@pytest.mark.parametrize("dtype_and_form", [*FORMS[2:7:2], *FORMS[-2:]], ids=cases.name_of)
 def test_resume_is_exact(dtype_and_form, way):
     check_resume({**dtype_and_form[1], "ema_decay": 0.9, "ema_warmup": True}, way, cases.CPU)
 
@@ -514,7 +643,8 @@ def test_a_decay_out_of_range_is_refused(wrong, target):
 def test_every_class_keeps_averages(name):
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    optimizer = getattr(fused_adamw, name)([p], lr=0.1, ema_decay=0.9, ema_warmup=True)
+    optimizer = getattr(fused_adamw, name)([p], lr=0.1, ema_decay=0.9, ema_warmup=True, ema_dtype="float32")
     optimizer.step()
-    assert (optimizer.param_groups[0]["ema_decay"], optimizer.param_groups[0]["ema_warmup"]) == (0.9, True)
+    group = optimizer.param_groups[0]
+    assert (group["ema_decay"], group["ema_warmup"], group["ema_dtype"]) == (0.9, True, F32)
     torch.testing.assert_close(optimizer.state[p]["ema"], 1 + (1 - 2 / 11) * (p.detach() - 1))

@@ -144,6 +144,7 @@ def test_step_of_what_torch_does_not_fuse(tmp_path: Path, here: Callable[..., st
         assert ours["ratio_median"] == pytest.approx(np.median(np.divide(theirs["seconds"], ours["seconds"])))
     moved = {arm: r["bytes"] / r["parameters"] for (algorithm, arm), r in found.items() if algorithm == "adamw-ema"}
     assert moved["fused_adamw cpu"] == 36
+    assert moved["fused_adamw cpu, bfloat16 averages"] == 32
     assert moved["fused_adamw cpu + foreach_lerp"] == moved["torch fused"] == moved["torch foreach"] == 40
     assert found["adamw-ema", "fused_adamw cpu + foreach_lerp"]["match"]
 

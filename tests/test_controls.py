@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fused_adamw import backends, codecs, plan, reference, scalars, state
-from tests import cases, exact, test_error, test_formats, test_launch, test_plan, test_reference
+from tests import cases, exact, test_averages, test_error, test_formats, test_launch, test_plan, test_reference
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -157,6 +157,18 @@ FORMATS = {
         lambda true: lambda x, *a: (true(x, *a)[0] - 1, true(x, *a)[1]),
         test_formats.test_codes,
         True,
+    ),
+    "averages to nearest": (
+        "stochastic",
+        lambda true: lambda x, random: x.bfloat16(),
+        test_averages.test_narrow_averages_follow_those_in_float32,
+        REFERENCE,
+    ),
+    "the parameter's words for its average": (
+        "words",
+        lambda true: lambda *a, average=False: true(*a[:6]),
+        test_averages.test_narrow_averages_draw_by_words_of_their_own,
+        REFERENCE,
     ),
     "a NaN in the scale": (
         "encode",

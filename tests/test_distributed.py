@@ -56,6 +56,7 @@ FORMATS = [
     ("AdamW", {"lr": 1e-2, "master": "split16", "state_dtype": BF16, "rounding": "stochastic"}),
     ("AdamW", {"lr": 1e-2, "master": "fp32"}),
     ("SGDW", {"lr": 0.1, "momentum": 0.9, "master": "split16", "ema_decay": 0.9, "ema_warmup": True}),
+    ("AdamW", {"lr": 1e-2, "master": "kahan", "ema_decay": 0.9, "ema_dtype": BF16, "seed": 3}),
 ]
 
 
@@ -166,10 +167,11 @@ def reaped():
     ],
 )
 def test_random_bits_do_not_depend_on_the_placement(placements, sizes, shape):
-    ranks.run(math.prod(sizes), check_shards_of, shape, placements, sizes, FORMATS[0][1])
+    for options in (FORMATS[0][1], FORMATS[6][1]):
+        ranks.run(math.prod(sizes), check_shards_of, shape, placements, sizes, options)
 
 
-@pytest.mark.parametrize("options", [FORMATS[0][1], FORMATS[3][1]], ids=cases.name_of)
+@pytest.mark.parametrize("options", [FORMATS[i][1] for i in (0, 3, 6)], ids=cases.name_of)
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()], ids=str)
 def test_random_bits_of_a_transposed_weight(placement, scattered, options):
@@ -306,7 +308,10 @@ def test_int8_moments_of_a_transposed_weight(scattered):
 
 
 def test_pieces_of_pieces_are_not_numbered():
-    options, placements = {"rounding": "stochastic"}, (Shard(1), Shard(2))
+    placements = (Shard(1), Shard(2))
+    options = {"master": "fp32", "ema_decay": 0.9, "ema_dtype": BF16}
+    ranks.run(4, check_shards_of, (3, 4, 6), placements, (2, 2), options, "pieces of pieces, and stochastic rounding")
+    options = {"rounding": "stochastic"}
     ranks.run(4, check_shards_of, (3, 4, 6), placements, (2, 2), options, "pieces of pieces, and stochastic rounding")
 
 
@@ -1024,7 +1029,7 @@ def check_load(folder, name, options, dtype, flat, init, plain):
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize(("name", "options"), [*RULES[1:], FORMATS[0], FORMATS[3], FORMATS[5]], ids=cases.name_of)
+@pytest.mark.parametrize(("name", "options"), [*RULES[1:], *(FORMATS[i] for i in (0, 3, 5, 6))], ids=cases.name_of)
 def test_saved_on_2_ranks_loaded_on_1_2_and_3(name, options, flat, tmp_path):
     """bfloat16 parameters, whose moments stay float32."""
     ranks.run(2, check_save, str(tmp_path), name, options, torch.bfloat16, flat)

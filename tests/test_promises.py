@@ -38,6 +38,7 @@ PROMISES = {
     "test_averages": {
         "averages are those of torch's AveragedModel": "test_equals_torchs_averaged_model",
         "of the parameter before it is rounded": "test_an_average_takes_the_parameter_before_it_is_rounded",
+        "in bfloat16 they have the mean of those in float32": "test_narrow_averages_follow_those_in_float32",
         "and nothing else changes a bit": "test_everything_else_keeps_its_bits",
         "a swap brings every bit back": "test_swapped",
     },

@@ -21,6 +21,7 @@ FORMATS = [
     ("AdamW", torch.float16, {"master": "fp32"}),
     ("AdamW", torch.float32, {"state_dtype": "int8", "rounding": "stochastic"}),
     ("AdamW", torch.bfloat16, {"rounding": "stochastic", "ema_decay": 0.9}),
+    ("SGD", torch.float32, {"ema_decay": 0.9, "ema_dtype": torch.bfloat16}),
     ("SGDW", torch.float32, {"momentum": 0.9, "dampening": 0.1}),
     ("SGD", torch.bfloat16, {"momentum": 0.9, "master": "fp32"}),
 ]

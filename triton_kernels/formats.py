@@ -15,6 +15,8 @@ NO_SCALE = tl.constexpr(0x7E800000)
 SIGN = tl.constexpr(-0x80000000)
 NEAREST = tl.constexpr(0x80000)  # as if these bits had been drawn
 ROUNDS = tl.constexpr(7)
+# Set in the second word of counters, it makes the words of averages: no element has so high a number.
+AVERAGES = tl.constexpr(1 << 31)
 FIRST = tl.constexpr(761 << 20)
 MAGIC = tl.constexpr(12582912.0)  # the last bits of a sum with 1.5 * 2^23 are the nearest whole number, to even
 
@@ -66,15 +68,18 @@ def number(at, i):
 
 
 @triton.jit
-def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr):
-    """Return the words of a tile of 4 elements a thread; i [threads] are the first of each, ``end`` ends the span."""
+def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr, ABOVE: tl.constexpr = 0):
+    """Return the words of a tile of 4 elements a thread; i [threads] are the first of each, ``end`` ends the span.
+
+    ``ABOVE`` is set in the second word of counters: AVERAGES, or nothing.
+    """
     seed = tl.load(row + COL_SEED)  # loaded each time: a seed kept in a register keeps its 20 keys in 20 more
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     index = tl.load(row + COL_INDEX).to(tl.uint32)
     if NEIGHBOURS:
         group = number(at, i) >> 2
-        low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+        low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32) | ABOVE
         w0, w1, w2, w3 = tl.philox_impl(low, high, step, index, k0, k1, ROUNDS)
     else:
         w0 = tl.zeros_like(i).to(tl.uint32)
@@ -85,7 +90,7 @@ def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr):
         for k in range(tl.minimum(tl.cdiv(end, 32), 4)):
             n = number(at, i + 32 * k)
             group = n >> 2
-            low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+            low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32) | ABOVE
             x0, x1, x2, x3 = tl.philox_impl(low, high, step, index, k0, k1, ROUNDS)
             x = tl.where(n & 2 == 0, tl.where(n & 1 == 0, x0, x1), tl.where(n & 1 == 0, x2, x3))
             w0 = tl.where(k == 0, x, w0)

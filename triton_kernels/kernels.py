@@ -17,6 +17,7 @@ from .factor import CLIPS, SKIPS, factor_kernel, totals_kernel
 from .multi_tensor import scalars_kernel, square_kernel, step_kernel
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+AVERAGES = {None: "none", torch.float32: "fp32", torch.bfloat16: "bf16"}
 INTERPRETED = not hasattr(step_kernel, "device_caches")  # TRITON_INTERPRET=1 when triton was imported
 
 # fp32 Adam takes 40 to 47 registers, so 40 to 48 warps fit a multiprocessor, and have 80 to 96 KiB of
@@ -33,7 +34,7 @@ ADDRESS = 1 << 62  # a number that Triton takes for an int64
 
 def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
     """Return the constexprs of ``step_kernel`` and the compile options; nothing is tuned on live tensors."""
-    codes, random = variant.state is torch.int8, variant.random_streams
+    codes, random, averages = variant.state is torch.int8, variant.random_streams, variant.ema is not None
     constexprs = {
         "RULE": variant.rule,
         "P_DTYPE": DTYPES[variant.p],
@@ -43,27 +44,27 @@ def config(variant: Variant, warp_size: int) -> tuple[dict, dict]:
         "RANDOM_P": random.param,
         "RANDOM_M": random.first_moment,
         "RANDOM_V": random.second_moment,
-        "EMA": variant.ema,
+        "EMA": AVERAGES[variant.ema],
         "MEASURED": variant.measured,
         "THREADS": NUM_WARPS * warp_size,
         # 16 bytes of fp32. With 8, a mix of 2 and 4 bytes reads the fp32 streams at a stride of 32 bytes (sector
         # efficiency 0.6), and Adam in 2 bytes spills.
         "WIDTH": 4,
         # 4 costs fp32 Adam 2 to 6 more registers; int8 and Philox need it, because they work on groups of 4 elements.
-        "TAIL": 4 if codes or any(random) else 2,
+        "TAIL": 4 if codes or variant.draws else 2,
     }
     if not codes and not any(random):
         return constexprs, OPTIONS
     # Left to itself ptxas takes up to 96 registers, and spills; int8 with stochastic rounding or a master spills at 64,
     # with both on an sm_120 at 80, and, by two registers, the cautious rules on an sm_100 or an sm_120 and AdaBound on
     # an sm_100. AMSBound on an sm_80 and Adam without a first moment on an sm_120 spill at 72, but not at 64. An
-    # average takes 8 or 16 more, and so does what is measured.
+    # average takes 8 or 16 more, and so does what is measured. With an average in bfloat16 an sm_120 spills 10
+    # registers, and an sm_100 2.
     beside = any(random) + (variant.master != "none") if codes else 0
     more = variant.rule in ("adam_cautious_decay", "adam_cautious_update", "adabound")
-    more = more or (variant.ema and variant.rule in ("adam_amsgrad", "amsbound"))
-    return constexprs, OPTIONS | {
-        "maxnreg": (72 if more else 64, 80, 88)[beside] + (8 if codes else 16) * (variant.ema + variant.measured)
-    }
+    more = more or (averages and variant.rule in ("adam_amsgrad", "amsbound"))
+    most = (72 if more else 64, 80, 88)[beside] + (8 if codes else 16) * (averages + variant.measured)
+    return constexprs, OPTIONS | {"maxnreg": most}
 
 
 def square_constexprs(g: torch.dtype, warp_size: int) -> dict:

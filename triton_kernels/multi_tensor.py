@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 
 from .formats import (
+    AVERAGES,
     QUANT_BLOCK,
+    bf16,
     for_parameter,
     load,
     load_moment,
@@ -111,7 +113,7 @@ def addresses_of(row, STATES: tl.constexpr, MASTER: tl.constexpr, CODES: tl.cons
         tl.load(row + COL_EXTRA) if MASTER != "none" else p,
         tl.load(row + COL_SCALES) if CODES else p,
         tl.load(row + COL_SCALES + 1) if CODES and STATES > 1 else p,
-        tl.load(row + COL_EMA) if EMA else p,
+        tl.load(row + COL_EMA) if EMA != "none" else p,
     )
 
 
@@ -154,7 +156,7 @@ def step_span(
     state2_at = stream(state2, base, STATE_DTYPE, ALIGNED)
     scales0_at = stream(first_scales, base // QUANT_BLOCK, tl.float32, False)
     scales1_at = stream(second_scales, base // QUANT_BLOCK, tl.float32, False)
-    ema_at = stream(ema, base, tl.float32, ALIGNED)
+    ema_at = stream(ema, base, tl.bfloat16 if EMA == "bf16" else tl.float32, ALIGNED)
 
     of_g = tl.zeros([THREADS], tl.float32)
     of_update, of_p = of_g, of_g
@@ -179,7 +181,7 @@ def step_span(
             v = load_moment(state1_at + i, scales1, mask, some, SECOND=True)
         if STATES > 2:
             vmax = load(state2_at + i, mask)
-        average = load(ema_at + i, mask) if EMA else g
+        average = load(ema_at + i, mask) if EMA == "fp32" else g
         if RANDOM_P or RANDOM_M or RANDOM_V:
             word = words(row, at, s[SCALAR_STEP].to(tl.uint32), start + first, end - start, ALIGNED)
             random_p = for_parameter(word) if RANDOM_P else None
@@ -196,7 +198,7 @@ def step_span(
             of_g += squares(s[SCALAR_GRAD_FACTOR] * g, mask)
             of_update += squares(p - before, mask)
             of_p += squares(p, mask)
-        if EMA:
+        if EMA == "fp32":
             store(ema_at + i, lerp(average, p, s[SCALAR_EMA]), mask)
         write(p_at + i, extra_at + i, p, random_p, mask, MASTER)
         if STATES > 1:
@@ -205,6 +207,10 @@ def step_span(
             store_moment(state0_at + i, scales0, m, word_m, mask, some, SECOND=NO_FIRST)
         if STATES > 2:
             store(state2_at + i, vmax, mask)
+        if EMA == "bf16":  # last, when the registers of the moments are free
+            word = words(row, at, s[SCALAR_STEP].to(tl.uint32), start + first, end - start, ALIGNED, AVERAGES)
+            average = lerp(load(ema_at + i, mask), p, s[SCALAR_EMA])
+            tl.store(ema_at + i, bf16(average, for_parameter(word)), mask)
     return of_g, of_update, of_p
 
 
@@ -252,7 +258,8 @@ def step_kernel(
         scalar(at + 6, given, k, a6, b6), scalar(at + 7, given, k, a7, b7), scalar(at + 8, given, k, a8, b8),
         scalar(at + 9, given, k, a9, b9), scalar(at + 10, given, k, a10, b10),
     )  # fmt: skip
-    start = places(row, base) if RANDOM_P or RANDOM_M or RANDOM_V else None
+    DRAWS: tl.constexpr = RANDOM_P or RANDOM_M or RANDOM_V or EMA == "bf16"
+    start = places(row, base) if DRAWS else None
     n = tl.where(f < 0, 0, n)
     whole = 0
     if flags & IS_ALIGNED != 0:
