@@ -127,7 +127,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #if defined(FUSED_ADAMW_CUDA)
   py::class_<CudaKernels>(m, "CudaKernels")
       .def(py::init<at::Device, const std::string&, at::ScalarType, at::ScalarType, at::ScalarType,
-                    const std::string&, bool, const std::optional<at::ScalarType>&>())
+                    const std::string&, bool, const std::optional<at::ScalarType>&, bool>())
       .def("step", &CudaKernels::step)
       .def("sum_squares", &CudaKernels::sum_squares)
       .def("totals", &CudaKernels::totals)
