@@ -216,26 +216,48 @@ def test_averages_take_no_part(compiler, cpu_step):
         assert same_bits(cpu_step(gpu_kernels.Variant(*variant[:6]), without, rows), stepped)
 
 
-@needs_ptxsim
-@pytest.mark.parametrize(("sm", "variant"), [(EXECUTED[i % 3], v) for i, v in enumerate(MEASURED)], ids=str)
-def test_squares(compiler, sm, variant, cpu_step):
-    """A step that measures has the bits of one that does not, and sums its squares as the CPU does."""
+def measured(compiled, variant, cpu_step):
+    """(stepped p and states of each, the sums of squares of each row), simulated and by the CPU kernel; the tensors."""
     rows, factor = scalar_rows(variant.rule)[:3], 0.25
     given = tensors(variant, [1, 7, 257, CHUNK, 2 * CHUNK + 77], rows)
     given += tensors(variant, [5, CHUNK + 1], rows, seed=1, unaligned=True)
     for t in given:
         t.data = [torch.where(x.abs() < 1e9, x, 1) if x.is_floating_point() else x for x in t.data]
     scaled = [(*row[:2], row[2] * factor, *row[3:]) for row in rows]
-    expected = [np.zeros((2, 3)) for _ in given]
-    stepped = cpu_step(variant, given, scaled, expected)
-    assert same_bits(cpu_step(variant, given, scaled), stepped)
-    got, result = simulate(compiler.step(sm, variant), variant, given, rows, CHUNK, factor=factor, ulp_noise=1)
-    assert same_bits(got, stepped)
-    chunks = np.cumsum([0, *(-(-t.data[0].numel() // CHUNK) for t in given)])
-    sums = np.add.reduceat(result.sums, chunks[:-1], axis=1).T
-    np.testing.assert_allclose(sums, [x.sum(0) for x in expected], rtol=1e-5)
+    parts = [np.zeros((2, 3)) for _ in given]
+    stepped = cpu_step(variant, given, scaled, parts)
+    assert same_bits(cpu_step(variant, given, scaled), stepped), "what does not measure has the same bits"
     exact = [(x.data[1].double() * scaled[x.scalars][2]).square().sum().item() for x in given]
-    np.testing.assert_allclose(sums[:, 0], exact, rtol=1e-5)
+    np.testing.assert_allclose([x.sum(0)[0] for x in parts], exact, rtol=1e-5)
+    got, result = simulate(compiled, variant, given, rows, CHUNK, factor=factor, ulp_noise=1)
+    firsts = np.cumsum([0, *(-(-t.data[0].numel() // CHUNK) for t in given)])[:-1]
+    return (got, np.add.reduceat(result.sums, firsts, axis=1).T), (stepped, np.array([x.sum(0) for x in parts]))
+
+
+@needs_ptxsim
+@pytest.mark.parametrize(("sm", "variant"), [(EXECUTED[i % 3], v) for i, v in enumerate(MEASURED)], ids=str)
+def test_squares(compiler, sm, variant, cpu_step):
+    """A step that measures has the bits of one that does not, and sums its squares as the CPU does."""
+    (got, sums), (stepped, expected) = measured(compiler.step(sm, variant), variant, cpu_step)
+    assert same_bits(got, stepped)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+
+
+@needs_ptxsim
+@pytest.mark.parametrize(
+    ("name", "file", "right", "wrong"),
+    [
+        ("triton", "multi_tensor.py", "of_update += squares(p - before, mask)", "of_update += squares(p, mask)"),
+        ("triton", "multi_tensor.py", "(x[k] + y[k])", "x[k]"),
+        ("cuda", "step_cuda.cu", "squares.add(s.grad_factor * gradient, ", "squares.add(gradient, "),
+        ("cuda", "step_cuda.cu", "sum += of_warps[threadIdx.x][warp]", "sum = of_warps[threadIdx.x][warp]"),
+    ],
+)
+def test_wrong_squares_are_seen(name, file, right, wrong, tmp_path, cpu_step):
+    own = changed(compiler_of(name), file, right, wrong, tmp_path)
+    own.variants = [MEASURED[0]]
+    (_, sums), (_, expected) = measured(own.step(90, MEASURED[0]), MEASURED[0], cpu_step)
+    assert not np.allclose(sums, expected, rtol=1e-5)
 
 
 @needs_ptxsim
@@ -632,7 +654,7 @@ WRONG = [
     (
         "cuda",
         "step_cuda.cu",
-        "step_span<R, kStochastic, false, kCodes ? 4 : 1>(s, to, random, whole, n);",
+        "step_span<R, kStochastic, kMeasured, false, kCodes ? 4 : 1>(s, to, random, whole, n, squares);",
         "",
         "once",
     ),
@@ -643,7 +665,7 @@ WRONG = [
         "aligned ? (n + kWidth - 1) / kWidth * kWidth",
         "oob",
     ),
-    ("cuda", "step_cuda.cu", "aligned = row[COL_FLAGS] & ALIGNED;", "aligned = true;", "misaligned"),
+    ("cuda", "step_cuda.cu", "aligned = flags & ALIGNED;", "aligned = true;", "misaligned"),
     ("cuda", "step_cuda.cu", "int(max(min(row[COL_NUMEL] - base, int64_t(chunk)), int64_t(0)))", "chunk", "oob"),
     ("cuda", "step_cuda.cu", "const ScalarRow*>(scalars)[k]", "const ScalarRow*>(scalars)[0]", "bits"),
     ("cuda", "step_cuda.cu", "int64_t(entry[1]) * chunk", "entry[1] * chunk", "oob"),
