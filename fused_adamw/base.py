@@ -225,11 +225,12 @@ class FusedOptimizer(Averages, Optimizer):
         """What steps measured beside their update, where ``statistics`` asks for it; on the device, never waited for.
 
         ``statistics.groups[i]`` has the norms ``gradient``, ``update`` and ``parameter`` of the last step that was not
-        skipped (of parameters that :meth:`step_parameter` steps, of its last call), float32, summed in double: 0-dim,
-        or with ``statistics="parameter"`` one of each parameter, 0 where it had no gradient; None of a group that asks
-        for none. The gradient is as the step used it, divided by a GradScaler's scale and clipped; the update is the
-        new parameter minus the old one; both are taken before any rounding to storage. ``clipped`` and ``skipped`` are
-        shares of this object's steps. Norms are of whole parameters: where ranks share them, all ranks must ask.
+        skipped (of parameters that :meth:`step_parameter` steps, of its last call), float32: 0-dim, or with
+        ``statistics="parameter"`` one of each parameter, 0 where it had no gradient; None of a group that asks for
+        none. The gradient is as the step used it, divided by a GradScaler's scale and clipped; the update is the new
+        parameter minus the old one; both are taken before any rounding to storage. Squares have the type of the
+        arithmetic: in float32 values below 1e-19 count as 0, and above 1e19 as infinity. ``clipped`` and ``skipped``
+        are shares of this object's steps. Norms are of whole parameters: where ranks share them, all ranks must ask.
 
         The same run gives the same bits with any number of threads; another backend or instruction set may round the
         last one otherwise. Raises RuntimeError where no group has statistics.
@@ -355,7 +356,8 @@ class FusedOptimizer(Averages, Optimizer):
                 backend = backends.pick(p.device, {p.dtype, dtype}, bool(group.get("capturable")), self.requested)
                 storage = formats.storage_of(p, group, names)
                 dtype = p.dtype if not names else torch.int8 if storage.int8 else dtype
-                variant = Variant(rule, p.dtype, p.dtype, dtype, storage.master, storage.stochastic, storage.ema)
+                form = (storage.master, storage.stochastic, storage.ema, bool(group.get("statistics")))
+                variant = Variant(rule, p.dtype, p.dtype, dtype, *form)
                 backend.warmup(p.device, variant, self.scales_gradients, counts_on_device(self, group, p))
 
     def _retire(self, built: Iterable[plan.Built]) -> None:
