@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import fused_adamw
+from fused_adamw import backends
 
 MIN_SECONDS = 5e-3  # of one timing: far above the clock's resolution and a stray interrupt
 LONG_SECONDS = 0.2
@@ -29,6 +30,7 @@ def environment(threads: int | None, device: torch.device = CPU) -> dict[str, st
     head = {
         "CPU": f"{_cpu()} ({os.cpu_count()} CPUs)",
         "threads": f"{torch.get_num_threads()}, {_pinning()}",
+        "instructions": _instructions(),
         "torch": f"{torch.__version__}, Python {platform.python_version()}",
         "fused_adamw": f"{fused_adamw.__version__}, commit {_commit()}, backend {backend}",
         "date": datetime.now().astimezone().isoformat(" ", "seconds"),
@@ -42,6 +44,17 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """Let our step use those that ATEN_CPU_CAPABILITY names, by which torch's kernels are chosen, and return them."""
+    module = backends.native()
+    if module is None:
+        return "the extension is not built"
+    isas, asked = module.cpu_isas(), os.environ.get("ATEN_CPU_CAPABILITY", "").replace("default", "generic")
+    used = asked if asked in isas else isas[-1]
+    module.use_cpu_isa(used)
+    return used
 
 
 def _gpu(device: torch.device) -> str:

@@ -29,7 +29,7 @@ from bench.memory import FORMS
 from bench.paper import claims, digits, experiments, valleys
 from bench.studies import demo, gpt
 from bench.studies.formats import Run
-from fused_adamw import formats, gpu
+from fused_adamw import backends, formats, gpu
 from fused_adamw.contract import Variant
 from tests import cases
 
@@ -366,6 +366,18 @@ def test_report(tmp_path: Path, here: Callable[..., str]) -> None:
     file.write_text("{}")
     with pytest.raises(SystemExit, match="not a file of python -m bench step --json"):
         main(["report", str(file)])
+
+
+def test_torchs_variable_chooses_our_instructions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = backends.native()
+    assert native
+    last = native.cpu_isas()[-1]
+    try:
+        for asked, used in (("default", "generic"), ("no such set", last), ("", last)):
+            monkeypatch.setenv("ATEN_CPU_CAPABILITY", asked)
+            assert timing.environment(1)["instructions"] == used
+    finally:
+        native.use_cpu_isa(last)
 
 
 def test_picture(tmp_path: Path) -> None:
