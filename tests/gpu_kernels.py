@@ -657,7 +657,7 @@ def simulate(compiled, variant, given, rows, chunk, bias=0, factor=1.0, by_value
     if sums and factor >= 0:
         assert sums.written().all()
         result.sums = sums.get().reshape(3, -1)
-    if factor < 0:
+    if sums and factor < 0:  # nothing was read or written
         return [], result
     stepped = []
     for i, (own, t) in enumerate(zip(buffers, given, strict=True)):
