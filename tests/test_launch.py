@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import cases
+from tests.gpu_kernels import AVERAGED, MEASURED, Triton
 
 
 def check_list(shapes, target, groups=1):
@@ -63,3 +64,10 @@ def test_one_launch_for_a_device(target):
     cases.set_gradients(params, 1)
     optimizer.step()
     assert len(optimizer._plans) == (4 if target.backend in ("triton", "cuda") else 1)
+
+
+@pytest.mark.parametrize("variant", [MEASURED[0], MEASURED[-1], AVERAGED[-1]], ids=str)
+def test_triton_compiles_what_its_older_versions_have_trouble_with(variant):
+    """Ahead of time: 3.4 and 3.5 cannot compile some branches."""
+    pytest.importorskip("triton")
+    Triton().compile_step(Triton._target(90), variant)

@@ -261,10 +261,9 @@ def step_kernel(
     DRAWS: tl.constexpr = RANDOM_P or RANDOM_M or RANDOM_V or EMA == "bf16"
     start = places(row, base) if DRAWS else None
     n = tl.where(f < 0, 0, n)
-    whole = 0
-    if flags & IS_ALIGNED != 0:
-        whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
     if MEASURED:
+        # Triton 3.4 and 3.5 cannot compile a branch here.
+        whole = tl.where(flags & IS_ALIGNED != 0, n // (THREADS * WIDTH) * (THREADS * WIDTH), 0)
         x = step_span(row, addresses, base, 0, whole, s, start, True, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
                       MASTER, RANDOM_P, RANDOM_M, RANDOM_V, EMA, True, THREADS, WIDTH)  # fmt: skip
         y = step_span(row, addresses, base, whole, n, s, start, False, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
@@ -274,6 +273,9 @@ def step_kernel(
             total = tl.sum((x[k] + y[k]).to(tl.float64))
             tl.store(to + k * tl.num_programs(0), total, mask=(f < 0) == 0)
         return
+    whole = 0
+    if flags & IS_ALIGNED != 0:
+        whole = n // (THREADS * WIDTH) * (THREADS * WIDTH)
     # Two regions, so that neither keeps registers for the other.
     if whole > 0:
         step_span(row, addresses, base, 0, whole, s, start, True, RULE, STATES, P_DTYPE, G_DTYPE, STATE_DTYPE,
