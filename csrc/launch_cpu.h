@@ -1,8 +1,10 @@
 // The rows of one launch on the CPU, made from those of fused_adamw/contract.py.
 #pragma once
 
+#include <ATen/ops/zeros.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
