@@ -104,9 +104,10 @@ struct Words {
   uint32_t x[4];
 };
 
-// Philox 4x32-7 (Salmon et al., SC 2011): the fewest rounds that pass BigCrush, as 10 do. Element i of a
-// parameter, counted over all its shards, has word i % 4 of the counter (i / 4, step, index of the
-// parameter); the key is the seed.
+// Philox 4x32-7 (Salmon et al., SC 2011): the fewest rounds that pass BigCrush, as 10 do. Two neighbours,
+// elements 2j and 2j + 1 of a parameter, counted over all its shards, share word j % 4 of the counter
+// (j / 4, step, index of the parameter); the key is the seed.
+constexpr int kDrawing = 8;  // the elements that share a counter
 constexpr int kRounds = 7;
 constexpr uint32_t kPhilox0 = 0xd2511f53u, kPhilox1 = 0xcd9e8d57u;
 constexpr uint32_t kWeyl0 = 0x9e3779b9u, kWeyl1 = 0xbb67ae85u;
@@ -126,11 +127,16 @@ FUSED_HD Words philox(uint64_t seed, uint64_t group, uint32_t step, uint32_t ind
 // element has so high a number. So they are independent of all other words of the seed.
 constexpr uint64_t kAverageWords = uint64_t(1) << 63;
 
-// The parameter and the second moment draw by the halves of an element's word. The first moment draws by 16
-// bits that are independent of either half.
-FUSED_HD uint32_t for_parameter(uint32_t word) { return word >> 16; }
-FUSED_HD uint32_t for_second_moment(uint32_t word) { return word & 0xffffu; }
-FUSED_HD uint32_t for_first_moment(uint32_t word) { return word * 0x9e3779b9u >> 16; }
+// Of the word, the parameter of the even neighbour draws the lower half and that of the odd one the upper
+// half. A moment draws the other's half plus a multiple of its own. So what one stream draws is independent
+// of what it draws elsewhere, and so are parameter and moment of one element: whatever the one is, the other
+// has each of its values once. Of all other pairs this holds but for the two lowest bits, because neither
+// factor, nor their difference, is a multiple of 8. Of `own` the upper half does not count.
+FUSED_HD uint32_t for_moment(uint32_t own, uint32_t other, uint32_t factor) {
+  return (other + own * factor) & 0xffffu;
+}
+FUSED_HD uint32_t for_parameter(uint32_t word) { return word & 0xffffu; }
+FUSED_HD uint32_t exchanged(uint32_t word) { return word << 16 | word >> 16; }
 
 // Rounds up with the probability that the cut digits make, given 16 random bits. An infinity has no such
 // digits.
@@ -253,6 +259,7 @@ FUSED_HD float larger(float x, float least) {
 // A first moment is signed: code c means sign(c) * c^2 / 16128 of the scale.
 struct FirstMoment {
   using Code = int8_t;
+  static constexpr uint16_t kFactor = 0xbb64;
 
   FUSED_HD static float decoding(float scale) { return scale * (1 / 16128.0f); }
   FUSED_HD static float encoding(float scale) { return inverse(scale) * 16128.0f; }
@@ -261,13 +268,13 @@ struct FirstMoment {
     return c * std::fabs(c) * unit;
   }
   // A square below 2^-18 has the code 0, as 2^-18 has. At most 16128 of them keep below 127.5^2.
-  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float factor, uint32_t word) {
+  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float factor, uint32_t random) {
     const float square = larger(std::fabs(x) * factor, 0x1p-18f), root = root_of(square);
     float code = root;
     if constexpr (kRandom) {
       // Rounds up by where the value, not its root, lies between the values of two codes: only then is the
       // mean right.
-      const float below = whole_part(root), drawn = float(for_first_moment(word)) + 0.5f;
+      const float below = whole_part(root), drawn = float(random) + 0.5f;
       const float rest = fma(-below, below, square), width = fma(below, 0x1p-15f, 0x1p-16f);
       code = below + (fma(-drawn, width, rest) > 0 ? 1.0f : 0.0f);
     }
@@ -284,6 +291,7 @@ struct FirstMoment {
 // denominator vanishes beside a larger one.
 struct SecondMoment {
   using Code = uint8_t;
+  static constexpr uint16_t kFactor = 0x9e36;
   static constexpr uint32_t kFirst = 761u << 20;
 
   FUSED_HD static float decoding(float scale) { return scale; }
@@ -291,13 +299,13 @@ struct SecondMoment {
   FUSED_HD static float decode(int32_t code, float unit) {
     return bit_cast<float>((uint32_t(code) << 20) + kFirst) * unit;
   }
-  // encode() cuts 20 bits off. This is what it adds before: half a step, or 20 random bits.
-  FUSED_HD static uint32_t added(bool random, uint32_t word) {
-    return random ? for_second_moment(word) << 4 | 8u : 0x80000u;
+  // encode() cuts 20 bits off. This is what it adds before: half a step, or 16 random bits and half of one.
+  FUSED_HD static uint32_t added(bool stochastic, uint32_t random) {
+    return stochastic ? random << 4 | 8u : 0x80000u;
   }
-  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float factor, uint32_t word) {
+  template <bool kRandom> FUSED_HD static uint8_t encode(float x, float factor, uint32_t random) {
     const float ratio = larger(std::fabs(x) * factor, 0x1.2p-32f);
-    return uint8_t((bit_cast<uint32_t>(ratio) + (added(kRandom, word) - kFirst)) >> 20);
+    return uint8_t((bit_cast<uint32_t>(ratio) + (added(kRandom, random) - kFirst)) >> 20);
   }
 };
 

@@ -36,7 +36,7 @@ FUSED_F16C inline void store_f16c(const float* from, void* to, int64_t n) {
 // A vector holds four groups, each in the low half of 64 bits, the half that the multiplication reads. Four
 // vectors go through the rounds together, because a round is a chain of 6 cycles: with two, it takes 1.2
 // times as long.
-FUSED_AVX2 inline void philox_avx2(uint64_t seed, uint64_t group, uint32_t step, uint32_t index, uint32_t* to,
+FUSED_AVX2 inline void philox_avx2(uint64_t seed, uint64_t group, uint32_t step, uint32_t index, uint16_t* to,
                                    int64_t groups) {
   constexpr int kChains = 4;
   const __m256i m0 = _mm256_set1_epi64x(kPhilox0), m1 = _mm256_set1_epi64x(kPhilox1);
@@ -67,8 +67,8 @@ FUSED_AVX2 inline void philox_avx2(uint64_t seed, uint64_t group, uint32_t step,
       const __m256i high = _mm256_blend_epi32(x[2], _mm256_slli_epi64(x[3], 32), 0xaa);
       const __m256i even = _mm256_unpacklo_epi64(low, high), odd = _mm256_unpackhi_epi64(low, high);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute2x128_si256(even, odd, 0x20));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8), _mm256_permute2x128_si256(even, odd, 0x31));
-      to += 16;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), _mm256_permute2x128_si256(even, odd, 0x31));
+      to += 4 * kDrawing;
     }
   }
   philox_loop(seed, group, step, index, to, groups);
@@ -89,16 +89,17 @@ FUSED_AVX2 inline __m256 decode8(SecondMoment, const uint8_t* from, __m256 unit)
   return _mm256_mul_ps(_mm256_castsi256_ps(bits), unit);
 }
 
+FUSED_AVX2 inline __m256i random8(const uint16_t* random) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(random)));
+}
 template <bool kRandom>
-FUSED_AVX2 inline __m256i encode8(FirstMoment, __m256 x, __m256 factor, const uint32_t* words) {
+FUSED_AVX2 inline __m256i encode8(FirstMoment, __m256 x, __m256 factor, const uint16_t* random) {
   // Of NaN, the instruction takes the second operand.
   const __m256 square = _mm256_max_ps(_mm256_mul_ps(magnitude(x), factor), _mm256_set1_ps(0x1p-18f));
   const __m256 root = _mm256_sqrt_ps(square);
   __m256i c = _mm256_cvtps_epi32(root);
   if constexpr (kRandom) {
-    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-    const __m256i bits = _mm256_srli_epi32(_mm256_mullo_epi32(word, _mm256_set1_epi32(int(0x9e3779b9u))), 16);
-    const __m256 drawn = _mm256_add_ps(_mm256_cvtepi32_ps(bits), _mm256_set1_ps(0.5f));
+    const __m256 drawn = _mm256_add_ps(_mm256_cvtepi32_ps(random8(random)), _mm256_set1_ps(0.5f));
     c = _mm256_cvttps_epi32(root);
     const __m256 below = _mm256_cvtepi32_ps(c), rest = _mm256_fnmadd_ps(below, below, square);
     const __m256 width = _mm256_fmadd_ps(below, _mm256_set1_ps(0x1p-15f), _mm256_set1_ps(0x1p-16f));
@@ -108,13 +109,12 @@ FUSED_AVX2 inline __m256i encode8(FirstMoment, __m256 x, __m256 factor, const ui
   return _mm256_sign_epi32(c, _mm256_castps_si256(x));
 }
 template <bool kRandom>
-FUSED_AVX2 inline __m256i encode8(SecondMoment, __m256 x, __m256 factor, const uint32_t* words) {
+FUSED_AVX2 inline __m256i encode8(SecondMoment, __m256 x, __m256 factor, const uint16_t* random) {
   const __m256 ratio = _mm256_max_ps(_mm256_mul_ps(magnitude(x), factor), _mm256_set1_ps(0x1.2p-32f));
   __m256i add = _mm256_set1_epi32(int(SecondMoment::added(false, 0) - SecondMoment::kFirst));
   if constexpr (kRandom) {
-    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-    const __m256i random = _mm256_slli_epi32(_mm256_and_si256(word, _mm256_set1_epi32(0xffff)), 4);
-    add = _mm256_add_epi32(random, _mm256_set1_epi32(int(8 - SecondMoment::kFirst)));
+    add = _mm256_add_epi32(_mm256_slli_epi32(random8(random), 4),
+                           _mm256_set1_epi32(int(8 - SecondMoment::kFirst)));
   }
   return _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(ratio), add), 20);
 }
@@ -138,12 +138,12 @@ struct BlockAvx2 {
   }
 
   template <class Q, bool kRandom>
-  FUSED_AVX2 static void encode(const float* from, float factor, uint8_t* to, const uint32_t* words) {
+  FUSED_AVX2 static void encode(const float* from, float factor, uint8_t* to, const uint16_t* random) {
     const __m256 factors = _mm256_set1_ps(factor);
     for (int i = 0; i < kQuantBlock; i += 32) {
       __m256i c[4];
       for (int k = 0; k < 4; ++k)
-        c[k] = encode8<kRandom>(Q(), _mm256_loadu_ps(from + i + 8 * k), factors, words + i + 8 * k);
+        c[k] = encode8<kRandom>(Q(), _mm256_loadu_ps(from + i + 8 * k), factors, random + i + 8 * k);
       // Packing saturates, so signed codes take the signed instruction. It works on halves of the vector, so
       // a permutation follows.
       const __m256i low = _mm256_packs_epi32(c[0], c[1]), high = _mm256_packs_epi32(c[2], c[3]);
@@ -163,8 +163,8 @@ FUSED_HD void decode_blocks(const void* codes, const float* scales, float* to, i
     Block::template decode<Q>(from, Q::decoding(*scales++), to);
   decode_loop<Q>(from, scales, to, n);
 }
-template <class Block, class Q, bool kRandom>
-FUSED_HD void encode_blocks(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {
+template <class Block, class Q, bool kRandom> FUSED_HD void
+encode_blocks(const float* from, void* codes, float* scales, const uint16_t* random, int64_t n) {
   uint8_t* to = static_cast<uint8_t*>(codes);
   // Computes all scales first, so that their chains of 40 cycles each overlap.
   const int64_t full = n / kQuantBlock;
@@ -174,10 +174,10 @@ FUSED_HD void encode_blocks(const float* from, void* codes, float* scales, const
     factors[b] = Q::encoding(scales[b]);
   }
   for (int64_t b = 0; b < full; ++b, from += kQuantBlock, to += kQuantBlock) {
-    Block::template encode<Q, kRandom>(from, factors[b], to, words);
-    if constexpr (kRandom) words += kQuantBlock;
+    Block::template encode<Q, kRandom>(from, factors[b], to, random);
+    if constexpr (kRandom) random += kQuantBlock;
   }
-  encode_loop<Q, kRandom>(from, to, scales + full, words, n % kQuantBlock);
+  encode_loop<Q, kRandom>(from, to, scales + full, random, n % kQuantBlock);
 }
 
 }  // namespace fused_adamw

@@ -22,7 +22,7 @@ namespace fused_adamw {
 
 // As philox_avx2(), with eight groups in a vector, and one instruction for two exclusive ors.
 FUSED_AVX512 inline void philox_avx512(uint64_t seed, uint64_t group, uint32_t step, uint32_t index,
-                                       uint32_t* to, int64_t groups) {
+                                       uint16_t* to, int64_t groups) {
   constexpr int kChains = 4;
   const __m512i m0 = _mm512_set1_epi64(kPhilox0), m1 = _mm512_set1_epi64(kPhilox1);
   __m512i keys[kRounds][2];
@@ -52,8 +52,8 @@ FUSED_AVX512 inline void philox_avx512(uint64_t seed, uint64_t group, uint32_t s
       const __m512i low = _mm512_mask_shuffle_epi32(x[0], 0xaaaa, x[1], _MM_PERM_CCAA);
       const __m512i high = _mm512_mask_shuffle_epi32(x[2], 0xaaaa, x[3], _MM_PERM_CCAA);
       _mm512_storeu_si512(to, _mm512_unpacklo_epi64(low, high));
-      _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi64(low, high));
-      to += 32;
+      _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi64(low, high));
+      to += 8 * kDrawing;
     }
   }
   philox_avx2(seed, group, step, index, to, groups);
@@ -65,14 +65,15 @@ FUSED_AVX512 inline __m512 ratio16(__m512 x, __m512 factor, float least) {
   return _mm512_range_ps(_mm512_mul_ps(x, factor), _mm512_set1_ps(least), 0xb);
 }
 
+FUSED_AVX512 inline __m512i random16(const uint16_t* random) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(random)));
+}
 template <bool kRandom>
-FUSED_AVX512 inline __m512i encode16(FirstMoment, __m512 x, __m512 factor, const uint32_t* words) {
+FUSED_AVX512 inline __m512i encode16(FirstMoment, __m512 x, __m512 factor, const uint16_t* random) {
   const __m512 square = ratio16(x, factor, 0x1p-18f);
   __m512 root = _mm512_sqrt_ps(square);
   if constexpr (kRandom) {
-    const __m512i word = _mm512_loadu_si512(words);
-    const __m512i bits = _mm512_srli_epi32(_mm512_mullo_epi32(word, _mm512_set1_epi32(int(0x9e3779b9u))), 16);
-    const __m512 drawn = _mm512_add_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(0.5f));
+    const __m512 drawn = _mm512_add_ps(_mm512_cvtepi32_ps(random16(random)), _mm512_set1_ps(0.5f));
     const __m512 below = _mm512_roundscale_ps(root, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_fnmadd_ps(below, below, square);
     const __m512 width = _mm512_fmadd_ps(below, _mm512_set1_ps(0x1p-15f), _mm512_set1_ps(0x1p-16f));
@@ -85,12 +86,12 @@ FUSED_AVX512 inline __m512i encode16(FirstMoment, __m512 x, __m512 factor, const
       _mm512_ternarylogic_epi32(_mm512_castps_si512(root), _mm512_castps_si512(x), sign, 0xf8)));
 }
 template <bool kRandom>
-FUSED_AVX512 inline __m512i encode16(SecondMoment, __m512 x, __m512 factor, const uint32_t* words) {
+FUSED_AVX512 inline __m512i encode16(SecondMoment, __m512 x, __m512 factor, const uint16_t* random) {
   const __m512 ratio = ratio16(x, factor, 0x1.2p-32f);
   __m512i add = _mm512_set1_epi32(int(SecondMoment::added(false, 0) - SecondMoment::kFirst));
   if constexpr (kRandom) {
-    const __m512i random = _mm512_and_si512(_mm512_loadu_si512(words), _mm512_set1_epi32(0xffff));
-    add = _mm512_add_epi32(_mm512_slli_epi32(random, 4), _mm512_set1_epi32(int(8 - SecondMoment::kFirst)));
+    add = _mm512_add_epi32(_mm512_slli_epi32(random16(random), 4),
+                           _mm512_set1_epi32(int(8 - SecondMoment::kFirst)));
   }
   return _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(ratio), add), 20);
 }
@@ -105,10 +106,10 @@ struct BlockAvx512 : BlockAvx2 {
   }
 
   template <class Q, bool kRandom>
-  FUSED_AVX512 static void encode(const float* from, float factor, uint8_t* to, const uint32_t* words) {
+  FUSED_AVX512 static void encode(const float* from, float factor, uint8_t* to, const uint16_t* random) {
     const __m512 factors = _mm512_set1_ps(factor);
     for (int i = 0; i < kQuantBlock; i += 16) {
-      const __m512i c = encode16<kRandom>(Q(), _mm512_loadu_ps(from + i), factors, words + i);
+      const __m512i c = encode16<kRandom>(Q(), _mm512_loadu_ps(from + i), factors, random + i);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(c));
     }
   }

@@ -31,11 +31,12 @@ static_assert(kPart % (2 * kTile) == 0, "no tile is of two parts");
 // A word of a stream is one value of the compute type, or a pair of bf16, which is unpacked and packed in
 // place. Through tiles of floats, which widen and narrow across the vector, a step of all-bf16 takes 1.25
 // times as long. A pair is aligned as its values are, and its bits are copied: it may begin at any of them.
-struct Pair {
-  BFloat16 values[2];
+template <class Value> struct PairOf {
+  Value values[2];
   FUSED_HD uint32_t bits() const { return bit_cast<uint32_t>(*this); }  // the lower address is the lower half
-  FUSED_HD void set(uint32_t bits) { *this = bit_cast<Pair>(bits); }
+  FUSED_HD void set(uint32_t bits) { *this = bit_cast<PairOf>(bits); }
 };
+using Pair = PairOf<BFloat16>;
 template <class Word> constexpr int kLanes = 1;
 template <> inline constexpr int kLanes<Pair> = 2;
 
@@ -56,9 +57,10 @@ FUSED_HD uint32_t rounded(float x) {
 FUSED_HD void pack(const float* x, Pair& word) {
   word.set((rounded(x[1]) & 0xffff0000u) | rounded(x[0]) >> 16);
 }
-// Rounds as store_stochastic() does, but for NaN, as above.
-FUSED_HD void pack(const float* x, Pair& word, uint32_t random0, uint32_t random1) {
-  word.set(((bit_cast<uint32_t>(x[1]) + random1) & 0xffff0000u) | (bit_cast<uint32_t>(x[0]) + random0) >> 16);
+// Rounds as store_stochastic() does, but for NaN, as above. `random` has 16 bits for each value.
+FUSED_HD void pack(const float* x, Pair& word, uint32_t random) {
+  const uint32_t low = bit_cast<uint32_t>(x[0]) + (random & 0xffffu);
+  word.set(((bit_cast<uint32_t>(x[1]) + (random >> 16)) & 0xffff0000u) | low >> 16);
 }
 // Sums in double would take 0.2 ns an element longer (AVX-512): to widen the values does not hide behind
 // memory.
@@ -76,13 +78,20 @@ inline void fix_nans(Pair* words, int64_t n) {
   }
 }
 
+using DrawnPair = PairOf<uint16_t>;
+// What parameters and second moments draw.
+struct DrawnPairs {
+  const DrawnPair *p, *v;
+};
+
 // Updates word i of the streams. `nan` collects whether a new parameter is NaN: every rule that makes a state
-// NaN makes the parameter NaN too. `random` holds one word of stochastic rounding for each element.
+// NaN makes the parameter NaN too.
 template <class R, typename T, bool kRandom, bool kMeasured, class Word>
 FUSED_HD void update_word(const typename R::template Scalars<T>& s, int64_t i, Word* FUSED_RESTRICT p,
                           const Word* FUSED_RESTRICT g, Word* FUSED_RESTRICT s0, Word* FUSED_RESTRICT s1,
-                          Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random, uint32_t& nan,
-                          T& of_g, T& of_update, T& of_p) {
+                          Word* FUSED_RESTRICT s2, const DrawnPair* FUSED_RESTRICT drawn_p,
+                          const DrawnPair* FUSED_RESTRICT drawn_v, uint32_t& nan, T& of_g, T& of_update,
+                          T& of_p) {
   constexpr int lanes = kLanes<Word>;
   T xp[lanes], xg[lanes], x0[lanes] = {}, x1[lanes] = {}, x2[lanes] = {};
   unpack(p[i], xp);
@@ -100,16 +109,15 @@ FUSED_HD void update_word(const typename R::template Scalars<T>& s, int64_t i, W
     }
   }
   if constexpr (kRandom) {
-    const uint32_t word0 = random[2 * i], word1 = random[2 * i + 1];
-    pack(xp, p[i], for_parameter(word0), for_parameter(word1));
-    if constexpr (R::kSecondMoment == 1) pack(x1, s1[i], for_second_moment(word0), for_second_moment(word1));
+    pack(xp, p[i], drawn_p[i].bits());
+    if constexpr (R::kSecondMoment == 1) pack(x1, s1[i], drawn_v[i].bits());
   } else {
     pack(xp, p[i]);
     if constexpr (R::kStates > 1) pack(x1, s1[i]);
   }
   if constexpr (lanes > 1) nan |= (p[i].bits() & 0x7fff7fffu) + 0x007f007fu;
   if constexpr (kRandom && R::kSecondMoment == 0)
-    pack(x0, s0[i], for_second_moment(random[2 * i]), for_second_moment(random[2 * i + 1]));
+    pack(x0, s0[i], drawn_v[i].bits());
   else if constexpr (R::kStates > 0)
     pack(x0, s0[i]);
   if constexpr (R::kStates > 2) pack(x2, s2[i]);
@@ -120,17 +128,18 @@ FUSED_HD void update_word(const typename R::template Scalars<T>& s, int64_t i, W
 template <class R, typename T, bool kRandom, bool kMeasured, class Word>
 FUSED_HD bool update_words(const typename R::template Scalars<T>& s, int64_t n, Word* FUSED_RESTRICT p,
                            const Word* FUSED_RESTRICT g, Word* FUSED_RESTRICT s0, Word* FUSED_RESTRICT s1,
-                           Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random, double* squares) {
+                           Word* FUSED_RESTRICT s2, const DrawnPair* FUSED_RESTRICT drawn_p,
+                           const DrawnPair* FUSED_RESTRICT drawn_v, double* squares) {
   uint32_t nan = 0;
   T of_g = 0, of_update = 0, of_p = 0;
   if constexpr (kMeasured) {
     FUSED_SIMD(reduction(+ : of_g, of_update, of_p) reduction(| : nan))
     for (int64_t i = 0; i < n; ++i)
-      update_word<R, T, kRandom, true>(s, i, p, g, s0, s1, s2, random, nan, of_g, of_update, of_p);
+      update_word<R, T, kRandom, true>(s, i, p, g, s0, s1, s2, drawn_p, drawn_v, nan, of_g, of_update, of_p);
     squares[0] += of_g, squares[1] += of_update, squares[2] += of_p;
   } else {
     for (int64_t i = 0; i < n; ++i)
-      update_word<R, T, kRandom, false>(s, i, p, g, s0, s1, s2, random, nan, of_g, of_update, of_p);
+      update_word<R, T, kRandom, false>(s, i, p, g, s0, s1, s2, drawn_p, drawn_v, nan, of_g, of_update, of_p);
   }
   return nan & 0x80008000u;
 }
@@ -138,7 +147,7 @@ FUSED_HD bool update_words(const typename R::template Scalars<T>& s, int64_t n, 
 template <class R, typename T, bool kRandom, bool kMeasured, class Word>
 FUSED_HD void update_loop(const double* scalars, int64_t n, Word* FUSED_RESTRICT p,
                           const Word* FUSED_RESTRICT g, Word* FUSED_RESTRICT s0, Word* FUSED_RESTRICT s1,
-                          Word* FUSED_RESTRICT s2, const uint32_t* FUSED_RESTRICT random, double* squares) {
+                          Word* FUSED_RESTRICT s2, const DrawnPairs& drawn, double* squares) {
   using S = typename R::template Scalars<T>;
   constexpr int count = sizeof(S) / sizeof(T);
   static_assert(count <= SCALARS, "a rule has no more scalars than a row");
@@ -151,14 +160,17 @@ FUSED_HD void update_loop(const double* scalars, int64_t n, Word* FUSED_RESTRICT
   for (int64_t i = 0; i < n; i += tile) {
     const int64_t m = std::min(tile, n - i);
     Word* x[] = {p + i, s0 + i, s1 + i, s2 + i};
-    const uint32_t* words = kRandom ? random + 2 * i : nullptr;
+    const DrawnPair* const drawn_p = kRandom ? drawn.p + i : nullptr;
+    const DrawnPair* const drawn_v = kRandom ? drawn.v + i : nullptr;
     bool nan;
     // The condition settles lerp's choice within each of the two calls. In one loop for both, the compiler
     // would divide twice.
     if (R::kStates > 1 && row[SCALAR_W1] < T(0.5)) {
-      nan = update_words<R, T, kRandom, kMeasured>(s, m, x[0], g + i, x[1], x[2], x[3], words, squares);
+      nan = update_words<R, T, kRandom, kMeasured>(s, m, x[0], g + i, x[1], x[2], x[3], drawn_p, drawn_v,
+                                                   squares);
     } else {
-      nan = update_words<R, T, kRandom, kMeasured>(s, m, x[0], g + i, x[1], x[2], x[3], words, squares);
+      nan = update_words<R, T, kRandom, kMeasured>(s, m, x[0], g + i, x[1], x[2], x[3], drawn_p, drawn_v,
+                                                   squares);
     }
     for (int j = 0; nan && j <= R::kStates; ++j) fix_nans(x[j], m);
   }
@@ -196,12 +208,11 @@ FUSED_HD void write_master_loop(const float* FUSED_RESTRICT from, void* p, void*
   for (int64_t i = 0; i < n; ++i) M::write(from[i], high[i], low[i]);
 }
 
-// Rounds a parameter or, if kSecond, a second moment stochastically.
-template <bool kSecond> FUSED_HD void store_random_loop(const float* FUSED_RESTRICT from, void* to,
-                                                        const uint32_t* FUSED_RESTRICT words, int64_t n) {
+// Rounds stochastically.
+FUSED_HD void store_random_loop(const float* FUSED_RESTRICT from, void* to,
+                                const uint16_t* FUSED_RESTRICT random, int64_t n) {
   BFloat16* FUSED_RESTRICT target = static_cast<BFloat16*>(to);
-  for (int64_t i = 0; i < n; ++i)
-    store_stochastic(from[i], target[i], kSecond ? for_second_moment(words[i]) : for_parameter(words[i]));
+  for (int64_t i = 0; i < n; ++i) store_stochastic(from[i], target[i], random[i]);
 }
 
 // A full block has a number of elements that the compiler knows.
@@ -221,33 +232,44 @@ FUSED_HD void decode_loop(const void* codes, const float* scales, float* FUSED_R
 
 template <class Q, bool kFull, bool kRandom>
 FUSED_HD void encode_block(const float* FUSED_RESTRICT from, uint8_t* FUSED_RESTRICT to, float* scale,
-                           const uint32_t* FUSED_RESTRICT words, int64_t n) {
+                           const uint16_t* FUSED_RESTRICT random, int64_t n) {
   if (kFull) n = kQuantBlock;
   int32_t most = 0;  // signed, because AVX2 compares no unsigned integers
   for (int64_t i = 0; i < n; ++i) most = std::max(most, int32_t(magnitude_bits(from[i])));
   *scale = scale_of(uint32_t(most));
   const float factor = Q::encoding(*scale);
   for (int64_t i = 0; i < n; ++i)
-    to[i] = Q::template encode<kRandom>(from[i], factor, kRandom ? words[i] : 0);
+    to[i] = Q::template encode<kRandom>(from[i], factor, kRandom ? random[i] : 0);
 }
 
 template <class Q, bool kRandom>
-FUSED_HD void encode_loop(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {
+FUSED_HD void encode_loop(const float* from, void* codes, float* scales, const uint16_t* random, int64_t n) {
   uint8_t* to = static_cast<uint8_t*>(codes);
   for (; n >= kQuantBlock; n -= kQuantBlock, from += kQuantBlock, to += kQuantBlock) {
-    encode_block<Q, true, kRandom>(from, to, scales++, words, kQuantBlock);
-    if (kRandom) words += kQuantBlock;
+    encode_block<Q, true, kRandom>(from, to, scales++, random, kQuantBlock);
+    if (kRandom) random += kQuantBlock;
   }
-  if (n) encode_block<Q, false, kRandom>(from, to, scales, words, n);
+  if (n) encode_block<Q, false, kRandom>(from, to, scales, random, n);
 }
 
-// Writes the random words of `groups` groups of four elements, from group number `group` on.
-inline void philox_loop(uint64_t seed, uint64_t group, uint32_t step, uint32_t index, uint32_t* to,
+// Writes the random words of `groups` counters, from number `group` on.
+inline void philox_loop(uint64_t seed, uint64_t group, uint32_t step, uint32_t index, uint16_t* to,
                         int64_t groups) {
-  for (; groups > 0; --groups, to += 4) {
+  for (; groups > 0; --groups, to += kDrawing) {
     const Words words = philox(seed, group++, step, index);
     std::memcpy(to, words.x, sizeof(words));
   }
+}
+
+// Writes the words with which neighbours see each other's halves.
+FUSED_HD void exchange_loop(const DrawnPair* FUSED_RESTRICT words, DrawnPair* FUSED_RESTRICT to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i].set(exchanged(words[i].bits()));
+}
+
+// Writes what moments draw.
+FUSED_HD void for_moments_loop(const uint16_t* FUSED_RESTRICT own, const uint16_t* FUSED_RESTRICT other,
+                               uint16_t factor, uint16_t* FUSED_RESTRICT to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = uint16_t(for_moment(own[i], other[i], factor));
 }
 
 }  // namespace fused_adamw

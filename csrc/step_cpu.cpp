@@ -27,10 +27,10 @@ constexpr int64_t kRowsAhead = 2;
     static constexpr auto philox = philox_loop;                                                              \
     template <class R, typename T, class Word, bool kRandom, bool kMeasured>                                 \
     target_attribute static void update(const double* s, int64_t n, void* p, const void* g, void* const* x,  \
-                                        const uint32_t* random, double* squares) {                           \
+                                        const DrawnPairs& drawn, double* squares) {                          \
       update_loop<R, T, kRandom, kMeasured>(s, n, static_cast<Word*>(p), static_cast<const Word*>(g),        \
                                             static_cast<Word*>(x[0]), static_cast<Word*>(x[1]),              \
-                                            static_cast<Word*>(x[2]), random, squares);                      \
+                                            static_cast<Word*>(x[2]), drawn, squares);                       \
     }                                                                                                        \
     template <Master kMaster, class P>                                                                       \
     target_attribute static void read_master(const void* p, const void* extra, float* to, int64_t n) {       \
@@ -40,17 +40,24 @@ constexpr int64_t kRowsAhead = 2;
     target_attribute static void write_master(const float* from, void* p, void* extra, int64_t n) {          \
       write_master_loop<kMaster, P>(from, p, extra, n);                                                      \
     }                                                                                                        \
-    template <bool kSecond> target_attribute static void store_random(const float* from, void* to,           \
-                                                                      const uint32_t* words, int64_t n) {    \
-      store_random_loop<kSecond>(from, to, words, n);                                                        \
+    target_attribute static void store_random(const float* from, void* to, const uint16_t* random,           \
+                                              int64_t n) {                                                   \
+      store_random_loop(from, to, random, n);                                                                \
+    }                                                                                                        \
+    target_attribute static void exchange(const DrawnPair* words, DrawnPair* to, int64_t n) {                \
+      exchange_loop(words, to, n);                                                                           \
+    }                                                                                                        \
+    target_attribute static void for_moments(const uint16_t* own, const uint16_t* other, uint16_t factor,    \
+                                             uint16_t* to, int64_t n) {                                      \
+      for_moments_loop(own, other, factor, to, n);                                                           \
     }                                                                                                        \
     template <class Q>                                                                                       \
     target_attribute static void decode(const void* codes, const float* scales, float* to, int64_t n) {      \
       decode_loop<Q>(codes, scales, to, n);                                                                  \
     }                                                                                                        \
     template <class Q, bool kRandom> target_attribute static void                                            \
-    encode(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {                \
-      encode_loop<Q, kRandom>(from, codes, scales, words, n);                                                \
+    encode(const float* from, void* codes, float* scales, const uint16_t* random, int64_t n) {               \
+      encode_loop<Q, kRandom>(from, codes, scales, random, n);                                               \
     }                                                                                                        \
     template <typename T> target_attribute static void average(T* ema, const T* p, T weight, int64_t n) {    \
       average_loop(ema, p, weight, n);                                                                       \
@@ -77,8 +84,8 @@ FUSED_ISA(Avx512, FUSED_AVX512)
       decode_blocks<Block, Q>(codes, scales, to, n);                                                         \
     }                                                                                                        \
     template <class Q, bool kRandom> target_attribute static void                                            \
-    encode(const float* from, void* codes, float* scales, const uint32_t* words, int64_t n) {                \
-      encode_blocks<Block, Q, kRandom>(from, codes, scales, words, n);                                       \
+    encode(const float* from, void* codes, float* scales, const uint16_t* random, int64_t n) {               \
+      encode_blocks<Block, Q, kRandom>(from, codes, scales, random, n);                                      \
     }                                                                                                        \
   };
 FUSED_CODES(Avx2, FUSED_AVX2, BlockAvx2, philox_avx2)
@@ -87,7 +94,7 @@ FUSED_CODES(Avx512, FUSED_AVX512, BlockAvx512, philox_avx512)
 
 // ---- Tables of the loops, one for each instruction set.
 
-using Update = void (*)(const double*, int64_t, void*, const void*, void* const*, const uint32_t*, double*);
+using Update = void (*)(const double*, int64_t, void*, const void*, void* const*, const DrawnPairs&, double*);
 struct Updates {
   Update plain[kRules], measured[kRules];  // by Rule; the latter add to sums of squares
   Update of(const Row& row) const { return (row.squares ? measured : plain)[int(row.rule)]; }
@@ -104,10 +111,12 @@ struct NarrowKernels {
   Updates pairs, random_pairs;                                           // all streams are pairs of bf16
   void (*read_master[4][2])(const void*, const void*, float*, int64_t);  // by Master; bf16, f16
   void (*write_master[4][2])(const float*, void*, void*, int64_t);
-  void (*store_random[2])(const float*, void*, const uint32_t*, int64_t);    // parameter, second moment
+  void (*store_random)(const float*, void*, const uint16_t*, int64_t);
   void (*decode[2])(const void*, const float*, float*, int64_t);             // first moment, second moment
-  void (*encode[4])(const float*, void*, float*, const uint32_t*, int64_t);  // the same two, stochastically
-  void (*philox)(uint64_t, uint64_t, uint32_t, uint32_t, uint32_t*, int64_t);
+  void (*encode[4])(const float*, void*, float*, const uint16_t*, int64_t);  // the same two, stochastically
+  void (*philox)(uint64_t, uint64_t, uint32_t, uint32_t, uint16_t*, int64_t);
+  void (*exchange)(const DrawnPair*, DrawnPair*, int64_t);
+  void (*for_moments)(const uint16_t*, const uint16_t*, uint16_t, uint16_t*, int64_t);
 };
 
 // tensor_checks.py refuses storage narrower than fp32 for fp64 arithmetic, because it would round twice.
@@ -148,11 +157,13 @@ template <class Isa> constexpr NarrowKernels narrow_kernels() {
           FUSED_UPDATES(Isa, float, Pair, true),
           FUSED_MASTERS(Isa::template read_master),
           FUSED_MASTERS(Isa::template write_master),
-          {Isa::template store_random<false>, Isa::template store_random<true>},
+          Isa::store_random,
           {Isa::template decode<FirstMoment>, Isa::template decode<SecondMoment>},
           {Isa::template encode<FirstMoment, false>, Isa::template encode<SecondMoment, false>,
            Isa::template encode<FirstMoment, true>, Isa::template encode<SecondMoment, true>},
-          Isa::philox};
+          Isa::philox,
+          Isa::exchange,
+          Isa::for_moments};
 }
 
 #ifdef FUSED_X86
@@ -190,7 +201,7 @@ template <typename T> struct Stream {
   char* base;
   Format format;
   T* tile;
-  bool random = false;  // it is rounded stochastically
+  const uint16_t* random = nullptr;  // what it draws where it is rounded stochastically
   bool second_moment = false;
   Master master = Master::none;
   char* extra = nullptr;
@@ -217,34 +228,56 @@ template <typename T> struct Stream {
     return tile;
   }
 
-  // Stores elements [i, i + n) from the tile. `words` is filled where a stream of the row is rounded
-  // stochastically.
-  void write(int64_t i, int64_t n, const uint32_t* words) const {
+  // Stores elements [i, i + n) from the tile.
+  void write(int64_t i, int64_t n) const {
     if (native()) return;
     if constexpr (sizeof(T) == 4) {
       const NarrowKernels& k = isa->narrow;
       if (master != Master::none)
         return k.write_master[int(master)][format == Format::f16](tile, at(i), extra_at(i), n);
       if (format == Format::i8)
-        return k.encode[second_moment + 2 * random](tile, at(i), scales + i / kQuantBlock, words, n);
-      if (random) return k.store_random[second_moment](tile, at(i), words, n);
+        return k.encode[second_moment + 2 * (random != nullptr)](tile, at(i), scales + i / kQuantBlock,
+                                                                 random, n);
+      if (random) return k.store_random(tile, at(i), random, n);
     }
     kernels_of(*isa, T()).store[int(format)](tile, at(i), n);
   }
 };
 
-// Writes the random words of elements [i, i + n) of a row, or of its average. `to` needs room for 7 more.
-void fill_random(const NarrowKernels& k, const Row& row, uint32_t step, int64_t i, int64_t n, uint32_t* to,
-                 uint64_t of_average = 0) {
-  while (n > 0) {
-    const int64_t lap = i / row.run, m = std::min(n, (lap + 1) * row.run - i);
-    const uint64_t first = uint64_t(row.offset + i + lap * row.skip);
-    const int64_t lead = first % 4;
-    k.philox(row.seed, first / 4 | of_average, step, row.index, to, (lead + m + 3) / 4);
-    if (lead) std::memmove(to, to + lead, m * sizeof(*to));
-    to += m, i += m, n -= m;
+// The 16 bits that each element of a tile draws for its parameter, first moment and second moment.
+struct Drawn {
+  static constexpr int64_t kMost = 2 * kTile;  // elements
+  using Bits = uint16_t[kMost + 2 * (kDrawing - 1)];
+  alignas(64) Bits p, m, v;
+
+  DrawnPairs pairs() const { return {pairs(p), pairs(v)}; }
+
+  // Draws for elements [i, i + n) of a row: for the moments in `random`, and for the parameter or its
+  // average.
+  void fill(const NarrowKernels& k, const Row& row, uint32_t step, int64_t i, int64_t n, unsigned random,
+            uint64_t of_average = 0) {
+    for (int64_t at = 0, some; at < n; at += some) {
+      const int64_t lap = (i + at) / row.run;
+      some = std::min(n - at, (lap + 1) * row.run - (i + at));
+      const uint64_t first = uint64_t(row.offset + i + at + lap * row.skip);
+      const int64_t lead = first % kDrawing, groups = (lead + some + kDrawing - 1) / kDrawing;
+      uint16_t* const own = p + at;
+      k.philox(row.seed, first / kDrawing | of_average, step, row.index, own, groups);
+      if (random & ~RANDOM_PARAM) k.exchange(pairs(own), pairs(other), groups * kDrawing / 2);
+      if (random & RANDOM_FIRST_MOMENT)
+        k.for_moments(own + lead, other + lead, FirstMoment::kFactor, m + at, some);
+      if (random & RANDOM_SECOND_MOMENT)
+        k.for_moments(own + lead, other + lead, SecondMoment::kFactor, v + at, some);
+      if (lead) std::memmove(own, own + lead, some * sizeof(*own));
+    }
   }
-}
+
+private:
+  alignas(64) Bits other;  // the halves of neighbours
+
+  static DrawnPair* pairs(uint16_t* bits) { return reinterpret_cast<DrawnPair*>(bits); }
+  static const DrawnPair* pairs(const uint16_t* bits) { return reinterpret_cast<const DrawnPair*>(bits); }
+};
 
 int states_of(Rule rule) {
   if (rule == Rule::adam_no_first_moment) return Adam<Rule::adam_no_first_moment>::kStates;
@@ -282,7 +315,7 @@ bool step_native(const IsaTable& isa, const Row& row, const double* scalars, int
     n = row.squares ? std::min(kPart, end - begin) : end - begin;
     void* s[kMaxStates] = {};
     for (int j = 0; j < states; ++j) s[j] = static_cast<T*>(row.state[j]) + begin;
-    update(scalars, n, static_cast<T*>(row.p) + begin, static_cast<const T*>(row.g) + begin, s, nullptr,
+    update(scalars, n, static_cast<T*>(row.p) + begin, static_cast<const T*>(row.g) + begin, s, {},
            squares_at(row, begin));
   }
   return true;
@@ -293,7 +326,7 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
   if (row.squares) std::fill(squares_at(row, begin), squares_at(row, end + kPart - 1), 0);
   if (step_native<T>(isa, row, scalars, begin, end)) return;
   alignas(64) T tiles[2 + kMaxStates][kTile];
-  alignas(64) uint32_t words[2 * kTile + 7];
+  Drawn drawn;
   const int states = states_of(row.rule), second = second_moment_of(row.rule);
   const uint32_t step = uint32_t(scalars[SCALAR_STEP]);
   Stream<T> p{&isa, static_cast<char*>(row.p), row.p_format, tiles[0]};
@@ -303,21 +336,22 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
   const unsigned random = row.stochastic ? random_streams(p.format, p.master, states > 0 && second != 0,
                                                           second >= 0, row.state_format)
                                          : 0;
-  p.random = random & RANDOM_PARAM;
+  if (random & RANDOM_PARAM) p.random = drawn.p;
   // An average takes parameters before they are rounded, and finds them in the L1 cache, a tile at a time. A
   // narrow one has the tile of the gradient, which is no longer needed.
   Stream<T> ema{&isa, static_cast<char*>(row.ema), row.ema_format, tiles[1]};
-  ema.random = !ema.native();
+  if (!ema.native()) ema.random = drawn.p;
   bool bf16 = !row.ema && p.format == Format::bf16 && p.master == Master::none && g.format == Format::bf16;
   for (int j = 0; j < states; ++j) {
     x[j] = {&isa, static_cast<char*>(row.state[j]), row.state_format, tiles[2 + j]};
     x[j].second_moment = j == second;
-    x[j].random = random & (j == second ? RANDOM_SECOND_MOMENT : j == 0 ? RANDOM_FIRST_MOMENT : 0u);
+    if (j == second && random & RANDOM_SECOND_MOMENT) x[j].random = drawn.v;
+    if (j == 0 && random & RANDOM_FIRST_MOMENT) x[j].random = drawn.m;
     if (x[j].format == Format::i8) x[j].scales = row.scales[j];
     bf16 = bf16 && x[j].format == Format::bf16;
   }
   if (bf16) {
-    const int64_t even = end - (end - begin) % 2, most = random        ? 2 * kTile
+    const int64_t even = end - (end - begin) % 2, most = random        ? Drawn::kMost
                                                          : row.squares ? kPart
                                                                        : even - begin;
     const Update pairs = (random ? isa.narrow.random_pairs : isa.narrow.pairs).of(row);
@@ -325,8 +359,8 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
       n = std::min(most, even - begin);
       void* s[kMaxStates] = {};
       for (int j = 0; j < states; ++j) s[j] = x[j].at(begin);
-      if (random) fill_random(isa.narrow, row, step, begin, n, words);
-      pairs(scalars, n / 2, p.at(begin), g.at(begin), s, words, squares_at(row, begin));
+      if (random) drawn.fill(isa.narrow, row, step, begin, n, random);
+      pairs(scalars, n / 2, p.at(begin), g.at(begin), s, drawn.pairs(), squares_at(row, begin));
     }
   }
   const Update update = kernels_of(isa, T()).updates.of(row);
@@ -335,15 +369,15 @@ void step_span(const IsaTable& isa, const Row& row, const double* scalars, int64
     void* s[kMaxStates] = {};
     for (int j = 0; j < states; ++j) s[j] = x[j].read(i, n);
     T* const values = p.read(i, n);
-    update(scalars, n, values, g.read(i, n), s, nullptr, squares_at(row, i));
+    update(scalars, n, values, g.read(i, n), s, {}, squares_at(row, i));
     if (row.ema) {
       kernels_of(isa, T()).average(ema.read(i, n), values, T(scalars[SCALAR_EMA]), n);
-      if (ema.random) fill_random(isa.narrow, row, step, i, n, words, kAverageWords);
-      ema.write(i, n, words);
+      if (ema.random) drawn.fill(isa.narrow, row, step, i, n, 0, kAverageWords);
+      ema.write(i, n);
     }
-    if (random) fill_random(isa.narrow, row, step, i, n, words);
-    p.write(i, n, words);
-    for (int j = 0; j < states; ++j) x[j].write(i, n, words);
+    if (random) drawn.fill(isa.narrow, row, step, i, n, random);
+    p.write(i, n);
+    for (int j = 0; j < states; ++j) x[j].write(i, n);
   }
 }
 

@@ -129,21 +129,27 @@ struct Random {
     return first + i + (skip ? int64_t((begin + uint32_t(i)) / run) * skip : 0);
   }
 
+  // Each word has the element's own half as the lower.
   template <bool kWhole, int kWidth> __device__ __forceinline__ Vector<uint32_t, kWidth>
   words(const Tile<kWhole, kWidth>& tile, uint64_t of_average = 0) const {
-    constexpr int kEach = kWhole ? 4 : 1;  // words taken of each counter
     Vector<uint32_t, kWidth> to{};
-#pragma unroll(kWhole ? kWidth : 1)  // the others, unrolled, take 20 registers more
-    for (int k = 0; k < kWidth; k += kEach) {
-      const int64_t i = number(tile.element(k));
-      Words w = philox(seed, uint64_t(i) >> 2 | of_average, step, index);
-      if constexpr (!kWhole) {
-        const uint32_t low = i & 1 ? w.x[1] : w.x[0], high = i & 1 ? w.x[3] : w.x[2];
-        w.x[0] = i & 2 ? high : low;
-      }
+    if constexpr (kWhole) {  // the number of its first element is a multiple of kWidth
+      const uint64_t i = number(tile.i);
+      Words w = philox(seed, i / kDrawing | of_average, step, index);
+      if (kWidth < kDrawing && i & 4) w.x[0] = w.x[2], w.x[1] = w.x[3];
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j)
-        if (j / kEach == k / kEach) to.x[j] = w.x[j % kEach];
+      for (int k = 0; k < kWidth; ++k) to.x[k] = k % 2 ? exchanged(w.x[k / 2]) : w.x[k / 2];
+    } else {
+#pragma unroll 1  // unrolled, they take 20 registers more
+      for (int k = 0; k < kWidth; ++k) {
+        const uint64_t i = number(tile.element(k));
+        const Words w = philox(seed, i / kDrawing | of_average, step, index);
+        const uint32_t low = i & 2 ? w.x[1] : w.x[0], high = i & 2 ? w.x[3] : w.x[2];
+        const uint32_t word = i & 4 ? high : low, own_first = i & 1 ? exchanged(word) : word;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j)
+          if (j == k) to.x[j] = own_first;
+      }
     }
     return to;
   }
@@ -234,14 +240,15 @@ __device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S
     Codes<kWidth> stored;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k)
-      stored.set(k, C::template encode<kStochastic>(x.x[k], factor, words.x[k]));
+      stored.set(k, C::template encode<kStochastic>(x.x[k], factor,
+                                                    for_moment(words.x[k], words.x[k] >> 16, C::kFactor)));
     stored.store(tile, to);
   } else {
     Vector<S, kWidth> stored;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       if constexpr (kStochastic)
-        store_stochastic(x.x[k], stored.x[k], for_second_moment(words.x[k]));
+        store_stochastic(x.x[k], stored.x[k], for_moment(words.x[k], words.x[k] >> 16, C::kFactor));
       else
         store(x.x[k], stored.x[k]);
     }

@@ -4,13 +4,16 @@ A format says how a parameter or a moment is read into float32, and how it is wr
 in ``reference.py`` never see it. ``csrc/formats.h`` and ``triton_kernels/formats.py`` are the same, to the bit.
 
 *Stochastic rounding* of float32 to bfloat16 adds 16 random bits to the 16 that are cut off: up with the probability of
-what is cut off, so that the mean of what is stored is what was computed. The bits are those of Philox 4x32-7 (Salmon
-et al., SC 2011), keyed on (seed; step, index of the parameter, number of the element in the whole parameter): every
-element has a word of 32, of which the parameter takes the upper half, the second moment the lower, and the int8 code of
-a first moment 16 bits that mix both. They do not depend on the backend, on chunks, threads or shards. First moments
-and momentum buffers in bfloat16, which move by much more than an ulp a step, are rounded to nearest, and so is
-max_exp_avg_sq. Averages of parameters in bfloat16, which to nearest would stand still, draw by words of their own, that
-are independent of these: their counters have the highest bit set, and no element has so high a number.
+what is cut off, so that the mean of what is stored is what was computed. The bits are those of Philox 4x32-7 (Salmon et
+al., SC 2011), keyed on (seed; step, index of the parameter, number of the element in the whole parameter): two
+neighbours share a word of 32. The parameter of the even one draws its lower half, that of the odd one its upper half. A
+moment draws the neighbour's half plus a multiple of its own. So what one stream draws is independent of what it draws
+elsewhere, and so are parameter and moment of one element: whatever the one is, the other has each of its 65,536 values
+once. Of all other pairs this holds but for the two lowest bits, because neither factor, nor their difference, is a
+multiple of 8. The bits do not depend on the backend, on chunks, threads or shards. First moments and momentum buffers
+in bfloat16, which move by much more than an ulp a step, are rounded to nearest, and so is max_exp_avg_sq. Averages of
+parameters in bfloat16, which to nearest would stand still, draw by words of their own, that are independent of these:
+their counters have the highest bit set, and no element has so high a number.
 
 *Masters* hold the digits for which a 16-bit parameter has no room, under a name of their own in the state:
 
@@ -50,31 +53,32 @@ BLOCK = 128  # elements to a scale
 def words(
     seed: int, step: int, index: int, numbering: Numbering, n: int, device: torch.device, average: bool = False
 ) -> Tensor:
-    """Return the 32 random bits of each of n elements, int64 [n]; other ones for the average of a parameter."""
+    """Return the random word of each of n elements, its own half as the lower, int64 [n]; for averages, other words."""
     offset, run, skip = numbering
     i = torch.arange(n, device=device)
     i = offset + i + i // run * skip
-    group = i >> 2
+    group = i >> 3
     c = [group & _MASK, group >> 32 | average << 31, torch.full_like(i, step), torch.full_like(i, index)]
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(7):  # the fewest that pass BigCrush
         (high0, low0), (high1, low1) = _product(c[0], 0xD2511F53), _product(c[2], 0xCD9E8D57)
         c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.stack(c).gather(0, (i & 3)[None])[0]
+    word = torch.stack(c).gather(0, (i >> 1 & 3)[None])[0]
+    return torch.where(i & 1 == 1, (word << 16 | word >> 16) & _MASK, word)
 
 
 _MASK = 0xFFFFFFFF
 
 
-def for_second_moment(word: Tensor) -> Tensor:
-    """Return the lower half of a word; the upper is the parameter's."""
-    return word & 0xFFFF
+def for_parameter(own_first: Tensor) -> Tensor:
+    """Return the 16 bits that a parameter draws."""
+    return own_first & 0xFFFF
 
 
-def for_first_moment(word: Tensor) -> Tensor:
-    """Return 16 bits of a word that are independent of either half of it."""
-    return (word * 0x9E3779B9 & _MASK) >> 16
+def for_moment(own_first: Tensor, second: bool) -> Tensor:
+    """Return the 16 bits that a first or second moment draws."""
+    return ((own_first >> 16) + own_first * (0x9E36 if second else 0xBB64)) & 0xFFFF
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -132,10 +136,10 @@ def write_master(master: str, x: Tensor, p: Tensor, data: Tensor) -> None:
 # ---- int8.
 
 
-def encode(x: Tensor, second: bool, word: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, second: bool, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the codes [n] of a float32 moment (int8; uint8 if it is the second) and their scales, float32 [n / 128].
 
-    ``x`` is dense, and its elements are taken in the order of memory. With their ``word`` they are rounded
+    ``x`` is dense, and its elements are taken in the order of memory. With 16 ``random`` bits of each they are rounded
     stochastically, without to nearest.
     """
     x = flat(x)
@@ -145,12 +149,12 @@ def encode(x: Tensor, second: bool, word: Tensor | None = None) -> tuple[Tensor,
     inverse = torch.where(scales >= 2.0**-126, 1 / scales, 0).repeat_interleave(BLOCK)[:n]
     if second:
         ratio = _at_least(2.0**-32 * 1.125, x.abs() * inverse)
-        random = 0x80000 if word is None else for_second_moment(word) << 4 | 8
-        return (((_bits(ratio) + random) >> 20) - 761).to(torch.uint8), scales
+        added = 0x80000 if random is None else random << 4 | 8
+        return (((_bits(ratio) + added) >> 20) - 761).to(torch.uint8), scales
     square = _at_least(2.0**-18, x.abs() * (inverse * 16128))
     code = square.sqrt().round()
-    if word is not None:  # up by the place of the value between those of two codes, not of the root
-        code, drawn = square.sqrt().floor(), (for_first_moment(word).float() + 0.5) / 65536
+    if random is not None:  # up by the place of the value between those of two codes, not of the root
+        code, drawn = square.sqrt().floor(), (random.float() + 0.5) / 65536
         # In double no operation rounds, so the sign is that of an fma.
         code += square.double() - code.double().square() > drawn.double() * (2 * code + 1).double()
     return torch.copysign(code, x).to(torch.int8), scales
@@ -209,15 +213,17 @@ def write(row: Row, t: Tensors, p: Tensor, states: list[Tensor], step: int) -> N
     if t.master_data is not None:
         write_master(row.master, p, t.p, t.master_data)
     else:
-        _store(p, t.p, word >> 16 if word is not None and random.param else None)
+        _store(p, t.p, for_parameter(word) if word is not None and random.param else None)
     for j, x in enumerate(states):  # the third is max_exp_avg_sq
-        drawn = word if (random.second_moment if j == row.second_moment else random.first_moment and j == 0) else None
+        second = j == row.second_moment
+        draws = random.second_moment if second else random.first_moment and j == 0
+        bits = for_moment(word, second) if word is not None and draws else None
         if t.scales:
-            codes, scales = encode(x, j == row.second_moment, drawn)
+            codes, scales = encode(x, second, bits)
             flat(t.states[j]).copy_(codes)
             flat(t.scales[j]).copy_(scales)
         else:
-            _store(x, t.states[j], None if drawn is None else for_second_moment(drawn))
+            _store(x, t.states[j], bits)
 
 
 def move_average(row: Row, t: Tensors, p: Tensor, weight: float, step: int) -> None:
@@ -225,10 +231,10 @@ def move_average(row: Row, t: Tensors, p: Tensor, weight: float, step: int) -> N
     if t.ema is None:
         return
     x = t.ema.to(p.dtype).lerp_(p, weight)
-    drawn = None
+    bits = None
     if t.ema.dtype is not p.dtype:
-        drawn = words(row.seed, step, row.index, row.numbering, p.numel(), p.device, average=True) >> 16
-    _store(x, t.ema, drawn)
+        bits = for_parameter(words(row.seed, step, row.index, row.numbering, p.numel(), p.device, average=True))
+    _store(x, t.ema, bits)
 
 
 def _store(x: Tensor, to: Tensor, random: Tensor | None) -> None:

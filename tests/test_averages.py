@@ -2,6 +2,7 @@
 
 import copy
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_an_average_takes_the_parameter_before_it_is_rounded(name, dtype_and_for
         expected = exact_lerp(before.float(), twin.detach(), 1 - decay)
         if dtype_of(form) is BF16:
             word = codecs.words(form.get("seed", 0), t + 1, 0, NOT_SHARDED, len(p), p.device, average=True)
-            expected = codecs.stochastic(expected, word >> 16)
+            expected = codecs.stochastic(expected, codecs.for_parameter(word))
         assert cases.equal_bits(own["ema"], expected).all()
 
 
@@ -248,8 +249,9 @@ def test_narrow_averages_draw_by_words_of_their_own(target):
     counts = outcomes.cpu().bincount(minlength=4)
     assert ((counts - n / 4).square() / (n / 4)).sum() < 16.3  # chi-square, three degrees: 0.1 %
     words = [codecs.words(0, 1, 0, NOT_SHARDED, n, torch.device("cpu"), own) for own in (False, True)]
-    for drawn in (codecs.for_first_moment, codecs.for_second_moment, lambda word: word >> 16):
-        a, b = drawn(words[0]).double(), (words[1] >> 16).double()
+    first, second = (partial(codecs.for_moment, second=second) for second in (False, True))
+    for drawn in (first, second, codecs.for_parameter):
+        a, b = drawn(words[0]).double(), codecs.for_parameter(words[1]).double()
         assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 4 / n**0.5
 
 

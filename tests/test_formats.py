@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -85,8 +86,55 @@ def test_words(place):
     key = seed & 0xFFFFFFFF, seed >> 32
     for average in (False, True):
         above = average << 31
-        expected = [philox(((i >> 2) & 0xFFFFFFFF, i >> 34 | above, step, index), key)[i & 3] for i in numbers]
-        assert codecs.words(seed, step, index, place, n, torch.device("cpu"), average).tolist() == expected
+        counters = [((i >> 3) & 0xFFFFFFFF, i >> 35 | above, step, index) for i in numbers]
+        drawn = [philox(counter, key)[i >> 1 & 3] for i, counter in zip(numbers, counters, strict=True)]
+        own_first = [w % 65536 * 65536 + w // 65536 if i % 2 else w for i, w in zip(numbers, drawn, strict=True)]
+        assert codecs.words(seed, step, index, place, n, torch.device("cpu"), average).tolist() == own_first
+
+
+def test_what_an_element_draws():
+    word = torch.tensor([0x12345678])
+    assert codecs.for_parameter(word).item() == 0x5678
+    assert codecs.for_moment(word, second=False).item() == (0x1234 + 0xBB64 * 0x5678) % 65536
+    assert codecs.for_moment(word, second=True).item() == (0x1234 + 0x9E36 * 0x5678) % 65536
+
+
+def draws(word):
+    """All that two neighbours draw by a word, [6, .]: for parameter, first and second moment, the even one first."""
+    return torch.stack(
+        [
+            draw(own_first)
+            for own_first in (word, (word << 16 | word >> 16) & 0xFFFFFFFF)
+            for draw in (
+                codecs.for_parameter,
+                partial(codecs.for_moment, second=False),
+                partial(codecs.for_moment, second=True),
+            )
+        ]
+    )
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(range(6), 2)))
+def test_any_two_draws_of_neighbours_are_independent(one, other):
+    """Whatever the one is, the other has each value once; of some pairs, but for the two lowest bits."""
+    stream, element = one % 3, one // 3
+    same_stream, with_parameter = stream == other % 3, element == other // 3 and 0 in (stream, other % 3)
+    most = 1 if same_stream or with_parameter else 4
+    # Of all words, those that give `one` this value are found by their halves: it is linear in each of them.
+    for value in (0, 0x1234, 0xFFFF):
+        half = torch.arange(0x10000)
+        coefficients = draws(torch.tensor([1, 1 << 16]))[one].tolist()  # of the lower and the upper half
+        if coefficients[0] % 2:
+            low = (value - coefficients[1] * half) * pow(coefficients[0], -1, 1 << 16) & 0xFFFF
+            words = low | half << 16
+        else:
+            high = (value - coefficients[0] * half) * pow(coefficients[1], -1, 1 << 16) & 0xFFFF
+            words = half | high << 16
+        drawn = draws(words)
+        assert drawn[one].eq(value).all()
+        counts = drawn[other].bincount(minlength=1 << 16)
+        assert counts.max() <= most
+        assert counts.view(-1, 4).sum(1).eq(4).all()  # so that none of the upper 14 bits depends on `one`
 
 
 # Neighbours of all exponents, of both signs: exact ones, ones just beside, halves, NaN with and without a payload.
@@ -109,7 +157,7 @@ def stored(values, options, target):
 def test_stochastic_rounding_is_that_of_the_formula(target):
     """To the bit; infinities stay, and every NaN is a NaN."""
     _, p = stored(VALUES, {"rounding": "stochastic", "seed": 99}, target)
-    random = codecs.words(99, 1, 1, NOT_SHARDED, len(VALUES), torch.device("cpu")) >> 16
+    random = codecs.for_parameter(codecs.words(99, 1, 1, NOT_SHARDED, len(VALUES), torch.device("cpu")))
     torch.testing.assert_close(p.detach().cpu(), codecs.stochastic(VALUES, random), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(p.cpu().isnan(), VALUES.isnan())
     assert p[-1].isinf()
@@ -396,8 +444,8 @@ def test_codes_of_second_moments_have_the_right_mean():
     """Under stochastic rounding, within four standard errors, also of the decay that rounding to nearest loses."""
     x = torch.full((128 * 2000,), 0.7)
     x[::128] = 1.0  # the scale of each block
-    word = codecs.words(1, 1, 0, NOT_SHARDED, len(x), torch.device("cpu"))
-    y = codecs.decode(*codecs.encode(x, True, word), True)
+    random = codecs.for_moment(codecs.words(1, 1, 0, NOT_SHARDED, len(x), torch.device("cpu")), second=True)
+    y = codecs.decode(*codecs.encode(x, True, random), True)
     y = y.view(-1, 128)[:, 1:].double()
     assert abs(y.mean().item() - 0.7) < 4 * y.std().item() / y.numel() ** 0.5
     assert y.unique().numel() == 2
@@ -505,8 +553,8 @@ def test_codes_of_first_moments_have_the_right_mean():
     for value in (0.7, 0.01, 1e-5):
         x = torch.full((128 * 2000,), value)
         x[::128] = 1.0  # the scale of each block
-        word = codecs.words(1, 1, 0, NOT_SHARDED, len(x), torch.device("cpu"))
-        y = codecs.decode(*codecs.encode(x, False, word), False).view(-1, 128)[:, 1:].double()
+        random = codecs.for_moment(codecs.words(1, 1, 0, NOT_SHARDED, len(x), torch.device("cpu")), second=False)
+        y = codecs.decode(*codecs.encode(x, False, random), False).view(-1, 128)[:, 1:].double()
         assert abs(y.mean().item() - value) < 4 * y.std().item() / y.numel() ** 0.5
         assert y.unique().numel() == 2
 

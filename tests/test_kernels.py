@@ -140,9 +140,10 @@ def check_resources(compiled, registers=64, spilled=0):
 )
 @pytest.mark.parametrize("sm", Triton.architectures)
 def test_rules_beside_the_plain_ones_do_not_spill(sm, rule):
-    """With random words, and with codes, which leave the least room."""
+    """With random words, and with codes, which leave the least room. AMSBound spills two registers."""
     triton = compiler_of("triton")
-    check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, BF16, "none", True)), 72)
+    spilled = 8 * (rule == "amsbound")
+    check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, BF16, "none", True)), 72, spilled)
     if STATES[rule] < 3:
         check_resources(triton.step(sm, gpu_kernels.Variant(rule, BF16, BF16, I8)), 72)
 
@@ -161,10 +162,10 @@ def test_registers_of_averages(sm, variant):
 @pytest.mark.parametrize("variant", MEASURED, ids=str)
 @pytest.mark.parametrize(("name", "sm"), [(name, sm) for name, sm in ON if sm in EXECUTED or name == "triton"])
 def test_registers_of_what_is_measured(name, sm, variant):
-    """A few words more than without."""
+    """A few words more than without. For an sm_120 Triton's AMSBound spills four with random words."""
     compiled = compiler_of(name).step(sm, variant)
     assert compiled.registers <= most_registers(name, sm, variant) + 16 * (name == "triton")
-    assert compiled.frame <= 32 * (name == "cuda")
+    assert compiled.frame <= (32 if name == "cuda" else 16 * (sm == 120 and variant.rule == "amsbound"))
     assert not [text for text in forbidden(compiled.ptx) if not re.search(r"shared|bar\.sync", text)]
 
 
@@ -711,14 +712,21 @@ def test_wrong_factor_is_seen(name, file, right, wrong, tmp_path):
 
 
 WRONG_FORMATS = [
-    # Another word, the other half of it, the number of an element in the shard.
+    # Another word, the other half of it, another multiple of it, the number of an element in the shard.
     ("triton", "formats.py", "tl.join(tl.join(w0, w2), tl", "tl.join(tl.join(w2, w0), tl", STOCHASTIC),
-    ("triton", "formats.py", "n & 2 == 0, tl.where", "n & 4 == 0, tl.where", STOCHASTIC),
-    ("triton", "formats.py", "(word >> 16) & 0xFFFF", "word & 0xFFFF", STOCHASTIC),
+    ("triton", "formats.py", "n & 4 == 0, tl.where", "n & 2 == 0, tl.where", STOCHASTIC),
+    ("triton", "formats.py", "tl.where(n & 4 == 0, x0, x2)", "x0", STOCHASTIC),
+    ("triton", "formats.py", "w3 = exchanged(w2)", "w3 = w2", STOCHASTIC),
+    ("triton", "formats.py", "tl.where(n & 1 == 0, x, exchanged(x))", "x", STOCHASTIC),
+    ("triton", "formats.py", "return word & 0xFFFF", "return (word >> 16) & 0xFFFF", STOCHASTIC),
+    ("triton", "formats.py", "0x9E36 if SECOND", "0x9E35 if SECOND", STOCHASTIC),
     ("triton", "formats.py", "base + base // run * skip", "base", STOCHASTIC),
-    ("cuda", "step_cuda.cu", "to.x[j] = w.x[j % kEach]", "to.x[j] = w.x[0]", STOCHASTIC),
+    ("cuda", "step_cuda.cu", "kWidth < kDrawing && i & 4", "false", NARROW_AVERAGE),
+    ("cuda", "step_cuda.cu", "k % 2 ? exchanged(w.x[k / 2]) :", "", STOCHASTIC),
+    ("cuda", "step_cuda.cu", "i & 1 ? exchanged(word) :", "", STOCHASTIC),
     ("cuda", "formats.h", "return word & 0xffffu;", "return word >> 16;", STOCHASTIC),
-    ("cuda", "step_cuda.cu", "uint64_t(i) >> 2", "uint32_t(i) >> 2", STOCHASTIC),
+    ("cuda", "formats.h", "kFactor = 0x9e36", "kFactor = 0x9e35", STOCHASTIC),
+    ("cuda", "step_cuda.cu", "const uint64_t i = number(tile.i);", "const uint32_t i = number(tile.i);", STOCHASTIC),
     # The scale before the step, one with all its digits, twice the scale, that of a part of the block.
     ("triton", "formats.py", "scale = scale_of(x, mask)", "scale = tl.load(scales, mask=some)", INT8),
     ("triton", "formats.py", "(largest + 0xFFFF) & -0x10000", "largest", INT8),
@@ -784,7 +792,7 @@ WRONG_AVERAGES = [
         "cuda",
         "step_cuda.cu",
         "x.x[k], for_parameter(words.x[k]));\n  tile",
-        "x.x[k], words.x[k]);\n  tile",
+        "x.x[k], words.x[k] >> 16);\n  tile",
         NARROW_AVERAGE,
     ),
 ]

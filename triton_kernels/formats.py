@@ -71,16 +71,21 @@ def number(at, i):
 def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr, ABOVE: tl.constexpr = 0):
     """Return the words of a tile of 4 elements a thread; i [threads] are the first of each, ``end`` ends the span.
 
-    ``ABOVE`` is set in the second word of counters: AVERAGES, or nothing.
+    Each has the element's own half as the lower. ``ABOVE`` is set in the second word of counters: AVERAGES, or nothing.
     """
     seed = tl.load(row + COL_SEED)  # loaded each time: a seed kept in a register keeps its 20 keys in 20 more
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     index = tl.load(row + COL_INDEX).to(tl.uint32)
     if NEIGHBOURS:
-        group = number(at, i) >> 2
+        n = number(at, i)  # a multiple of 4
+        group = n >> 3
         low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32) | ABOVE
-        w0, w1, w2, w3 = tl.philox_impl(low, high, step, index, k0, k1, ROUNDS)
+        x0, x1, x2, x3 = tl.philox_impl(low, high, step, index, k0, k1, ROUNDS)
+        w0 = tl.where(n & 4 == 0, x0, x2)
+        w2 = tl.where(n & 4 == 0, x1, x3)
+        w1 = exchanged(w0)
+        w3 = exchanged(w2)
     else:
         w0 = tl.zeros_like(i).to(tl.uint32)
         w1 = w0
@@ -89,10 +94,11 @@ def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr, ABOVE: tl.constexpr =
         # A loop, since side by side they take 20 registers more.
         for k in range(tl.minimum(tl.cdiv(end, 32), 4)):
             n = number(at, i + 32 * k)
-            group = n >> 2
+            group = n >> 3
             low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32) | ABOVE
             x0, x1, x2, x3 = tl.philox_impl(low, high, step, index, k0, k1, ROUNDS)
-            x = tl.where(n & 2 == 0, tl.where(n & 1 == 0, x0, x1), tl.where(n & 1 == 0, x2, x3))
+            x = tl.where(n & 4 == 0, tl.where(n & 2 == 0, x0, x1), tl.where(n & 2 == 0, x2, x3))
+            x = tl.where(n & 1 == 0, x, exchanged(x))
             w0 = tl.where(k == 0, x, w0)
             w1 = tl.where(k == 1, x, w1)
             w2 = tl.where(k == 2, x, w2)
@@ -101,18 +107,18 @@ def words(row, at, step, i, end, NEIGHBOURS: tl.constexpr, ABOVE: tl.constexpr =
 
 
 @triton.jit
-def for_parameter(word):
-    return (word >> 16) & 0xFFFF
+def exchanged(word):
+    return word << 16 | word >> 16
 
 
 @triton.jit
-def for_second_moment(word):
+def for_parameter(word):
     return word & 0xFFFF
 
 
 @triton.jit
-def for_first_moment(word):
-    return ((word.to(tl.uint32, bitcast=True) * 0x9E3779B9) >> 16).to(tl.int32)
+def for_moment(word, SECOND: tl.constexpr):
+    return ((word >> 16) + word * (0x9E36 if SECOND else 0xBB64)) & 0xFFFF
 
 
 # ---- Masters.
@@ -197,7 +203,7 @@ def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
         tl.store(scales, scale, mask=first if some is None else first & some)
         if SECOND:
             ratio = tl.maximum(tl.abs(x) * spread(inverse(scale), x), 2.0**-32 * 1.125)
-            add = NEAREST if word is None else for_second_moment(word) << 4 | 8
+            add = NEAREST if word is None else for_moment(word, SECOND) << 4 | 8
             code = (bits(ratio) + (add - FIRST)) >> 20
         else:
             square = tl.maximum(tl.abs(x) * spread(inverse(scale) * 16128.0, x), 2.0**-18)
@@ -205,7 +211,7 @@ def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
             if word is not None:
                 below = root - 0.5 + MAGIC - MAGIC
                 rest = tl.fma(minus(below), below, square)
-                drawn = for_first_moment(word).to(tl.float32) + 0.5
+                drawn = for_moment(word, SECOND).to(tl.float32) + 0.5
                 width = tl.fma(below, 2.0**-15, 2.0**-16)
                 root = below + tl.where(tl.fma(minus(drawn), width, rest) > 0, 1.0, 0.0)
             code = bits((bits(root) | bits(x) & SIGN).to(tl.float32, bitcast=True) + MAGIC)
@@ -213,7 +219,7 @@ def store_moment(pointers, scales, x, word, mask, some, SECOND: tl.constexpr):
     elif word is None:
         store(pointers, x, mask)
     else:
-        tl.store(pointers, bf16(x, for_second_moment(word)), mask=mask)
+        tl.store(pointers, bf16(x, for_moment(word, SECOND)), mask=mask)
 
 
 @triton.jit
