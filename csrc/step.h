@@ -14,7 +14,8 @@
 
 namespace fused_adamw {
 
-// Statistics are sums of squares of this many elements, so that they do not depend on the number of threads.
+// Squares are summed by so many elements, and these sums are added in one order, so that the number of
+// threads makes no difference.
 constexpr int64_t kPart = 8192;
 
 // One tensor. All its streams are dense and laid out alike: element i of one belongs to element i of the
