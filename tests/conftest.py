@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             own = [t for t in targets if t.device == device]
             some = [*axes.values(), own]
             sizes = list(map(len, some))
-            pairs = axes and own and device in (pairwise.args or (device,))
+            pairs = axes and own and (cases.INTERPRETED or device in (pairwise.args or (device,)))
             chosen = cases.pairwise(sizes) if pairs else itertools.product(*map(range, sizes))
             rows += [[values[i] for values, i in zip(some, picked, strict=True)] for picked in chosen]
         marked = [

@@ -124,7 +124,7 @@ def test_the_default_dtype_changes_nothing(case, dtype, target):
         torch.set_default_dtype(default)
         try:
             optimizer = cases.make(name, params, {**options, "max_grad_norm": 0.5}, backend=target.backend)
-            for t in range(4):
+            for t in range(3):
                 gradients = torch.Generator().manual_seed(t)
                 for p in params:
                     p.grad = torch.randn(p.shape, dtype=torch.float32, generator=gradients).to(p)
