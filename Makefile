@@ -106,7 +106,7 @@ cuda-check:
 	    > build.log 2>&1 || { tail -40 build.log; exit 1; }
 	grep '  fused_adamw: ' build/cuda/build.log
 	cd build/cuda && $(CUDA_BIN)/python -m fused_adamw
-	cd build/cuda && $(CUDA_BIN)/python -m pytest -q tests/test_backends.py tests/test_step_cpu.py
+	cd build/cuda && $(CUDA_BIN)/python -m pytest -q -m "not slow" tests/test_backends.py tests/test_step_cpu.py
 
 # Whether the package index alone, without wheels or indexes of this machine, has what the pins ask for. Installs nothing.
 resolve: $(READY)
