@@ -274,8 +274,9 @@ def test_step_against_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_step_with_other_chunks(tmp_path: Path) -> None:
-    bench("step", "--workload", "148x64", "--chunk", "128", "512", *options(tmp_path, "--device", "cuda", "--warm"))
+@pytest.mark.usefixtures("young")
+def test_step_with_other_chunks(tmp_path: Path, here: Callable[..., str]) -> None:
+    here("step", "--workload", "148x64", "--chunk", "128", "512", *options(tmp_path, "--device", "cuda", "--warm"))
     found = {r["arm"]: r for r in json.loads((tmp_path / "step.json").read_text())["results"]}
     for chunk in (128, 512):
         assert found[f"fused_adamw triton, chunk {chunk}"]["match"]
