@@ -1,5 +1,7 @@
 """Devices and backends: every test that takes ``target`` runs once on each of them, and is left out where it cannot."""
 
+import gc
+import itertools
 import os
 import sys
 from collections import Counter
@@ -30,6 +32,14 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def young():
+    """Collections of garbage look at what the test makes alone: an emulator's programs take them seconds each."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         wide = metafunc.definition.get_closest_marker("float64")
@@ -40,7 +50,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for device in ("cpu", "cuda"):  # apart, so that neither counts on what runs on the other
             own = [t for t in targets if t.device == device]
             some = [*axes.values(), own]
-            chosen = cases.pairwise(list(map(len, some))) if axes and own else [[i] for i in range(len(own))]
+            sizes = list(map(len, some))
+            pairs = axes and own and (cases.INTERPRETED or device in (pairwise.args or (device,)))
+            chosen = cases.pairwise(sizes) if pairs else itertools.product(*map(range, sizes))
             rows += [[values[i] for values, i in zip(some, picked, strict=True)] for picked in chosen]
         marked = [
             pytest.param(*row, marks=pytest.mark.gpu if row[-1].device == "cuda" else (), id=cases.name_of(row))

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_adamw import contract
+from fused_adamw import backends, contract
 from fused_adamw.contract import FAMILIES, STATES, second_moment_of
 from fused_adamw.layout import COLUMNS, SCALARS
 from fused_adamw.tensors import NOT_SHARDED
@@ -390,19 +390,41 @@ class Cuda:
             run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
             assert run.returncode == 0, run.stderr
             ptx = (Path(folder) / "kernels.ptx").read_text()
+        told = re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", run.stderr, re.S)
+        what = r"Used (\d+) registers", r"(\d+) bytes (?:stack frame|lmem)", r"(\d+) bytes smem"
+        return self._kernels(ptx, told, *what)
+
+    def built(self, sm: int) -> dict[str, Compiled]:
+        """All kernels of the extension, by their names, where it was built for this architecture; none elsewhere."""
+        import triton
+
+        tool, extension = triton.knobs.nvidia.cuobjdump.path, backends.native().__file__
+        resources, ptx = (
+            subprocess.run([tool, what, "-arch", f"sm_{sm}", extension], capture_output=True, text=True).stdout
+            for what in ("-res-usage", "-ptx")
+        )
+        told = re.findall(r"Function (\w+):(.*?)(?=Function|\Z)", resources, re.S)
+        return self._kernels(ptx, told, r"REG:(\d+)", r"(?:STACK|LOCAL):(\d+)", r"SHARED:(\d+)") if ptx else {}
+
+    @staticmethod
+    def _kernels(ptx: str, told: list[tuple[str, str]], registers: str, frame: str, shared: str) -> dict[str, Compiled]:
+        """The kernels of a text of PTX, of whose entries a tool tells the resources that these patterns find."""
+        names = "\n".join(entry for entry, _ in told)
+        names = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
+        header, *texts = re.split(r"(?=^(?:\.\w+ )*\.entry )", ptx, flags=re.M)
+        texts = {re.search(r"\.entry (\w+)\(", text)[1]: text for text in texts}
         found = {}
-        for entry, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", run.stderr, re.S):
-            number = functools.partial(lambda what, text: int((re.search(what, text) or [0, "0"])[1]), text=text)
-            name = subprocess.run(["c++filt", entry], capture_output=True, text=True, check=True).stdout
-            name = re.search(r"\w+_kernel(?:<.*?>)?(?=\()", name)[0]
+        for (entry, text), full in zip(told, names, strict=True):
+            name = re.search(r"\w+_kernel(?:<.*?>)?(?=\()", full)[0]
             found[name] = Compiled(
-                ptx=one_entry(ptx, entry),
+                ptx=header + texts[entry],
                 entry=entry,
                 threads=512 if name in ("factor_kernel", "totals_kernel") else 128,
                 width=4 if re.search(r"float|Rule\)[17]|Master\)[123]", name.split("<", 1)[-1]) else 8,
-                registers=number(r"Used (\d+) registers"),
-                frame=number(r"(\d+) bytes stack frame") + number(r"(\d+) bytes lmem"),
-                shared=number(r"(\d+) bytes smem"),
+                **{
+                    what: sum(map(int, re.findall(pattern, text)))
+                    for what, pattern in (("registers", registers), ("frame", frame), ("shared", shared))
+                },
             )
         return found
 
@@ -432,13 +454,6 @@ def needs_interpreter() -> None:
         run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     if run.returncode:
         pytest.skip(f"Triton's interpreter cannot run a loop here: {run.stderr.strip().splitlines()[-1]}")
-
-
-def one_entry(ptx: str, entry: str) -> str:
-    """A module with the header of ``ptx`` and one of its entries."""
-    header, *entries = re.split(r"(?=^(?:\.\w+ )*\.entry )", ptx, flags=re.M)
-    (own,) = (text for text in entries if f".entry {entry}(" in text)
-    return header + own
 
 
 def forbidden(ptx: str) -> list[str]:

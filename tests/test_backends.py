@@ -259,6 +259,15 @@ def test_build_keeps_the_compilers_lines(tmp_path):
     assert "    last\n" in report.partition("the last build of the extension ended with:\n")[2]
 
 
+SMALL = """
+#include <Python.h>
+static PyObject* cpu_isas(PyObject*, PyObject*) { return Py_BuildValue("(s)", "none"); }
+static PyMethodDef functions[] = {{"cpu_isas", cpu_isas, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef of = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&of); }
+"""
+
+
 @pytest.mark.slow
 def test_build_makes_the_extension_that_is_then_used(tmp_path):
     """In the package, or where that is read-only in the user's cache; once, though two ask for it at a time."""
@@ -266,10 +275,7 @@ def test_build_makes_the_extension_that_is_then_used(tmp_path):
     sources = folder / "csrc"
     for path in sources.iterdir():
         path.unlink()
-    (sources / "bindings.cpp").write_text(
-        "#include <pybind11/pybind11.h>\n"
-        'PYBIND11_MODULE(_C, m) { m.def("cpu_isas", [] { return pybind11::make_tuple("none"); }); }\n'
-    )
+    (sources / "bindings.cpp").write_text(SMALL)
     options = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "FUSED_ADAMW_CUDA": "0"}
     readonly = "from fused_adamw import build; build.place = build.cache; build.build()"  # to root, nothing is
     env = {**os.environ, "PYTHONPATH": str(tmp_path), **options}

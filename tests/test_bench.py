@@ -274,8 +274,9 @@ def test_step_against_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_step_with_other_chunks(tmp_path: Path) -> None:
-    bench("step", "--workload", "148x64", "--chunk", "128", "512", *options(tmp_path, "--device", "cuda", "--warm"))
+@pytest.mark.usefixtures("young")
+def test_step_with_other_chunks(tmp_path: Path, here: Callable[..., str]) -> None:
+    here("step", "--workload", "148x64", "--chunk", "128", "512", *options(tmp_path, "--device", "cuda", "--warm"))
     found = {r["arm"]: r for r in json.loads((tmp_path / "step.json").read_text())["results"]}
     for chunk in (128, 512):
         assert found[f"fused_adamw triton, chunk {chunk}"]["match"]
@@ -304,8 +305,9 @@ def test_chunks_that_cannot_be(more: list[str], here: Callable[..., str], capsys
 
 
 @pytest.mark.gpu
-def test_step_on_a_gpu(tmp_path: Path) -> None:
-    bench("step", "--workload", "465-groups", "148x64", *options(tmp_path, "--device", "cuda", "--warm"))
+@pytest.mark.usefixtures("young")
+def test_step_on_a_gpu(tmp_path: Path, here: Callable[..., str]) -> None:
+    here("step", "--workload", "465-groups", "148x64", *options(tmp_path, "--device", "cuda", "--warm"))
     report = json.loads((tmp_path / "step.json").read_text())
     assert "CUDA" in report["environment"]["GPU"]
     arms = {"fused_adamw triton", "fused_adamw triton, graph", "torch fused", "torch fused, graph", "ceiling: stream"}
@@ -320,9 +322,10 @@ def test_step_on_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_step_of_a_list_that_changes_on_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("young")
+def test_step_of_a_list_that_changes_on_a_gpu(tmp_path: Path, here: Callable[..., str]) -> None:
     """Beside ours on a steady list; no graph, which would not follow."""
-    bench("step", "--workload", "alternating", *options(tmp_path, "--device", "cuda"))
+    here("step", "--workload", "alternating", *options(tmp_path, "--device", "cuda"))
     found = {r["arm"]: r for r in json.loads((tmp_path / "step.json").read_text())["results"]}
     assert found.keys() >= {"fused_adamw triton", "fused_adamw triton, steady", "torch fused", "ceiling: stream"}
     assert not any(arm.endswith("graph") for arm in found)
@@ -332,8 +335,9 @@ def test_step_of_a_list_that_changes_on_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_limit_on_a_gpu(tmp_path: Path) -> None:
-    bench("limit", *options(tmp_path, "--device", "cuda", "--largest", "4096"))
+@pytest.mark.usefixtures("young")
+def test_limit_on_a_gpu(tmp_path: Path, here: Callable[..., str]) -> None:
+    here("limit", *options(tmp_path, "--device", "cuda", "--largest", "4096"))
     arms = {r["arm"] for r in json.loads((tmp_path / "step.json").read_text())["results"]}
     assert arms >= {"fused_adamw triton", "fused_adamw triton, graph", "torch fused", "ceiling: stream"}
 

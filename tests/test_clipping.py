@@ -75,11 +75,10 @@ def test_squares_neither_overflow_nor_underflow(target):
         assert optimizer.grad_norm.item() == pytest.approx(size * math.sqrt(1000), rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "options"), KINDS, ids=cases.name_of)
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_step_that_is_not_finite_is_skipped_whole(name, options, first, value, target):
+@pytest.mark.pairwise("cuda", case=KINDS, first=[True, False], value=[math.nan, math.inf, -math.inf])
+def test_a_step_that_is_not_finite_is_skipped_whole(case, first, value, target):
     """Nothing changes, nothing is counted, also at the very first step; and training goes on as if it had not been."""
+    name, options = case
     ours, theirs = (cases.parameters(SHAPES, device=target.device) for _ in range(2))
     a = cases.make(name, ours, options, backend=target.backend, skip_nonfinite=True)
     b = cases.make(name, theirs, options, backend=target.backend)

@@ -243,6 +243,7 @@ SOURCES = (
 def test_a_mutated_kernel_is_seen(name, tmp_path):
     source = "".join((CSRC / f).read_text() for f in SOURCES)
     source = source.replace("#pragma once", "").replace('#include "', '// #include "') + ENTRY
+    source = source.replace("defined(__x86_64__)", "0")  # one instruction set compiles in a third of the time
     if MUTATIONS[name]:
         assert source.count(MUTATIONS[name][0]) == 1
         source = source.replace(*MUTATIONS[name])

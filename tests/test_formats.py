@@ -476,8 +476,7 @@ def test_codes_of_every_magnitude_are_those_of_every_instruction_set(spread, rou
         cases.assert_same_bits(kept[0], other)
 
 
-@pytest.mark.parametrize("options", [o for o in MOMENTS if "int8" in o.values()], ids=cases.name_of)
-@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.pairwise("cuda", options=[o for o in MOMENTS if "int8" in o.values()], name=["AdamW", "SGD"])
 def test_int8_moments_follow_float32_ones(options, name, target):
     """Over 20 steps, to a few percent of the way; small tensors are float32, and stay so."""
     options = {"lr": 1e-3, **options, **({"momentum": 0.9} if name == "SGD" else {})}

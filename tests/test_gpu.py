@@ -327,6 +327,7 @@ def test_side_streams(launches, backend):
 
 
 @gpu
+@pytest.mark.usefixtures("young")
 @pytest.mark.parametrize(("capturable", "captured"), [(True, False), (True, True), (False, False)])
 def test_tables_outlive_a_step_on_another_stream(capturable, captured, backend):
     """The optimizer is gone before its step has run: what it frees may not be handed out until then."""

@@ -16,7 +16,7 @@ from tests.gpu_kernels import needs_interpreter
 
 HERE = Path(__file__).parent
 FILES = ["test_plan.py", "test_optimizers.py", "test_errors.py", "test_checkpoints.py", "test_state.py"]
-LEFT_OUT = "dtypes or bfloat16 or sentinels or moments_keep or goes_on_from or dcp"
+LEFT_OUT = "dtypes or bfloat16 or sentinels or moments_keep or goes_on_from or dcp or (default_dtype and int8)"
 
 
 @pytest.mark.slow

@@ -171,12 +171,15 @@ def test_registers_of_what_is_measured(name, sm, variant):
 
 @pytest.mark.slow
 def test_every_cuda_kernel():
-    """All mixes of dtypes, for one architecture; those that measure, of which a few spill up to 8 registers."""
+    """All mixes of dtypes, for one architecture; those that measure, of which a few spill up to 8 registers.
+
+    They are the extension's, where it was built for that: to compile them takes minutes.
+    """
     every = type(compiler_of("cuda"))()
     every.variants = []
-    compiled = every.module(90)
+    compiled = every.built(90) or every.module(90)
     steps = [kernel for name, kernel in compiled.items() if name.startswith("step_kernel")]
-    assert len([kernel for kernel in steps if kernel.registers <= 64]) >= 3 * 27 + 9
+    assert len([kernel for kernel in steps if 8 < kernel.registers <= 64]) >= 3 * 27 + 9
     plain = [kernel for name, kernel in compiled.items() if re.fullmatch(r"step_kernel<.*, false>", name)]
     assert len(plain) == 252 + 72 + 58 + 36  # of the cautious rules, of AdaBound, without a first moment
     for kernel in plain:

@@ -212,9 +212,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=cases.name_of)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name_of)
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.pairwise("cuda", name=["Adam", "AdamW"], dtype=[torch.float32, torch.bfloat16], form=FORMS)
 def test_without_a_first_moment_a_step_has_the_bits_that_it_has_with_one(name, dtype, form, target):
     """Parameters and second moments, under a scheduler of the rate, and where the option changes between steps."""
     runs = []
@@ -337,6 +335,7 @@ def test_momentum_switched_on_later_starts_as_in_torch(fresh, target):
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("young")
 def test_an_optimizer_that_is_dropped_is_freed(target):
     """With its parameters and states: what it watches them with does not hold it in turn."""
     p = cases.parameters([(3,)], device=target.device)[0]

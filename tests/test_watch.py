@@ -282,6 +282,7 @@ def dead(*refs):
     return [ref() is None for ref in refs] == [True] * len(refs)
 
 
+@pytest.mark.usefixtures("young")
 @pytest.mark.parametrize("single", [False, True], ids=["step", "step_parameter"])
 def test_what_is_replaced_is_freed_at_once(single, target, watch):
     target = of_watch(watch, target)
@@ -359,6 +360,7 @@ def test_states_moved_to_the_host_give_the_memory_of_the_gpu_back(backend):
     assert {own["step"].item() for own in optimizer.state.values()} == {2}
 
 
+@pytest.mark.usefixtures("young")
 def test_a_group_that_is_dropped_is_freed(target):
     ps = cases.parameters([(4,), (5,)], device=target.device)
     optimizer = cases.make("AdamW", [{"params": [p]} for p in ps], {}, backend=target.backend)
@@ -514,6 +516,7 @@ def test_scales_without_memory_are_refused(target, watch):
         a.step()
 
 
+@pytest.mark.usefixtures("young")
 def test_keys_of_a_state_that_are_no_strings(target, watch, builds):
     target = of_watch(watch, target)
     a, _, ps, _ = made(target)
