@@ -19,7 +19,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(RUN) -m pytest $(XDIST)
 # reference backend's, which reaches csrc through the watch alone.
 SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS -g1
 SANITIZED ?= $(addprefix tests/test_,checkpoints.py clipping.py formats.py launch.py plan.py state.py step_cpu.py \
-    stateful.py step_parameter.py torch_inputs.py watch.py)
+    stateful.py step_parameter.py torch_inputs.py watch.py watch_threads.py)
 
 # With make clang and make arm64.
 ELSEWHERE := tests/test_step_cpu.py tests/test_formats.py

@@ -35,6 +35,7 @@ class CpuStep {
 public:
   // rows: a list of contract.Row.
   CpuStep(Watch& watch, const py::list& rows) : watch_(watch) {
+    watch.share();
     for (const py::handle& item : rows) {
       const auto dtype = [&item](const char* name) { return item.attr(name).cast<at::ScalarType>(); };
       Row row{};

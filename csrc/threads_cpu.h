@@ -20,11 +20,20 @@ constexpr int64_t kSerial = 16384;
 inline bool forked = false;
 constexpr int64_t kSerialInFork = 1 << 20;
 
+// Whether there are threads, and `elements` are enough to pay for them.
+inline bool are_shared(int64_t elements) {
+#ifdef _OPENMP
+  return elements > (forked ? kSerialInFork : kSerial) && !omp_in_parallel() && omp_get_max_threads() > 1;
+#else
+  return false;
+#endif
+}
+
 // Calls run(first, last) for consecutive parts of [0, n): one for each thread, or a single one where
-// `elements` are too few to pay for threads.
+// `elements` are not shared.
 template <class Run> void for_each_part(int64_t n, int64_t elements, const Run& run) {
 #ifdef _OPENMP
-  if (elements > (forked ? kSerialInFork : kSerial) && !omp_in_parallel()) {
+  if (are_shared(elements)) {
     const int wanted = omp_get_max_threads();
     std::fenv_t callers;
     std::fegetenv(&callers);

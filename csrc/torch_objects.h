@@ -169,6 +169,14 @@ struct ObjectAddresses {
 constexpr size_t kAhead = 3;      // how many tensors ahead to prefetch
 constexpr size_t kFarAhead = 16;  // where little is done for each
 
+// Whether mutable_data() does more than return an address: it copies, warns or throws. The member is private,
+// but an explicit instantiation may name it.
+bool has_checks(const at::StorageImpl& storage);
+template <auto kMember> struct StorageChecks {
+  friend bool has_checks(const at::StorageImpl& storage) { return storage.*kMember; }
+};
+template struct StorageChecks<&at::StorageImpl::has_mutable_data_ptr_check_>;
+
 // What a plan depends on of a tensor, and which objects it had when it was last seen. Nothing here keeps a
 // tensor alive.
 struct Seen {
@@ -193,10 +201,12 @@ struct Seen {
 
   // Takes the address of a tensor that may have moved; returns whether all else is as it was. A tensor whose
   // storage was freed or cut is not. Memory that is written is first made the storage's own, which it may
-  // share with others until then (copy on write).
-  template <bool kWritten>
+  // share with others until then (copy on write). kPlain: by a thread without the GIL; returns false too
+  // where that takes Python code or a copy.
+  template <bool kWritten, bool kPlain>
   FUSED_HD bool follow(const at::Tensor& tensor, PyObject* object, const void*& address) {
     const at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    if (kPlain && (spec || is_wrapper(tensor))) return false;
     if (spec) {  // else a DTensor has other keys
       const Local t = local_of(tensor, object);
       if (!same_spec(t)) return false;
@@ -208,6 +218,7 @@ struct Seen {
     if (!reach) return true;
     const size_t offset = layout[LAYOUT_ITEMSIZE] * impl->storage_offset();
     if (!storage || storage->nbytes() < offset + reach) return false;
+    if (kPlain && kWritten && has_checks(*storage)) return false;
     const void* const data = kWritten ? storage->mutable_data() : storage->data();
     if (!data) return false;
     address = static_cast<const char*>(data) + offset;
