@@ -2,6 +2,7 @@
 // ns each; an attribute takes 40 ns in Python, and an operator, which torch dispatches, takes 10,000.
 #pragma once
 
+#include <c10/core/impl/COW.h>
 #include <pybind11/pybind11.h>
 #include <structmember.h>  // of Python: the offset of a slot in an object
 #include <torch/csrc/autograd/python_variable.h>
@@ -169,14 +170,6 @@ struct ObjectAddresses {
 constexpr size_t kAhead = 3;      // how many tensors ahead to prefetch
 constexpr size_t kFarAhead = 16;  // where little is done for each
 
-// Whether mutable_data() does more than return an address: it copies, warns or throws. The member is private,
-// but an explicit instantiation may name it.
-bool has_checks(const at::StorageImpl& storage);
-template <auto kMember> struct StorageChecks {
-  friend bool has_checks(const at::StorageImpl& storage) { return storage.*kMember; }
-};
-template struct StorageChecks<&at::StorageImpl::has_mutable_data_ptr_check_>;
-
 // What a plan depends on of a tensor, and which objects it had when it was last seen. Nothing here keeps a
 // tensor alive.
 struct Seen {
@@ -218,8 +211,8 @@ struct Seen {
     if (!reach) return true;
     const size_t offset = layout[LAYOUT_ITEMSIZE] * impl->storage_offset();
     if (!storage || storage->nbytes() < offset + reach) return false;
-    if (kPlain && kWritten && has_checks(*storage)) return false;
-    const void* const data = kWritten ? storage->mutable_data() : storage->data();
+    if (kPlain && kWritten && c10::impl::cow::is_cow_data_ptr(storage->data_ptr())) return false;
+    const void* const data = kWritten && !kPlain ? storage->mutable_data() : storage->data();
     if (!data) return false;
     address = static_cast<const char*>(data) + offset;
     return true;
