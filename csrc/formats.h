@@ -131,10 +131,12 @@ constexpr uint64_t kAverageWords = uint64_t(1) << 63;
 // half. A moment draws the other's half plus a multiple of its own. So what one stream draws is independent
 // of what it draws elsewhere, and so are parameter and moment of one element: whatever the one is, the other
 // has each of its values once. Of all other pairs this holds but for the two lowest bits, because neither
-// factor, nor their difference, is a multiple of 8. Of `own` the upper half does not count.
-FUSED_HD uint32_t for_moment(uint32_t own, uint32_t other, uint32_t factor) {
+// factor, nor their difference, is a multiple of 8.
+FUSED_HD uint32_t for_moment(uint16_t own, uint16_t other, uint32_t factor) {
   return (other + own * factor) & 0xffffu;
 }
+// The same of a word whose lower half is the element's own, in two instructions.
+FUSED_HD uint32_t for_moment(uint32_t word, uint32_t factor) { return word * (factor << 16 | 1u) >> 16; }
 FUSED_HD uint32_t for_parameter(uint32_t word) { return word & 0xffffu; }
 FUSED_HD uint32_t exchanged(uint32_t word) { return word << 16 | word >> 16; }
 

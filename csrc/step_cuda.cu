@@ -240,15 +240,14 @@ __device__ __forceinline__ void write_moment(const Tile<kWhole, kWidth>& tile, S
     Codes<kWidth> stored;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k)
-      stored.set(k, C::template encode<kStochastic>(x.x[k], factor,
-                                                    for_moment(words.x[k], words.x[k] >> 16, C::kFactor)));
+      stored.set(k, C::template encode<kStochastic>(x.x[k], factor, for_moment(words.x[k], C::kFactor)));
     stored.store(tile, to);
   } else {
     Vector<S, kWidth> stored;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       if constexpr (kStochastic)
-        store_stochastic(x.x[k], stored.x[k], for_moment(words.x[k], words.x[k] >> 16, C::kFactor));
+        store_stochastic(x.x[k], stored.x[k], for_moment(words.x[k], C::kFactor));
       else
         store(x.x[k], stored.x[k]);
     }

@@ -722,7 +722,7 @@ WRONG_FORMATS = [
     ("triton", "formats.py", "w3 = exchanged(w2)", "w3 = w2", STOCHASTIC),
     ("triton", "formats.py", "tl.where(n & 1 == 0, x, exchanged(x))", "x", STOCHASTIC),
     ("triton", "formats.py", "return word & 0xFFFF", "return (word >> 16) & 0xFFFF", STOCHASTIC),
-    ("triton", "formats.py", "0x9E36 if SECOND", "0x9E35 if SECOND", STOCHASTIC),
+    ("triton", "formats.py", "0x9E360001 if SECOND", "0x9E350001 if SECOND", STOCHASTIC),
     ("triton", "formats.py", "base + base // run * skip", "base", STOCHASTIC),
     ("cuda", "step_cuda.cu", "kWidth < kDrawing && i & 4", "false", NARROW_AVERAGE),
     ("cuda", "step_cuda.cu", "k % 2 ? exchanged(w.x[k / 2]) :", "", STOCHASTIC),

@@ -118,7 +118,8 @@ def for_parameter(word):
 
 @triton.jit
 def for_moment(word, SECOND: tl.constexpr):
-    return ((word >> 16) + word * (0x9E36 if SECOND else 0xBB64)) & 0xFFFF
+    product = word.to(tl.uint32, bitcast=True) * (0x9E360001 if SECOND else 0xBB640001)
+    return (product >> 16).to(tl.int32)
 
 
 # ---- Masters.
