@@ -62,7 +62,7 @@ clang: $(READY)
 	rm -rf build/clang
 	mkdir -p build/clang
 	git ls-files -co --exclude-standard | tar -cf - -T - | tar -xf - -C build/clang
-	cd build/clang && CC=clang CXX=clang++ FUSED_ADAMW_CUDA=0 $(RUN) -m fused_adamw build
+	cd build/clang && CC=clang CXX=clang++ FUSED_ADAMW_CUDA=0 $(RUN) -m fused_adamw build --force
 	cd build/clang && $(PYTEST) -m "not slow" $(ELSEWHERE)
 
 # On Debian; needs g++-aarch64-linux-gnu and qemu-user. The environment is kept in ARM64.
